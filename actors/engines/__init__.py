@@ -1,0 +1,1 @@
+"""Engines: one file per implementation of the protocol in `base`."""

@@ -1,0 +1,140 @@
+"""A deterministic engine in numpy: the same contract as a real one, in microseconds per token.
+
+Every row is a hash of (token, position, row before), so a row that is missing, stale, moved or from
+another agent changes the next token. Its logits depend on the last row only through float16, so
+exported rows carry all of it. Its vocabulary is bytes. `step_delay` makes it as slow as a test wants.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actors.engines.base import Chunk, Logits
+from actors.errors import EngineFault
+from storage.spec import CompatibilityKey, GroupRows, KVRows, LayerSpec, ModelCacheSpec
+
+_LAYERS, _HEADS, _DIM = 2, 2, 32
+_TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+class FakeVocab:
+    """256 bytes, then the control tokens of the template above."""
+
+    specials = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|end|>")
+
+    def __init__(self) -> None:
+        self.size = 256 + len(self.specials)
+        self.bos = -1
+        self.add_bos = False
+        self.eog = frozenset({256 + self.specials.index("<|end|>")})
+        self.chat_template = _TEMPLATE
+        self.bos_text = ""
+        self.eos_text = "<|end|>"
+
+    def tokenize(self, text: str) -> list[int]:
+        ids: list[int] = []
+        while text:
+            for index, special in enumerate(self.specials):
+                if text.startswith(special):
+                    ids.append(256 + index)
+                    text = text[len(special) :]
+                    break
+            else:
+                ids.extend(text[0].encode())
+                text = text[1:]
+        return ids
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id]) if token_id < 256 else b""
+
+
+class FakeEngine:
+    """See the module docstring. A reply is lower-case letters and spaces, and ends by itself."""
+
+    name = "fake"
+    device = "numpy"
+
+    def __init__(
+        self,
+        n_seq_max: int = 4,
+        n_ctx: int = 4096,
+        *,
+        n_cells: int | None = None,
+        step_delay: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        spec = ModelCacheSpec("fake", (LayerSpec("full", _HEADS, _DIM, _DIM),) * _LAYERS)
+        digest = hashlib.sha256(f"fake-{seed}".encode()).hexdigest()
+        self.key = CompatibilityKey(digest, digest, (), spec)
+        self.vocab = FakeVocab()
+        self.n_ctx, self.n_seq_max, self.n_batch = n_ctx, n_seq_max, 512
+        self.n_cells = n_cells or n_ctx * n_seq_max
+        self.kv_bytes = self.n_cells * spec.f16_row_bytes
+        self._seed = seed
+        self._delay = step_delay
+        self._rows: list[list[NDArray[np.float16]]] = [[] for _ in range(n_seq_max)]
+
+    def step(self, chunks: Sequence[Chunk]) -> dict[int, Logits]:
+        if self._delay:
+            time.sleep(self._delay)
+        wanted = sum(len(c.token_ids) for c in chunks)
+        if sum(map(len, self._rows)) + wanted > self.n_cells:
+            raise EngineFault(f"no cells for {wanted} tokens")
+        logits = {}
+        for chunk in chunks:
+            rows = self._rows[chunk.seq_id]
+            if len(rows) != chunk.start:
+                raise EngineFault(f"position {chunk.start} after {len(rows)} rows")
+            for token in chunk.token_ids:
+                rows.append(self._next_row(token, rows[-1] if rows else None))
+            if chunk.wants_logits:
+                logits[chunk.seq_id] = self._logits(rows[-1])
+        return logits
+
+    def _next_row(self, token: int, before: NDArray[np.float16] | None) -> NDArray[np.float16]:
+        state = b"" if before is None else before.tobytes()
+        digest = hashlib.blake2b(f"{self._seed}.{token}.".encode() + state, digest_size=32).digest()
+        row = np.frombuffer(digest * 8, np.uint8).astype(np.float16) / np.float16(256)
+        return row.reshape(_LAYERS, 2, _HEADS, _DIM)
+
+    def _logits(self, row: NDArray[np.float16]) -> Logits:
+        noise = np.frombuffer(hashlib.blake2b(row.tobytes()).digest() * 5, np.uint8)
+        logits = noise[: self.vocab.size].astype(np.float32) / 64
+        letters = [*range(97, 123), 32]
+        logits[letters] += 8
+        logits[list(self.vocab.eog)] += 7.2
+        return logits
+
+    def export(self, seq_id: int, start: int, stop: int) -> KVRows:
+        if not 0 <= start < stop <= len(self._rows[seq_id]):
+            raise EngineFault(f"rows {start}..{stop} of {len(self._rows[seq_id])}")
+        stacked = np.stack(self._rows[seq_id][start:stop], axis=1)  # (L, T, 2, H, D)
+        return (GroupRows(k=stacked[:, :, 0].copy(), v=stacked[:, :, 1].copy()),)
+
+    def load(self, seq_id: int, start: int, rows: KVRows) -> None:
+        if len(self._rows[seq_id]) != start:
+            raise EngineFault(f"load at {start} after {len(self._rows[seq_id])} rows")
+        stacked = np.stack([rows[0].k, rows[0].v], axis=2)
+        self._rows[seq_id].extend(np.ascontiguousarray(x) for x in stacked.swapaxes(0, 1))
+
+    def fork(self, source: int, target: int, n_rows: int) -> None:
+        if self._rows[target]:
+            raise EngineFault(f"fork into sequence {target}, which is not empty")
+        self._rows[target] = self._rows[source][:n_rows]
+
+    def truncate(self, seq_id: int, n_rows: int) -> None:
+        del self._rows[seq_id][n_rows:]
+
+    def n_rows(self, seq_id: int) -> int:
+        return len(self._rows[seq_id])
+
+    def close(self) -> None:
+        self._rows = []

@@ -1,0 +1,69 @@
+"""Before a turn enters the engine: own its agent, make its prompt, find where the prompt continues.
+
+Runs on a worker thread, one turn of an agent at a time; may reach the store.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from actors.engines.base import Engine
+from actors.errors import InvalidRequest
+from actors.memory import AgentMemory, Branch, Match, Memory
+from actors.prompt import ChatTemplate, EmittedReply
+from actors.sequence import text_of
+from actors.turn import Resume, TurnRequest
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """tokens = prompt, then what an earlier attempt emitted; at most max_tokens more follow."""
+
+    memory: AgentMemory
+    match: Match
+    tokens: list[int]
+    n_prompt: int
+    max_tokens: int
+
+
+class Preparer:
+    def __init__(
+        self, engine: Engine, memory: Memory, template: ChatTemplate, default_max_tokens: int
+    ) -> None:
+        self._n_ctx, self._vocab = engine.n_ctx, engine.vocab
+        self._memory, self._template = memory, template
+        self._default_max_tokens = default_max_tokens
+
+    def __call__(self, request: TurnRequest) -> Prepared:
+        """Raises InvalidRequest, AgentMoved, and what Memory.open raises."""
+        if request.persist:
+            memory = self._memory.open(request.agent)
+        else:
+            memory = self._memory.one_off(request.agent)
+        resume = request.resume or Resume((), ())
+        prompt, match = self._memory.match(
+            memory,
+            lambda replies: (
+                list(resume.prompt_ids) or self._template.encode(request.messages, replies)
+            ),
+            self._replies_of,
+            resume.emitted,
+        )
+        room = self._n_ctx - len(prompt)
+        if room < 1:
+            raise InvalidRequest(
+                f"the prompt has {len(prompt)} tokens, but the context holds {self._n_ctx} "
+                "including at least one token of the reply",
+                "messages",
+                "context_length_exceeded",
+            )
+        wanted = request.sampling.max_tokens or self._default_max_tokens
+        tokens = [*prompt, *resume.emitted]
+        return Prepared(memory, match, tokens, len(prompt), min(wanted, room))
+
+    def _replies_of(self, branch: Branch) -> list[EmittedReply]:
+        replies = []
+        for reply in branch.replies:
+            ids = tuple(branch.tokens[reply.start : reply.stop])
+            replies.append(EmittedReply(ids, text_of(self._vocab, ids), reply.tail))
+        return replies

@@ -1,0 +1,109 @@
+"""The words of the stream protocol: what a turn is asked with, and the items it answers with.
+
+Every item carries the attempt it belongs to; token items also the index of their first token in the
+reply. The ingress keeps the ids as its log, accepts only its current attempt and the next index, and
+resumes a broken turn elsewhere with `Resume`. Plain picklable values; no engine, no Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from storage.card import AgentId
+
+Message = Mapping[str, Any]
+CacheState = Literal["hot", "warm", "remote", "cold"]
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """temperature 0 is greedy. The draw at a position depends on (seed, position) and logits only,
+    so a resumed turn draws what the lost one would have."""
+
+    max_tokens: int | None = None  # None: the replica's default
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Resume:
+    """What an earlier attempt of the same turn already fixed: prompt, and ids it emitted."""
+
+    prompt_ids: tuple[int, ...]
+    emitted: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TurnRequest:
+    """One turn of one agent. `persist` False: a one-off agent whose memory ends with the turn."""
+
+    id: str
+    agent: AgentId
+    messages: tuple[Message, ...]
+    sampling: SamplingParams
+    persist: bool = True
+    attempt: int = 0
+    resume: Resume | None = None
+
+
+@dataclass(frozen=True)
+class TurnStarted:
+    """The prompt is known and the agent's memory is in the engine; prefill begins."""
+
+    attempt: int
+    prompt_ids: tuple[int, ...]
+    cached_tokens: int
+    cache: CacheState
+    node: str
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Prefill goes on: `done` of `total` tokens. The token deadline runs from the last item."""
+
+    attempt: int
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """reply[index : index + len(ids)] are `ids`; `text` is what they add to the visible text."""
+
+    attempt: int
+    index: int
+    ids: tuple[int, ...]
+    text: str
+
+
+@dataclass(frozen=True)
+class TurnFinished:
+    """The last item; `text` is what was held back until now."""
+
+    attempt: int
+    index: int
+    text: str
+    reason: FinishReason
+
+
+@dataclass(frozen=True)
+class TurnMoved:
+    """The agent migrates: this attempt ends here; place the turn again and resume it."""
+
+    attempt: int
+
+
+@dataclass(frozen=True)
+class TurnFailed:
+    """This attempt cannot go on; `error` says why."""
+
+    attempt: int
+    error: Exception
+
+
+StreamItem = TurnStarted | Progress | Tokens | TurnFinished | TurnMoved | TurnFailed

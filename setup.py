@@ -1,0 +1,10 @@
+"""The C extension. All else is in pyproject.toml, whose own way to declare one is experimental."""
+
+from setuptools import Extension, setup
+
+# Speed only: without it (no compiler, an unknown platform) storage.codec uses numpy.
+# No -march=native, so that a built tree can move between machines: the C code picks its variant
+# when it is loaded.
+codec = Extension("storage._codec", ["storage/_codec.c"], extra_compile_args=["-O3"], optional=True)
+
+setup(ext_modules=[codec])

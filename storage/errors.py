@@ -1,0 +1,65 @@
+"""The storage package's exceptions.
+
+    StorageError
+    ├── CorruptData        bytes that fail a checksum, a shape or the format; names file and reason
+    ├── Incompatible       a sound card or block, made for another model; names the fields
+    ├── Fenced             a newer claim exists: the caller no longer owns the agent
+    └── StoreUnavailable   the store cannot be reached, or refuses what kvferry needs of it
+
+A miss (no such block, no such agent) is None, never one of these.
+Every class passes all its arguments to Exception.__init__, so that it survives pickling by Ray.
+"""
+
+from __future__ import annotations
+
+
+class StorageError(Exception):
+    """Base of everything this package raises on purpose."""
+
+
+class CorruptData(StorageError):
+    """Bytes that cannot be trusted."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path = path
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+class Incompatible(StorageError):
+    """A cache made under another compatibility key. `fields` are `name: theirs != ours` lines."""
+
+    def __init__(self, path: str, fields: list[str]) -> None:
+        super().__init__(path, fields)
+        self.path = path
+        self.fields = fields
+
+    def __str__(self) -> str:
+        return f"{self.path}: made for another model ({'; '.join(self.fields)})"
+
+
+class Fenced(StorageError):
+    """Another owner holds `epoch` of this agent."""
+
+    def __init__(self, agent: str, epoch: int) -> None:
+        super().__init__(agent, epoch)
+        self.agent = agent
+        self.epoch = epoch
+
+    def __str__(self) -> str:
+        return f"agent {self.agent}: epoch {self.epoch} belongs to another owner"
+
+
+class StoreUnavailable(StorageError):
+    """The store did not do what was asked; the cause is chained."""
+
+    def __init__(self, url: str, reason: str) -> None:
+        super().__init__(url, reason)
+        self.url = url
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"store {self.url}: {self.reason}"

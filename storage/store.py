@@ -1,0 +1,379 @@
+"""CacheStore(url): blocks and cards over an fsspec file system; claim, commit, delete.
+
+    <url>/blocks/<tenant>/<3 hex>/<block id>.<part>.<sha256>.safetensors   immutable
+    <url>/agents/<tenant>/<agent digest>/<epoch>-<generation>.safetensors  cards, in order
+
+Who owns an agent is decided here and nowhere else: by exclusive create of `<epoch>-00000000`.
+Every byte read is verified before it is returned. A miss is None, a fault one of storage.errors.
+Called by the replicas' memory and by the router's scan; safe to use from several threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from storage.cache_file import sha256
+from storage.card import (
+    AgentId,
+    BlockRef,
+    CacheCard,
+    CardRef,
+    Owner,
+    PartRef,
+    card_name,
+    decode_card,
+    encode_card,
+    parse_name,
+)
+from storage.errors import CorruptData, Fenced, Incompatible, StorageError, StoreUnavailable
+from storage.spec import CompatibilityKey
+
+SCHEMES = ("file", "memory")
+
+
+@dataclass(frozen=True)
+class LoadedCard:
+    card: CacheCard
+    ref: CardRef
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The card that now owns the agent, and the one it started from."""
+
+    card: CacheCard
+    previous: CacheCard | None
+
+
+class CacheStore:
+    """One store, for any number of tenants and agents.
+
+    `on_fault` is told of every card that could not be used and why, so that the caller can count
+    and log it; reading then goes on with the next best card.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        signing_key: bytes | None = None,
+        on_fault: Callable[[StorageError], None] = lambda error: None,
+    ) -> None:
+        """Raises ValueError for a URL this version has no tested backend for."""
+        if "://" not in url:
+            url = Path(url).expanduser().absolute().as_uri()
+        scheme = url.split("://", 1)[0]
+        if scheme not in SCHEMES:
+            known = ", ".join(f"{name}://" for name in SCHEMES)
+            raise ValueError(f"store {url!r}: scheme {scheme}:// is not supported; use {known}")
+        self.url = url.rstrip("/")
+        self._fs, self._root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
+        self._is_local = scheme == "file"
+        self._signing_key = signing_key
+        self._on_fault = on_fault
+
+    # ---- start
+
+    def probe(self) -> None:
+        """Prove that this store refuses a second create; raises StoreUnavailable if not."""
+        path = self._path("probe", secrets.token_hex(16))
+        with self._translated():
+            self._create(path, b"1")
+            try:
+                self._create(path, b"2")
+            except FileExistsError:
+                return
+            finally:
+                self._fs.rm_file(path)
+        raise StoreUnavailable(self.url, "a second create of one file succeeds: no claim is safe")
+
+    # ---- blocks
+
+    def put_block(self, tenant: str, block_id: str, part: str, raw: bytes) -> PartRef:
+        """Store the bytes, or adopt a sound variant another writer stored under this id."""
+        with self._translated():
+            folder = self._block_folder(tenant, block_id)
+            prefix = f"{block_id}.{part}."
+            for name in self._names(folder):
+                if name.startswith(prefix):
+                    adopted = self._verified(f"{folder}/{name}", name[len(prefix) :].split(".")[0])
+                    if adopted is not None:
+                        return adopted
+            ref = PartRef(sha256(raw), len(raw))
+            with contextlib.suppress(FileExistsError):  # a twin was faster: same name, same bytes
+                self._create(f"{folder}/{prefix}{ref.sha256}.safetensors", raw)
+            return ref
+
+    def get_block(self, tenant: str, ref: BlockRef, part: str) -> bytes | None:
+        """The verified bytes of one part; None if the file is gone. Raises CorruptData."""
+        stored = ref.parts[part]
+        path = self.block_path(tenant, ref, part)
+        with self._translated():
+            try:
+                raw: bytes = self._fs.cat_file(path)
+            except FileNotFoundError:
+                return None
+        if len(raw) != stored.size:
+            raise CorruptData(path, f"{len(raw)} bytes, the card says {stored.size}")
+        if sha256(raw) != stored.sha256:
+            raise CorruptData(path, "sha256 does not match")
+        return raw
+
+    def block_path(self, tenant: str, ref: BlockRef, part: str) -> str:
+        folder = self._block_folder(tenant, ref.id)
+        return f"{folder}/{ref.id}.{part}.{ref.parts[part].sha256}.safetensors"
+
+    # ---- cards
+
+    def latest(self, agent: AgentId, key: CompatibilityKey) -> LoadedCard | None:
+        """The card that counts: greatest epoch, in it the greatest generation that verifies.
+
+        Never a card of an older epoch, whose owner may have gone on writing after it lost the
+        agent: the claim card of an epoch repeats what the epoch started from. None when the agent
+        is unknown or nothing verifies (on_fault then was told). A tombstone is returned.
+        """
+        folder = self._agent_folder(agent, key)
+        names = self._card_names(folder)
+        epoch = names[-1][0] if names else 0
+        for found_epoch, generation in reversed(names):
+            if found_epoch != epoch:
+                break
+            path = f"{folder}/{card_name(epoch, generation)}"
+            try:
+                return self._read_card(path, key)
+            except FileNotFoundError:
+                continue
+            except (CorruptData, Incompatible) as error:
+                self._on_fault(error)
+        return None
+
+    def epoch(self, agent: AgentId, key: CompatibilityKey) -> int:
+        """The greatest epoch claimed, 0 for an unknown agent."""
+        names = self._card_names(self._agent_folder(agent, key))
+        return names[-1][0] if names else 0
+
+    def claim(self, template: CacheCard, *, tombstone: bool = False) -> Claim:
+        """Take the agent over: create `<epoch + 1>-0` with what its latest card holds.
+
+        `template` names the agent, key, codec and the new owner; its memory is used only if the
+        store has none. Raises Fenced when another claim wins, StoreUnavailable when the store
+        gives no answer (then nothing is owned).
+        """
+        agent, key = template.agent, template.key
+        epoch = self.epoch(agent, key) + 1
+        found = self.latest(agent, key)
+        now = time.time()
+        card = replace(
+            template,
+            epoch=epoch,
+            generation=0,
+            base=found.ref if found else None,
+            nonce=secrets.token_hex(16),
+            tombstone=tombstone,
+            branches=(),
+            created=now,
+            updated=now,
+        )
+        if found and not tombstone and not found.card.tombstone:
+            card = self._inherit(card, found.card)
+        raw = encode_card(card, self._signing_key)
+        path = f"{self._agent_folder(agent, key)}/{card.name}"
+        self._create_or_read_back(path, raw, card)
+        return Claim(card, found.card if found else None)
+
+    def _inherit(self, card: CacheCard, old: CacheCard) -> CacheCard:
+        if old.codec != card.codec:  # stored rows are never encoded again
+            path = f"{self._agent_folder(old.agent, old.key)}/{old.name}"
+            self._on_fault(Incompatible(path, [f"codec: {old.codec} != {card.codec}"]))
+            return card
+        return replace(
+            card,
+            branches=old.branches,
+            cache_salt=old.cache_salt,
+            parent=old.parent,
+            created=old.created,
+        )
+
+    def commit(self, card: CacheCard) -> LoadedCard:
+        """Write the next generation of the caller's epoch; its blocks must be stored already.
+
+        Raises Fenced when a newer epoch exists. Keeps the last two generations and the claim.
+        """
+        folder = self._agent_folder(card.agent, card.key)
+        names = self._card_names(folder)
+        if names and names[-1][0] > card.epoch:
+            raise Fenced(str(card.agent), names[-1][0])
+        raw = encode_card(card, self._signing_key)
+        self._create_or_read_back(f"{folder}/{card.name}", raw, card)
+        for epoch, generation in names:
+            old = epoch == card.epoch and 0 < generation < card.generation - 1
+            if old or epoch < card.epoch:
+                self._remove(f"{folder}/{card_name(epoch, generation)}")
+        return LoadedCard(card, CardRef(card.epoch, card.generation, sha256(raw)))
+
+    def delete(self, template: CacheCard) -> None:
+        """A claim with a tombstone: what an old owner still writes is never read. Raises Fenced."""
+        claimed = self.claim(template, tombstone=True).card
+        folder = self._agent_folder(claimed.agent, claimed.key)
+        for epoch, generation in self._card_names(folder):
+            if epoch < claimed.epoch:
+                self._remove(f"{folder}/{card_name(epoch, generation)}")
+
+    def cards(self, tenants: list[str], key: CompatibilityKey) -> Iterator[LoadedCard]:
+        """The newest sound card under `key` of every agent that was not deleted; tenants in the
+        order given."""
+        for tenant in tenants:
+            folder = self._path("agents", tenant)
+            for name in self._names(folder):
+                names = self._card_names(f"{folder}/{name}")
+                for epoch, generation in reversed(names):
+                    if epoch != names[-1][0]:
+                        break
+                    try:
+                        path = f"{folder}/{name}/{card_name(epoch, generation)}"
+                        loaded = self._read_card(path, None)
+                    except FileNotFoundError:
+                        continue
+                    except CorruptData as error:
+                        self._on_fault(error)
+                        continue
+                    if loaded.card.key == key and not loaded.card.tombstone:
+                        yield loaded
+                    break
+
+    def tenants(self) -> list[str]:
+        """Every tenant that has agents here."""
+        return self._names(self._path("agents"))
+
+    # ---- paths and files
+
+    def _path(self, *parts: str) -> str:
+        return "/".join((self._root, *parts))
+
+    def _block_folder(self, tenant: str, block_id: str) -> str:
+        return self._path("blocks", tenant, block_id[:3])
+
+    def _agent_folder(self, agent: AgentId, key: CompatibilityKey) -> str:
+        return self._path("agents", agent.tenant, agent.digest(key.digest))
+
+    def _names(self, folder: str) -> list[str]:
+        """File names in a folder, sorted; empty when there is none."""
+        with self._translated():
+            try:
+                paths = self._fs.ls(folder, detail=False)
+            except FileNotFoundError:
+                return []
+        return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in paths)
+
+    def _card_names(self, folder: str) -> list[tuple[int, int]]:
+        return sorted(found for found in map(parse_name, self._names(folder)) if found)
+
+    def _read_card(self, path: str, key: CompatibilityKey | None) -> LoadedCard:
+        with self._translated():
+            raw = self._fs.cat_file(path)
+        card = decode_card(raw, path, key=key, signing_key=self._signing_key)
+        if not path.endswith(f"/{card.name}"):
+            raise CorruptData(path, f"the card inside is {card.name}")
+        return LoadedCard(card, CardRef(card.epoch, card.generation, sha256(raw)))
+
+    def _verified(self, path: str, digest: str) -> PartRef | None:
+        """A stored variant, if its bytes are sound; a broken one is set aside."""
+        try:
+            raw = self._fs.cat_file(path)
+        except FileNotFoundError:
+            return None
+        if sha256(raw) == digest:
+            return PartRef(digest, len(raw))
+        self._on_fault(CorruptData(path, "sha256 does not match its name; set aside"))
+        self._fs.mv(path, f"{path}.corrupt")
+        return None
+
+    def _create_or_read_back(self, path: str, raw: bytes, card: CacheCard) -> None:
+        """Exclusive create; after a refusal or a doubtful answer, our own bytes mean success."""
+        try:
+            self._create(path, raw)
+            return
+        except Exception as error:  # any backend's error: what counts is what the store now holds
+            failure = error
+        with self._translated():
+            try:
+                found = self._fs.cat_file(path)
+            except FileNotFoundError:
+                raise StoreUnavailable(self.url, f"cannot create {path}: {failure}") from failure
+        if found != raw:
+            raise Fenced(str(card.agent), card.epoch) from failure
+
+    def _create(self, path: str, raw: bytes) -> None:
+        """Create or raise FileExistsError; on file:// a crash leaves no half-written file."""
+        if not self._is_local:
+            self._fs.pipe_file(path, raw, mode="create")
+            return
+        folder = os.path.dirname(path)
+        os.makedirs(folder, exist_ok=True)
+        temporary = f"{folder}/.{secrets.token_hex(8)}.tmp"
+        try:
+            with open(temporary, "xb", opener=_private) as file:
+                file.write(raw)
+                file.flush()
+                os.fsync(file.fileno())
+            os.link(temporary, path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _remove(self, path: str) -> None:
+        with self._translated(), contextlib.suppress(FileNotFoundError):
+            self._fs.rm_file(path)
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        """The backend's errors become StoreUnavailable; a missing or present file stays what it
+        is."""
+        try:
+            yield
+        except (FileNotFoundError, FileExistsError, StorageError):
+            raise
+        except Exception as error:
+            raise StoreUnavailable(self.url, repr(error)) from error
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def new_card(
+    agent: AgentId,
+    key: CompatibilityKey,
+    codec: str,
+    owner: Owner,
+    *,
+    codec_parameters: dict[str, dict[str, int]] | None = None,
+    provenance: dict[str, str] | None = None,
+) -> CacheCard:
+    """A template for claim() and delete(): an agent without memory."""
+    return CacheCard(
+        agent=agent,
+        epoch=0,
+        generation=0,
+        base=None,
+        key=key,
+        codec=codec,
+        codec_parameters=codec_parameters or {},
+        owner=owner,
+        nonce="",
+        provenance=provenance or {},
+    )
