@@ -5,6 +5,12 @@ from setuptools import Extension, setup
 # Speed only: without it (no compiler, an unknown platform) storage.codec uses numpy.
 # No -march=native, so that a built tree can move between machines: the C code picks its variant
 # when it is loaded.
-codec = Extension("storage._codec", ["storage/_codec.c"], extra_compile_args=["-O3"], optional=True)
+# No FMA contraction: every machine gives the same bits.
+codec = Extension(
+    "storage._codec",
+    ["storage/_codec.c"],
+    extra_compile_args=["-O3", "-ffp-contract=off"],
+    optional=True,
+)
 
 setup(ext_modules=[codec])

@@ -71,7 +71,10 @@ class Turn:
 
     def emit(self, item: StreamItem) -> None:
         self.last_item = time.monotonic()
-        self.sink(item)
+        try:
+            self.sink(item)
+        except Exception:  # nobody listens any more; the others' turns go on
+            logger.exception("the sink of turn %s failed", self.request.id)
 
     @property
     def ready(self) -> Prepared:
@@ -205,9 +208,12 @@ class ReplicaLoop:
         memory = self.memory.get(agent)
         if memory is not None and memory.state == "frozen":
             self._frozen[agent] = time.monotonic() + self._config.freeze_timeout_s
-            self._workers.submit(self._reclaim, memory)
+            self.memory.persister.submit(lambda: self._reclaim(memory))
 
     def _reclaim(self, memory: AgentMemory) -> None:
+        """On the persister's thread: no commit of the epoch before may be under way."""
+        if memory.state != "frozen":
+            return
         try:
             self.memory.reclaim(memory)
         except Fenced:
@@ -262,6 +268,9 @@ class ReplicaLoop:
         for turn in [*self.scheduler.waiting, *self._restoring]:
             if now - turn.last_item > 1:
                 turn.emit(Progress(turn.request.attempt, 0, 0))
+        for turn in list(self._by_sequence.values()):
+            if turn.ready.memory.state == "released":  # fenced: another replica owns the agent
+                self._end(turn, TurnMoved(turn.request.attempt))
         for agent, deadline in list(self._frozen.items()):
             if now > deadline:
                 self.thaw(agent)
@@ -344,15 +353,22 @@ class ReplicaLoop:
         try:
             memory.persister.flush().result(timeout)
             for tensors, in_ram in memory.read_rows(ready.memory, ready.match.branch, keep):
-                rows = decode_rows(spec, memory.codec, tensors)
-                if restore.abandoned:
+                if not self._offer(restore, (decode_rows(spec, memory.codec, tensors), in_ram)):
                     return
-                restore.rows.put((rows, in_ram), timeout=timeout)
-                self._wake.set()
         except Exception:
             logger.exception("restoring %s failed; the rest is prefilled", ready.memory.agent)
-        restore.rows.put(None, timeout=timeout)
-        self._wake.set()
+        self._offer(restore, None)
+
+    def _offer(self, restore: _Restore, item: tuple[KVRows, bool] | None) -> bool:
+        """Worker: hand an item to the loop; False when nobody will take it."""
+        while self.alive and not restore.abandoned:
+            try:
+                restore.rows.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+            self._wake.set()
+            return True
+        return False
 
     def _load_restored(self) -> bool:
         loaded = False
@@ -510,12 +526,13 @@ class ReplicaLoop:
     def _drain(self) -> bool:
         drained = False
         for turn in list(self._draining):
-            ready, sequence = turn.ready, turn.sequence
+            memory, sequence = turn.ready.memory, turn.sequence
             assert sequence is not None
-            if ready.memory.card is None:
+            if memory.card is None or memory.state == "released":
                 self.residency.free(sequence.seq_id)
             elif self._export(turn, sequence.n_rows, wait=True):
-                self.memory.commit_later(ready.memory)
+                if memory.state == "owned":  # a frozen agent's card is written, maybe claimed
+                    self.memory.commit_later(memory)
                 self.residency.park(sequence.seq_id)
             else:
                 continue
@@ -532,10 +549,12 @@ class ReplicaLoop:
                 sequence = turn.sequence
                 if sequence is not None and sequence in self.scheduler.running:
                     sequence.finish_reason = "cancelled"
-                    self._finish(turn, sequence, "")
+                    self._finish(turn, sequence, sequence.text.finish())
 
     def _end(self, turn: Turn, item: StreamItem) -> None:
-        """The turn leaves without finishing: its sequence is freed, the agent's memory is not."""
+        """The turn leaves without finishing: its sequence is freed, the agent's memory is not. One
+        that has finished, and only drains, has sent its last item."""
+        drains = turn in self._draining
         seq_id = turn.sequence.seq_id if turn.sequence else None
         if turn.restore is not None and turn in self._restoring:
             turn.restore.abandoned = True
@@ -543,7 +562,8 @@ class ReplicaLoop:
         if seq_id is not None:
             self.residency.free(seq_id)
         self._forget_turn(turn)
-        turn.emit(item)
+        if not drains:
+            turn.emit(item)
 
     def _forget_turn(self, turn: Turn) -> None:
         if self._active.get(turn.request.agent) is turn:

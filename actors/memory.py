@@ -94,6 +94,7 @@ class AgentMemory:
     branches: list[Branch] = field(default_factory=list)
     state: Literal["owned", "frozen", "released"] = "owned"
     last_used: float = field(default_factory=time.time)
+    changed: float = field(default_factory=time.time)  # tokens, rows or card, for reports
     commits_queued: int = 0
 
 
@@ -171,7 +172,7 @@ class Memory:
             self.forget(memory)  # claimed elsewhere while we looked away
         claim = self.store.claim(self.template(agent))
         before = claim.previous
-        here = before is not None and before.owner.node == self.owner.node
+        here = before is None or before.owner.node == self.owner.node
         memory = AgentMemory(agent, claim.card, "warm" if here else "remote")
         memory.branches = [_branch_of(card) for card in claim.card.branches]
         with self._lock:
@@ -181,7 +182,8 @@ class Memory:
 
     def reclaim(self, memory: AgentMemory) -> None:
         """Own a frozen agent again: its next epoch. Raises Fenced when the target has claimed it."""
-        claim = self.store.claim(self.template(memory.agent))
+        assert memory.card is not None, "a one-off agent is never frozen"
+        claim = self.store.claim(self.template(memory.agent), after=memory.card.epoch)
         with self._lock:
             memory.card = claim.card
             memory.state = "owned"
@@ -212,6 +214,14 @@ class Memory:
             busy = memory.commits_queued or any(b.turn for b in memory.branches)
             if memory.state == "owned" and not busy:
                 self.forget(memory)
+
+    def in_ram(self, branch: Branch) -> bool:
+        """Whether every encoded row of the branch is in the pool."""
+        return all(self.tiers.size_of(run.id) for run in branch.runs)
+
+    def ram_bytes(self, branches: Sequence[Branch]) -> int:
+        """Bytes of the branches' rows in the pool, shared ones counted once."""
+        return sum(self.tiers.size_of(i) for i in {run.id for b in branches for run in b.runs})
 
     # ---- matching
 
@@ -262,7 +272,7 @@ class Memory:
             memory.branches.remove(match.dropped)
         if branch not in memory.branches:
             memory.branches.append(branch)
-        memory.last_used = branch.last_used
+        memory.last_used = memory.changed = branch.last_used
         with self._lock:
             if memory.agent in self._agents:
                 self._agents.move_to_end(memory.agent)
@@ -289,7 +299,8 @@ class Memory:
         calls that wait together."""
         if memory.card is None:
             return
-        memory.commits_queued += 1
+        with self._lock:
+            memory.commits_queued += 1
         branches = [(branch, _card_of(branch)) for branch in memory.branches]
         self.persister.submit(lambda: self._commit(memory, branches))
 
@@ -419,7 +430,8 @@ class Memory:
 
     def _commit(self, memory: AgentMemory, branches: list[tuple[Branch, BranchCard]]) -> None:
         """Write the next card; counts faults, raises nothing of storage."""
-        memory.commits_queued -= 1
+        with self._lock:
+            memory.commits_queued -= 1
         if memory.card is None or memory.state == "released" or memory.commits_queued:
             return
         cards = []
@@ -432,6 +444,7 @@ class Memory:
             branches=tuple(cards),
             updated=time.time(),
         )
+        memory.changed = card.updated
         try:
             memory.card = self.store.commit(card).card
         except Fenced as error:

@@ -58,7 +58,7 @@ class ChatTemplate:
                 eos_token=self._vocab.eos_text,
                 tools=None,
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise InvalidRequest(
                 f"the model's chat template refuses these messages: {error}", "messages"
             ) from error

@@ -20,12 +20,14 @@ def sample(logits: Logits, params: SamplingParams, position: int) -> int:
     """Draw the token at `position`. Greedy at temperature 0; else softmax, then top-p."""
     if params.temperature == 0:
         return int(logits.argmax())
-    weights = np.exp((logits - logits.max()) / np.float32(params.temperature)).astype(np.float64)
+    temperature = np.float32(max(params.temperature, 1e-6))
+    weights = np.exp((logits - logits.max()) / temperature).astype(np.float64)
     candidates = np.arange(len(weights))
     if params.top_p < 1:
         candidates = _nucleus(weights, params.top_p)
     mass = np.cumsum(weights[candidates])
-    draw = np.random.Generator(np.random.Philox(key=params.seed, counter=position)).random()
+    key = params.seed % 2**128  # any integer is a seed
+    draw = np.random.Generator(np.random.Philox(key=key, counter=position)).random()
     chosen = int(np.searchsorted(mass, draw * mass[-1], side="right"))
     return int(candidates[min(chosen, len(candidates) - 1)])
 

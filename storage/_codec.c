@@ -3,7 +3,7 @@
  * Both give the same bits: the butterflies run in the same order and nothing is contracted to FMA
  * (-ffp-contract=off). Vectors are taken 16 at a time and transposed, so that every inner loop
  * runs over 16 independent lanes and the compiler vectorises all of it (AVX2, AVX-512, NEON).
- * The GIL is released while it computes.
+ * Little-endian, as the format. The GIL is released while it computes.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -20,15 +20,33 @@
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
+#define MAX_HALF 65504.0f
+
 typedef float tile_t[LANES];
+typedef uint16_t halves_t[LANES];
+typedef float vector_t __attribute__((vector_size(LANES * sizeof(float)), may_alias));
 
 INLINE float from_bits(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
 INLINE uint32_t to_bits(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
 
+/* Both are computed: a branch around a float operation would keep a loop from being vectorised. */
+INLINE uint32_t choose(int condition, uint32_t yes, uint32_t no) {
+    uint32_t mask = -(uint32_t)condition;
+    return (yes & mask) | (no & ~mask);
+}
+
+INLINE float smaller(float a, float b) {
+    return from_bits(choose(a < b, to_bits(a), to_bits(b)));
+}
+
+INLINE float larger(float a, float b) {
+    return from_bits(choose(a > b, to_bits(a), to_bits(b)));
+}
+
 INLINE float half_to_float(uint16_t h) {
     uint32_t magnitude = h & 0x7fff;
     float scaled = from_bits(magnitude << 13) * 0x1p112f; /* subnormals come out right */
-    uint32_t bits = magnitude >= 0x7c00 ? (magnitude << 13) | 0x7f800000 : to_bits(scaled);
+    uint32_t bits = choose(magnitude >= 0x7c00, magnitude << 13 | 0x7f800000, to_bits(scaled));
     return from_bits(bits | (uint32_t)(h & 0x8000) << 16);
 }
 
@@ -37,35 +55,85 @@ INLINE uint16_t float_to_half(float f) { /* round to nearest, ties to even */
     x &= 0x7fffffff;
     uint32_t normal = (x + 0xc8000fff + (x >> 13 & 1)) >> 13;
     uint32_t subnormal = to_bits(from_bits(x) + 0.5f) - 0x3f000000;
-    uint32_t half = x < 0x38800000 ? subnormal : normal;
-    half = x >= 0x47800000 ? (x > 0x7f800000 ? 0x7e00 : 0x7c00) : half;
+    uint32_t half = choose(x < 0x38800000, subnormal, normal);
+    half = choose(x >= 0x47800000, choose(x > 0x7f800000, 0x7e00, 0x7c00), half);
     return (uint16_t)(half | sign);
 }
 
-/* dim x LANES values, every run of `block` along dim times the orthonormal Hadamard matrix. */
-INLINE void rotate(tile_t *x, int dim, int block, float scale) {
-    for (int h = 1; h < block; h *= 2)
+/* dim x LANES values, every run of `block` along dim times the Hadamard matrix of 1 and -1. Two
+ * steps of butterflies at once: half the memory traffic, the same sums. */
+INLINE void rotate(tile_t *tiles, int dim, int block) {
+    vector_t *x = (vector_t *)tiles;
+    int h = 1;
+    for (; 2 * h < block; h *= 4)
+        for (int i = 0; i < dim; i += 4 * h)
+            for (int j = i; j < i + h; j++) {
+                vector_t a = x[j], b = x[j + h], c = x[j + 2 * h], d = x[j + 3 * h];
+                vector_t ab = a + b, cd = c + d, a_b = a - b, c_d = c - d;
+                x[j] = ab + cd;
+                x[j + h] = a_b + c_d;
+                x[j + 2 * h] = ab - cd;
+                x[j + 3 * h] = a_b - c_d;
+            }
+    for (; h < block; h *= 2)
         for (int i = 0; i < dim; i += 2 * h)
-            for (int j = i; j < i + h; j++)
-                for (int l = 0; l < LANES; l++) {
-                    float a = x[j][l], b = x[j + h][l];
-                    x[j][l] = a + b;
-                    x[j + h][l] = a - b;
-                }
-    for (int d = 0; d < dim; d++)
-        for (int l = 0; l < LANES; l++) x[d][l] *= scale;
+            for (int j = i; j < i + h; j++) {
+                vector_t a = x[j], b = x[j + h];
+                x[j] = a + b;
+                x[j + h] = a - b;
+            }
+}
+
+/* 4 x 4 halves, one row in each word. */
+INLINE void transpose(uint64_t r[4]) {
+    uint64_t t;
+    for (int i = 0; i < 2; i++) {
+        t = (r[i] >> 32 ^ r[i + 2]) & 0xffffffffu;
+        r[i] ^= t << 32;
+        r[i + 2] ^= t;
+    }
+    for (int i = 0; i < 4; i += 2) {
+        t = (r[i] >> 16 ^ r[i + 1]) & 0x0000ffff0000ffffu;
+        r[i] ^= t << 16;
+        r[i + 1] ^= t;
+    }
+}
+
+/* Rows of dim halves to columns of LANES; lanes that have no row repeat the last one. */
+INLINE void load_columns(const uint16_t *rows, int lanes, int dim, halves_t *columns) {
+    for (int l = 0; l < LANES; l += 4)
+        for (int d = 0; d < dim; d += 4) {
+            uint64_t r[4];
+            for (int i = 0; i < 4; i++)
+                memcpy(&r[i], rows + (l + i < lanes ? l + i : lanes - 1) * dim + d, 8);
+            transpose(r);
+            for (int i = 0; i < 4; i++) memcpy(&columns[d + i][l], &r[i], 8);
+        }
+}
+
+INLINE void store_rows(halves_t *columns, int lanes, int dim, uint16_t *rows) {
+    for (int l = 0; l < lanes; l += 4)
+        for (int d = 0; d < dim; d += 4) {
+            uint64_t r[4];
+            for (int i = 0; i < 4; i++) memcpy(&r[i], &columns[d + i][l], 8);
+            transpose(r);
+            for (int i = 0; i < 4 && l + i < lanes; i++) memcpy(rows + (l + i) * dim + d, &r[i], 8);
+        }
 }
 
 CLONES static void encode(const uint16_t *in, Py_ssize_t n, int dim, int group, int block,
                           float scale, uint32_t *codes, uint16_t *scales, uint16_t *biases) {
-    tile_t x[MAX_DIM];
+    _Alignas(64) tile_t x[MAX_DIM];
+    _Alignas(64) halves_t halves[MAX_DIM];
     int n_groups = dim / group;
     for (Py_ssize_t first = 0; first < n; first += LANES) {
         int lanes = n - first < LANES ? (int)(n - first) : LANES;
-        if (lanes < LANES) memset(x, 0, sizeof(tile_t) * dim);
-        for (int l = 0; l < lanes; l++)
-            for (int d = 0; d < dim; d++) x[d][l] = half_to_float(in[(first + l) * dim + d]);
-        rotate(x, dim, block, scale);
+        load_columns(in + first * dim, lanes, dim, halves);
+        for (int d = 0; d < dim; d++)
+            for (int l = 0; l < LANES; l++) x[d][l] = half_to_float(halves[d][l]);
+        rotate(x, dim, block);
+        for (int d = 0; d < dim; d++)
+            for (int l = 0; l < LANES; l++) x[d][l] *= scale;
         for (int g = 0; g < n_groups; g++) {
             tile_t low, high, inverse;
             tile_t *v = x + g * group;
@@ -73,10 +141,12 @@ CLONES static void encode(const uint16_t *in, Py_ssize_t n, int dim, int group, 
             memcpy(high, v[0], sizeof high);
             for (int d = 1; d < group; d++)
                 for (int l = 0; l < LANES; l++) {
-                    low[l] = v[d][l] < low[l] ? v[d][l] : low[l];
-                    high[l] = v[d][l] > high[l] ? v[d][l] : high[l];
+                    low[l] = smaller(v[d][l], low[l]);
+                    high[l] = larger(v[d][l], high[l]);
                 }
             for (int l = 0; l < LANES; l++) {
+                low[l] = smaller(larger(low[l], -MAX_HALF), MAX_HALF) + 0.0f; /* -0 becomes 0 */
+                high[l] = smaller(larger(high[l], -MAX_HALF), MAX_HALF) + 0.0f;
                 uint16_t s = float_to_half((high[l] - low[l]) / 15.0f), b = float_to_half(low[l]);
                 float sf = half_to_float(s);
                 inverse[l] = sf != 0.0f ? 1.0f / sf : 0.0f;
@@ -91,8 +161,7 @@ CLONES static void encode(const uint16_t *in, Py_ssize_t n, int dim, int group, 
                 for (int i = 0; i < 8; i++)
                     for (int l = 0; l < LANES; l++) {
                         float q = (v[w * 8 + i][l] - low[l]) * inverse[l];
-                        q = q > 0.0f ? q : 0.0f;
-                        q = q < 15.0f ? q : 15.0f;
+                        q = smaller(larger(q, 0.0f), 15.0f);
                         /* adding 2^23 rounds to an integer, ties to even, in the low bits */
                         word[l] |= (to_bits(q + 0x1p23f) & 15) << (4 * i);
                     }
@@ -106,8 +175,8 @@ CLONES static void encode(const uint16_t *in, Py_ssize_t n, int dim, int group, 
 CLONES static void decode(const uint32_t *codes, const uint16_t *scales, const uint16_t *biases,
                           Py_ssize_t n, int dim, int group, int block, float scale,
                           uint16_t *out) {
-    tile_t x[MAX_DIM];
-    uint16_t halves[MAX_DIM][LANES];
+    _Alignas(64) tile_t x[MAX_DIM];
+    _Alignas(64) halves_t halves[MAX_DIM];
     int n_groups = dim / group;
     for (Py_ssize_t first = 0; first < n; first += LANES) {
         int lanes = n - first < LANES ? (int)(n - first) : LANES;
@@ -127,11 +196,10 @@ CLONES static void decode(const uint32_t *codes, const uint16_t *scales, const u
                             (float)(int32_t)(word[l] >> (4 * i) & 15) * s[l] + b[l];
             }
         }
-        rotate(x, dim, block, scale);
+        rotate(x, dim, block);
         for (int d = 0; d < dim; d++)
-            for (int l = 0; l < LANES; l++) halves[d][l] = float_to_half(x[d][l]);
-        for (int l = 0; l < lanes; l++)
-            for (int d = 0; d < dim; d++) out[(first + l) * dim + d] = halves[d][l];
+            for (int l = 0; l < LANES; l++) halves[d][l] = float_to_half(x[d][l] * scale);
+        store_rows(halves, lanes, dim, out + first * dim);
     }
 }
 

@@ -31,7 +31,7 @@ from storage.errors import CorruptData
 from storage.spec import canonical_json
 
 PAGE = 4096
-MAX_HEADER = 1 << 20  # bytes; our largest card header is far below
+MAX_HEADER = 16 << 20  # bytes; a card takes about 250 per block of a branch
 _METADATA_KEY = "kvferry"
 
 
@@ -75,13 +75,16 @@ class Chain:
 
 
 def save(tensors: Tensors, metadata: dict[str, Any], *, align: int = 8) -> bytes:
-    """Serialize; the data section starts at a multiple of `align` bytes."""
+    """Serialize; the data section starts at a multiple of `align` bytes. Raises ValueError for a
+    header that load would refuse."""
     raw = _save(
         {name: np.ascontiguousarray(x) for name, x in tensors.items()},
         {_METADATA_KEY: canonical_json(metadata).decode("ascii")},
     )
     (header,) = struct.unpack_from("<Q", raw)
     pad = -(8 + header) % align
+    if header + pad > MAX_HEADER:
+        raise ValueError(f"header of {header} bytes is above the limit of {MAX_HEADER}")
     body = 8 + header
     return b"".join((struct.pack("<Q", header + pad), raw[8:body], b" " * pad, raw[body:]))
 
@@ -96,16 +99,23 @@ def load(raw: bytes, path: str) -> tuple[Tensors, dict[str, Any]]:
 
 
 def load_metadata(head: bytes, path: str) -> dict[str, Any]:
-    """The metadata from the first bytes of a file, which must hold the whole header."""
+    """The metadata from the first bytes of a file, which must hold the whole header.
+
+    Only the one way in which `save` writes it is accepted. Raises CorruptData, naming `path`.
+    """
     if len(head) < 8:
         raise CorruptData(path, f"{len(head)} bytes are no safetensors file")
     (size,) = struct.unpack_from("<Q", head)
     if size > min(MAX_HEADER, len(head) - 8):
         raise CorruptData(path, f"header of {size} bytes does not fit")
     try:
-        metadata = json.loads(json.loads(head[8 : 8 + size])["__metadata__"][_METADATA_KEY])
+        text = json.loads(head[8 : 8 + size])["__metadata__"][_METADATA_KEY]
+        metadata = json.loads(text)
+        canonical = canonical_json(metadata) == text.encode("ascii")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptData(path, f"header is not kvferry's ({error!r})") from error
     if not isinstance(metadata, dict):
         raise CorruptData(path, "metadata is no mapping")
+    if not canonical or not head[8 : 8 + size].rstrip(b" ").endswith(b"}"):
+        raise CorruptData(path, "header is not in canonical form")
     return metadata

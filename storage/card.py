@@ -22,9 +22,10 @@ from storage.errors import CorruptData, Incompatible
 from storage.spec import CompatibilityKey, canonical_json
 
 SCHEMA = "kvferry.card.v1"
-_NAME = re.compile(r"^(\d{8})-(\d{8})\.safetensors$")
-_DIGEST = re.compile(r"^[0-9a-f]{64}$")
-TENANT_PATTERN = re.compile(r"^[a-z0-9][a-z0-9_-]{0,63}$")
+# \Z, not $: that also matches before a line break at the end.
+_NAME = re.compile(r"([0-9]{8})-([0-9]{8})\.safetensors\Z")
+_DIGEST = re.compile(r"[0-9a-f]{64}\Z")
+TENANT_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}\Z")
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,9 @@ def decode_card(
     tensors, metadata = cache_file.load(raw, path)
     if metadata.get("schema") != SCHEMA:
         raise CorruptData(path, f"schema {metadata.get('schema')!r} is not {SCHEMA}")
+    for name, array in tensors.items():
+        if array.dtype != np.dtype("<u4") or array.ndim != 1:
+            raise CorruptData(path, f"tensor {name} is {array.dtype}{array.shape}, no token ids")
     description, seal = metadata.get("card"), metadata.get("seal")
     if not isinstance(description, dict) or not isinstance(seal, dict):
         raise CorruptData(path, "card or seal is missing")
@@ -221,6 +225,8 @@ def _from_json(data: Mapping[str, Any], tensors: Mapping[str, Any]) -> CacheCard
             "tombstone", "provenance", "created", "updated",
         )
     }  # fmt: skip
+    for name in ("epoch", "generation"):
+        _count(data[name])
     return CacheCard(
         agent=AgentId(**data["agent"]),
         base=CardRef(**data["base"]) if data["base"] else None,
@@ -247,7 +253,16 @@ def _branch(data: Mapping[str, Any], tensors: Mapping[str, Any]) -> BranchCard:
 
 def _block_ref(data: Mapping[str, Any]) -> BlockRef:
     parts = {name: PartRef(**part) for name, part in data["parts"].items()}
+    if not parts or not parts.keys() <= {"full", "sliding"}:
+        raise ValueError(f"unknown parts {sorted(parts)}")
+    for number in (data["rows"], *(part.size for part in parts.values())):
+        _count(number)
     for digest in (data["id"], *(part.sha256 for part in parts.values())):
         if not _DIGEST.match(digest):  # it becomes a file name
             raise ValueError(f"{digest!r} is no digest")
     return BlockRef(id=data["id"], rows=data["rows"], parts=parts)
+
+
+def _count(value: object) -> None:
+    if type(value) is not int or value < 0:  # True is an int, too
+        raise ValueError(f"{value!r} is no count")

@@ -28,6 +28,9 @@ except ImportError:  # not compiled: same results, about ten times slower
 Tensors = dict[str, NDArray[Any]]  # "full.0.k.codes" -> (n_layers, T, n_kv_heads, width)
 
 
+MAX_HALF = np.float32(65504)  # what rotation takes beyond float16 saturates
+
+
 class Codec(Protocol):
     """One way to store float16 vectors. `name` is hashed into every block id."""
 
@@ -115,9 +118,11 @@ class Q4:
     def decode(self, fields: Mapping[str, NDArray[Any]], dim: int) -> NDArray[np.float16]:
         group, block = self.group(dim), self.hadamard(dim)
         lead = fields["codes"].shape[:-1]
-        arrays = [np.ascontiguousarray(fields[f]) for f in ("codes", "scales", "biases")]
+        codes = np.ascontiguousarray(fields["codes"])
+        scales = np.ascontiguousarray(fields["scales"])
+        biases = np.ascontiguousarray(fields["biases"])
         decode = _fast.decode_q4 if _fast else decode_q4_numpy
-        out = decode(*arrays, group, block)
+        out = decode(codes, scales, biases, group, block)
         return np.frombuffer(out, "<f2").reshape(*lead, dim)
 
 
@@ -140,7 +145,8 @@ def encode_q4_numpy(x: NDArray[np.float16], group: int, block: int) -> tuple[byt
     """The reference encoder: min/max range per group. (N, D) float16 -> codes, scales, biases."""
     n, dim = x.shape
     grouped = _rotate(x.astype(np.float32), block).reshape(n, dim // group, group)
-    low, high = grouped.min(axis=-1), grouped.max(axis=-1)
+    low = np.clip(grouped.min(axis=-1), -MAX_HALF, MAX_HALF) + np.float32(0)  # -0 becomes 0
+    high = np.clip(grouped.max(axis=-1), -MAX_HALF, MAX_HALF) + np.float32(0)
     scales = ((high - low) / np.float32(15)).astype(np.float16)
     biases = low.astype(np.float16)
     s = scales.astype(np.float32)[..., None]

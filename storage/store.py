@@ -13,11 +13,11 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import fsspec
 
@@ -38,6 +38,7 @@ from storage.errors import CorruptData, Fenced, Incompatible, StorageError, Stor
 from storage.spec import CompatibilityKey
 
 SCHEMES = ("file", "memory")
+_memory_lock = threading.Lock()  # fsspec's memory:// looks first and writes then
 
 
 @dataclass(frozen=True)
@@ -70,16 +71,17 @@ class CacheStore:
     ) -> None:
         """Raises ValueError for a URL this version has no tested backend for."""
         if "://" not in url:
-            url = Path(url).expanduser().absolute().as_uri()
-        scheme = url.split("://", 1)[0]
+            url = f"file://{Path(url).expanduser().absolute()}"
+        scheme, rest = url.split("://", 1)
         if scheme not in SCHEMES:
             known = ", ".join(f"{name}://" for name in SCHEMES)
             raise ValueError(f"store {url!r}: scheme {scheme}:// is not supported; use {known}")
-        self.url = url.rstrip("/")
+        self.url = f"{scheme}://{rest.rstrip('/')}"
         self._fs, self._root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
         self._is_local = scheme == "file"
+        self._guard = contextlib.nullcontext() if self._is_local else _memory_lock
         self._signing_key = signing_key
-        self._on_fault = on_fault
+        self.on_fault = on_fault
 
     # ---- start
 
@@ -104,13 +106,17 @@ class CacheStore:
             folder = self._block_folder(tenant, block_id)
             prefix = f"{block_id}.{part}."
             for name in self._names(folder):
-                if name.startswith(prefix):
+                if name.startswith(prefix) and name.endswith(".safetensors"):
                     adopted = self._verified(f"{folder}/{name}", name[len(prefix) :].split(".")[0])
                     if adopted is not None:
                         return adopted
             ref = PartRef(sha256(raw), len(raw))
-            with contextlib.suppress(FileExistsError):  # a twin was faster: same name, same bytes
-                self._create(f"{folder}/{prefix}{ref.sha256}.safetensors", raw)
+            path = f"{folder}/{prefix}{ref.sha256}.safetensors"
+            try:
+                self._create(path, raw)
+            except FileExistsError as error:  # a twin was faster: same name, same bytes
+                if self._verified(path, ref.sha256) is None:
+                    raise StoreUnavailable(self.url, f"cannot create {path}") from error
             return ref
 
     def get_block(self, tenant: str, ref: BlockRef, part: str) -> bytes | None:
@@ -141,19 +147,22 @@ class CacheStore:
         agent: the claim card of an epoch repeats what the epoch started from. None when the agent
         is unknown or nothing verifies (on_fault then was told). A tombstone is returned.
         """
-        folder = self._agent_folder(agent, key)
-        names = self._card_names(folder)
-        epoch = names[-1][0] if names else 0
-        for found_epoch, generation in reversed(names):
-            if found_epoch != epoch:
+        return self._newest(self._agent_folder(agent, key), key)
+
+    def _newest(self, folder: str, key: CompatibilityKey | None) -> LoadedCard | None:
+        unusable: set[tuple[int, int]] = set()
+        while names := self._card_names(folder):
+            epoch = names[-1][0]
+            left = [name for name in names if name[0] == epoch and name not in unusable]
+            if not left:
                 break
-            path = f"{folder}/{card_name(epoch, generation)}"
             try:
-                return self._read_card(path, key)
-            except FileNotFoundError:
-                continue
+                return self._read_card(f"{folder}/{card_name(*left[-1])}", key)
+            except FileNotFoundError:  # its owner has gone on and removed it: list again
+                pass
             except (CorruptData, Incompatible) as error:
-                self._on_fault(error)
+                self.on_fault(error)
+            unusable.add(left[-1])
         return None
 
     def epoch(self, agent: AgentId, key: CompatibilityKey) -> int:
@@ -161,15 +170,21 @@ class CacheStore:
         names = self._card_names(self._agent_folder(agent, key))
         return names[-1][0] if names else 0
 
-    def claim(self, template: CacheCard, *, tombstone: bool = False) -> Claim:
+    def claim(
+        self, template: CacheCard, *, after: int | None = None, tombstone: bool = False
+    ) -> Claim:
         """Take the agent over: create `<epoch + 1>-0` with what its latest card holds.
 
-        `template` names the agent, key, codec and the new owner; its memory is used only if the
-        store has none. Raises Fenced when another claim wins, StoreUnavailable when the store
-        gives no answer (then nothing is owned).
+        `template` names the agent, key, codec and the new owner. `after`: claim exactly the epoch
+        after this one, so that whoever claimed it before wins; default: after the newest. Raises
+        Fenced when another claim wins, StoreUnavailable when the store gives no answer (then
+        nothing is owned).
         """
         agent, key = template.agent, template.key
-        epoch = self.epoch(agent, key) + 1
+        newest = self.epoch(agent, key)
+        epoch = (newest if after is None else after) + 1
+        if newest >= epoch:
+            raise Fenced(str(agent), newest)
         found = self.latest(agent, key)
         now = time.time()
         card = replace(
@@ -188,12 +203,15 @@ class CacheStore:
         raw = encode_card(card, self._signing_key)
         path = f"{self._agent_folder(agent, key)}/{card.name}"
         self._create_or_read_back(path, raw, card)
+        newest = self.epoch(agent, key)
+        if newest > epoch:  # claimed and cleaned up by others between our look and our create
+            raise Fenced(str(agent), newest)
         return Claim(card, found.card if found else None)
 
     def _inherit(self, card: CacheCard, old: CacheCard) -> CacheCard:
         if old.codec != card.codec:  # stored rows are never encoded again
             path = f"{self._agent_folder(old.agent, old.key)}/{old.name}"
-            self._on_fault(Incompatible(path, [f"codec: {old.codec} != {card.codec}"]))
+            self.on_fault(Incompatible(path, [f"codec: {old.codec} != {card.codec}"]))
             return card
         return replace(
             card,
@@ -206,18 +224,27 @@ class CacheStore:
     def commit(self, card: CacheCard) -> LoadedCard:
         """Write the next generation of the caller's epoch; its blocks must be stored already.
 
-        Raises Fenced when a newer epoch exists. Keeps the last two generations and the claim.
+        A generation that an earlier try of the caller took, without an answer, is skipped: the
+        card that is returned counts. Raises Fenced when a newer epoch exists, then nobody will
+        read this card. Keeps the last two generations and the claim.
         """
         folder = self._agent_folder(card.agent, card.key)
         names = self._card_names(folder)
         if names and names[-1][0] > card.epoch:
             raise Fenced(str(card.agent), names[-1][0])
+        while (card.epoch, card.generation) in names:
+            if self._nonce(f"{folder}/{card.name}") != card.nonce:
+                raise Fenced(str(card.agent), card.epoch)
+            card = replace(card, generation=card.generation + 1)
         raw = encode_card(card, self._signing_key)
         self._create_or_read_back(f"{folder}/{card.name}", raw, card)
-        for epoch, generation in names:
-            old = epoch == card.epoch and 0 < generation < card.generation - 1
-            if old or epoch < card.epoch:
-                self._remove(f"{folder}/{card_name(epoch, generation)}")
+        newest = self.epoch(card.agent, card.key)
+        if newest > card.epoch:
+            raise Fenced(str(card.agent), newest)
+        mine = [n for n in names if n[0] == card.epoch and 0 < n[1] < card.generation]
+        for name in names:
+            if name[0] < card.epoch or name in mine[:-1]:
+                self._remove(f"{folder}/{card_name(*name)}")
         return LoadedCard(card, CardRef(card.epoch, card.generation, sha256(raw)))
 
     def delete(self, template: CacheCard) -> None:
@@ -234,21 +261,9 @@ class CacheStore:
         for tenant in tenants:
             folder = self._path("agents", tenant)
             for name in self._names(folder):
-                names = self._card_names(f"{folder}/{name}")
-                for epoch, generation in reversed(names):
-                    if epoch != names[-1][0]:
-                        break
-                    try:
-                        path = f"{folder}/{name}/{card_name(epoch, generation)}"
-                        loaded = self._read_card(path, None)
-                    except FileNotFoundError:
-                        continue
-                    except CorruptData as error:
-                        self._on_fault(error)
-                        continue
-                    if loaded.card.key == key and not loaded.card.tombstone:
-                        yield loaded
-                    break
+                loaded = self._newest(f"{folder}/{name}", None)
+                if loaded and loaded.card.key == key and not loaded.card.tombstone:
+                    yield loaded
 
     def tenants(self) -> list[str]:
         """Every tenant that has agents here."""
@@ -267,7 +282,7 @@ class CacheStore:
 
     def _names(self, folder: str) -> list[str]:
         """File names in a folder, sorted; empty when there is none."""
-        with self._translated():
+        with self._translated(), self._guard:
             try:
                 paths = self._fs.ls(folder, detail=False)
             except FileNotFoundError:
@@ -281,9 +296,17 @@ class CacheStore:
         with self._translated():
             raw = self._fs.cat_file(path)
         card = decode_card(raw, path, key=key, signing_key=self._signing_key)
-        if not path.endswith(f"/{card.name}"):
-            raise CorruptData(path, f"the card inside is {card.name}")
+        home = f"{self._agent_folder(card.agent, card.key)}/{card.name}"
+        if path != home:  # a sound card, copied here from another agent, tenant or epoch
+            raise CorruptData(path, f"the card inside belongs to {home}")
         return LoadedCard(card, CardRef(card.epoch, card.generation, sha256(raw)))
+
+    def _nonce(self, path: str) -> str | None:
+        """Whose card this is; None if that cannot be said."""
+        try:
+            return self._read_card(path, None).card.nonce
+        except (FileNotFoundError, CorruptData):
+            return None
 
     def _verified(self, path: str, digest: str) -> PartRef | None:
         """A stored variant, if its bytes are sound; a broken one is set aside."""
@@ -293,8 +316,9 @@ class CacheStore:
             return None
         if sha256(raw) == digest:
             return PartRef(digest, len(raw))
-        self._on_fault(CorruptData(path, "sha256 does not match its name; set aside"))
-        self._fs.mv(path, f"{path}.corrupt")
+        self.on_fault(CorruptData(path, "sha256 does not match its name; set aside"))
+        with contextlib.suppress(FileNotFoundError):  # another thread was faster
+            self._fs.mv(path, f"{path}.corrupt")
         return None
 
     def _create_or_read_back(self, path: str, raw: bytes, card: CacheCard) -> None:
@@ -315,10 +339,11 @@ class CacheStore:
     def _create(self, path: str, raw: bytes) -> None:
         """Create or raise FileExistsError; on file:// a crash leaves no half-written file."""
         if not self._is_local:
-            self._fs.pipe_file(path, raw, mode="create")
+            with self._guard:
+                self._fs.pipe_file(path, raw, mode="create")
             return
         folder = os.path.dirname(path)
-        os.makedirs(folder, exist_ok=True)
+        _make_folder(folder)
         temporary = f"{folder}/.{secrets.token_hex(8)}.tmp"
         try:
             with open(temporary, "xb", opener=_private) as file:
@@ -329,14 +354,10 @@ class CacheStore:
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync_folder(folder)
 
     def _remove(self, path: str) -> None:
-        with self._translated(), contextlib.suppress(FileNotFoundError):
+        with self._translated(), self._guard, contextlib.suppress(FileNotFoundError):
             self._fs.rm_file(path)
 
     @contextlib.contextmanager
@@ -349,6 +370,27 @@ class CacheStore:
             raise
         except Exception as error:
             raise StoreUnavailable(self.url, repr(error)) from error
+
+
+def _make_folder(folder: str) -> None:
+    """Create a folder and its parents; after a power cut they are still there."""
+    if os.path.isdir(folder):
+        return
+    parent = os.path.dirname(folder)
+    _make_folder(parent)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(folder)
+    if not os.path.isdir(folder):
+        raise NotADirectoryError(folder)
+    _sync_folder(parent)
+
+
+def _sync_folder(folder: str) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _private(path: str, flags: int) -> int:

@@ -78,6 +78,11 @@ class Tiers:
             for run_id in [i for i, entry in self._entries.items() if not entry.pins]:
                 self._used -= self._entries.pop(run_id).size
 
+    def size_of(self, run_id: str) -> int:
+        """Bytes the rows take in RAM, 0 if they are not there."""
+        entry = self._entries.get(run_id)
+        return entry.size if entry else 0
+
     def resident(self, run_id: str) -> Tensors | None:
         """The rows, if they are in RAM."""
         with self._lock:

@@ -75,8 +75,8 @@ class FakeEngine:
         digest = hashlib.sha256(f"fake-{seed}".encode()).hexdigest()
         self.key = CompatibilityKey(digest, digest, (), spec)
         self.vocab = FakeVocab()
-        self.n_ctx, self.n_seq_max, self.n_batch = n_ctx, n_seq_max, 512
         self.n_cells = n_cells or n_ctx * n_seq_max
+        self.n_ctx, self.n_seq_max, self.n_batch = min(n_ctx, self.n_cells), n_seq_max, 512
         self.kv_bytes = self.n_cells * spec.f16_row_bytes
         self._seed = seed
         self._delay = step_delay
@@ -88,6 +88,8 @@ class FakeEngine:
         wanted = sum(len(c.token_ids) for c in chunks)
         if sum(map(len, self._rows)) + wanted > self.n_cells:
             raise EngineFault(f"no cells for {wanted} tokens")
+        if wanted > self.n_batch + self.n_seq_max:
+            raise EngineFault(f"a step of {wanted} tokens, the batch holds {self.n_batch}")
         logits = {}
         for chunk in chunks:
             rows = self._rows[chunk.seq_id]
@@ -101,8 +103,8 @@ class FakeEngine:
 
     def _next_row(self, token: int, before: NDArray[np.float16] | None) -> NDArray[np.float16]:
         state = b"" if before is None else before.tobytes()
-        digest = hashlib.blake2b(f"{self._seed}.{token}.".encode() + state, digest_size=32).digest()
-        row = np.frombuffer(digest * 8, np.uint8).astype(np.float16) / np.float16(256)
+        digest = hashlib.shake_128(f"{self._seed}.{token}.".encode() + state).digest(256)
+        row = np.frombuffer(digest, np.uint8).astype(np.float16) / np.float16(256)
         return row.reshape(_LAYERS, 2, _HEADS, _DIM)
 
     def _logits(self, row: NDArray[np.float16]) -> Logits:

@@ -100,14 +100,14 @@ class LlamaEngine:
             raise ModelUnavailable(f"{path}: llama.cpp cannot load this file")
         self._metadata = _metadata(self._model)
         self._rope = llama.llama_model_rope_type(self._model)
-        self.key = CompatibilityKey(
-            *_digests(path), rope=self._rope_parameters(), spec=self._spec(path)
-        )
+        spec = self._spec(path)  # refuses before the file is hashed
+        self.key = CompatibilityKey(*_digests(path), rope=self._rope_parameters(), spec=spec)
         self.vocab = LlamaVocab(self._model)
         self.n_ctx = min(n_ctx, llama.llama_model_n_ctx_train(self._model), n_cells)
         self.n_seq_max = n_seq_max
         self.n_batch = _UBATCH
         self._scratch = n_seq_max
+        self._state = np.empty(0, np.uint8)
         self._open_context(n_cells, n_threads)
         self.kv_bytes = self.n_cells * self.key.spec.f16_row_bytes
         self._check_state()
@@ -182,6 +182,9 @@ class LlamaEngine:
             ) from error
 
     def step(self, chunks: Sequence[Chunk]) -> dict[int, Logits]:
+        n = sum(len(chunk.token_ids) for chunk in chunks)
+        if n > self._tokens.size:
+            raise EngineFault(f"a step of {n} tokens, the batch holds {self._tokens.size}")
         n = 0
         rows = {}
         self._wanted[: self.n_batch + self.n_seq_max] = 0
@@ -207,28 +210,29 @@ class LlamaEngine:
         }
 
     def export(self, seq_id: int, start: int, stop: int) -> KVRows:
+        if not 0 <= start < stop <= self.n_rows(seq_id):
+            raise EngineFault(f"rows {start}..{stop} of {self.n_rows(seq_id)}")
         llama.llama_memory_seq_cp(self._memory, seq_id, self._scratch, start, stop)
         try:
             size = llama.llama_state_seq_get_size(self._context, self._scratch)
-            raw = ctypes.create_string_buffer(size)
-            pointer = ctypes.cast(raw, ctypes.POINTER(ctypes.c_uint8))
+            if size > self._state.size:  # reused: touching new pages costs more than the copy
+                self._state = np.empty(size, np.uint8)
+            pointer = self._state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
             got = llama.llama_state_seq_get_data(self._context, pointer, size, self._scratch)
         finally:
             llama.llama_memory_seq_rm(self._memory, self._scratch, -1, -1)
         if got != size:
             raise EngineFault(f"export of rows {start}..{stop} gave {got} of {size} bytes")
-        k, v = llama_state.parse(memoryview(raw), start, stop)
+        k, v = llama_state.parse(memoryview(self._state)[:size], start, stop)
         layer = self.key.spec.groups[0]
         if k.shape[0] != len(layer.layers):
             raise EngineFault(f"state has {k.shape[0]} layers, the spec {len(layer.layers)}")
-        k = self._heads(k, layer.key_dim)
+        k, v = self._heads(k, layer.key_dim), self._heads(v, layer.value_dim)
         if self._rope == _ROPE_INTERLEAVED:
             k = llama_state.to_half_split(k, self._rope_dims)
-        return (
-            GroupRows(
-                np.ascontiguousarray(k), np.ascontiguousarray(self._heads(v, layer.value_dim))
-            ),
-        )
+        else:
+            k = k.copy()
+        return (GroupRows(k, v.copy()),)
 
     def _heads(self, side: NDArray[np.float16], dim: int) -> NDArray[np.float16]:
         """(n_layers, T, n_kv_heads * dim) -> (n_layers, T, n_kv_heads, dim)."""

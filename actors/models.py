@@ -1,0 +1,135 @@
+"""Model references -> files -> engines.
+
+    /path/to/model.gguf                  a file
+    pkg://package/file.gguf              a file inside an installed package, which is not imported
+    hf://owner/repo/file.gguf            from the Hugging Face hub, cached by huggingface_hub
+    fake://?step_delay=0.01              the numpy engine, to try a cluster without a model
+
+Everything that is wrong with a reference is a ModelUnavailable with one clear line.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from pathlib import Path
+from urllib.parse import parse_qsl
+
+from actors.config import ReplicaConfig
+from actors.engines.base import Engine
+from actors.errors import ModelUnavailable
+from storage.errors import StoreUnavailable
+from storage.store import CacheStore
+
+_GGUF_MAGIC = b"GGUF"
+
+
+def is_fake(model: str) -> bool:
+    return model.startswith("fake://")
+
+
+def served_name(model: str) -> str:
+    """The id clients use: the file's name without its quantization, e.g. SmolLM2-135M-Instruct."""
+    if is_fake(model):
+        return "fake"
+    stem = re.sub(r"\.gguf$", "", model.rstrip("/").rsplit("/", 1)[-1], flags=re.IGNORECASE)
+    return re.sub(r"[.-](I?Q\d\w*|[BF]F?16|F32)$", "", stem, flags=re.IGNORECASE)
+
+
+def resolve(model: str) -> Path:
+    """The local GGUF of a reference. Raises ModelUnavailable."""
+    if model.startswith("pkg://"):
+        path = _in_package(model)
+    elif model.startswith("hf://"):
+        path = _from_hub(model)
+    elif "://" in model:
+        raise ModelUnavailable(f"{model}: unknown scheme; use a path, pkg:// or hf://")
+    else:
+        path = Path(model).expanduser()
+    if path.is_dir() and (path / "config.json").exists():
+        raise ModelUnavailable(f"{model}: an MLX directory needs the mlx engine, not built yet")
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise ModelUnavailable(f"{model}: cannot read it ({error.strerror})") from error
+    if magic != _GGUF_MAGIC:
+        raise ModelUnavailable(f"{model}: not a GGUF file")
+    return path
+
+
+def _in_package(model: str) -> Path:
+    package, _, name = model.removeprefix("pkg://").partition("/")
+    try:
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelUnavailable(f"{model}: package {package!r} is not installed")
+    root = Path(next(iter(spec.submodule_search_locations))).resolve()
+    path = (root / name).resolve()
+    if not path.is_relative_to(root) or not path.is_file():
+        raise ModelUnavailable(f"{model}: package {package!r} has no file {name!r}")
+    return path
+
+
+def _from_hub(model: str) -> Path:
+    match = re.fullmatch(r"hf://([^/]+/[^/]+)/(.+)", model)
+    if match is None:
+        raise ModelUnavailable(f"{model}: write hf://owner/repo/file")
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError as error:
+        raise ModelUnavailable(f"{model}: install huggingface_hub (pip install '.[hf]')") from error
+    try:
+        return Path(hf_hub_download(match[1], match[2]))
+    except Exception as error:  # the hub's errors, the network's, and the cache's
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise ModelUnavailable(f"{model}: cannot be fetched ({reason})") from error
+
+
+def open_engine(config: ReplicaConfig) -> Engine:
+    """Load the model. Raises ModelUnavailable."""
+    if is_fake(config.model):
+        from actors.engines.fake_engine import FakeEngine
+
+        return FakeEngine(config.slots, config.n_ctx, **_fake_options(config.model))
+    path = resolve(config.model)
+    try:
+        from actors.engines.llama_engine import LlamaEngine
+    except ImportError as error:
+        raise ModelUnavailable(
+            "GGUF models need llama-cpp-python (pip install '.[llama]')"
+        ) from error
+    return LlamaEngine(
+        path,
+        n_seq_max=config.slots,
+        n_ctx=config.n_ctx,
+        n_cells=config.cells or config.slots * config.n_ctx,
+        n_threads=config.threads or os.cpu_count() or 1,
+    )
+
+
+def open_store(config: ReplicaConfig) -> CacheStore:
+    """The configured store, with its signing key. Raises ValueError, StoreUnavailable."""
+    if not config.signing_key_file:
+        return CacheStore(config.store)
+    try:
+        signing_key = Path(config.signing_key_file).read_bytes().strip()
+    except OSError as error:
+        raise StoreUnavailable(config.store, f"cannot read the signing key: {error}") from error
+    if len(signing_key) < 16:
+        raise ValueError(f"{config.signing_key_file}: a signing key has at least 16 bytes")
+    return CacheStore(config.store, signing_key=signing_key)
+
+
+def _fake_options(model: str) -> dict[str, float]:
+    options = dict(parse_qsl(model.partition("?")[2]))
+    try:
+        delay = float(options.pop("step_delay", "0"))
+    except ValueError as error:
+        raise ModelUnavailable(f"{model}: step_delay is no number") from error
+    if options:
+        raise ModelUnavailable(f"{model}: unknown option {next(iter(options))}")
+    return {"step_delay": delay}

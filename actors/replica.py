@@ -1,0 +1,204 @@
+"""ModelReplica: the actor's face of one device. Thin: streams, ownership calls, reports.
+
+Hosted by Ray (cluster.pool) as an asynchronous actor, but imports no Ray. Its event loop only
+passes messages; the engine has a thread of its own, so status answers while a step runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import actors
+import storage
+from actors.config import ReplicaConfig
+from actors.errors import ActorError, EngineFault, ModelUnavailable
+from actors.loop import LoopConfig, ReplicaLoop
+from actors.memory import AgentMemory, Memory, MemoryConfig
+from actors.models import open_engine, open_store
+from actors.report import AgentReport, ReplicaInfo, ReplicaStatus
+from actors.scheduler import SchedulerConfig
+from actors.turn import StreamItem, TurnFailed, TurnFinished, TurnMoved, TurnRequest
+from storage.card import AgentId, Owner
+from storage.codec import get_codec
+from storage.tiers import Tiers
+
+T = TypeVar("T")
+_CALL_TIMEOUT_S = 30.0
+
+
+class ModelReplica:
+    """One model on one device. Every call has a deadline and may raise ActorError."""
+
+    def __init__(self, config: ReplicaConfig, node: str) -> None:
+        """Loads the model. Raises ModelUnavailable, StoreUnavailable, ValueError."""
+        _check_packages()
+        store = open_store(config)
+        store.probe()
+        codec = get_codec(config.codec)
+        engine = open_engine(config)
+        for group in engine.key.spec.groups:
+            for dim in (group.key_dim, group.value_dim):
+                codec.fields(dim)  # refuses a head dim it cannot store, before we are ready
+        self._owner = Owner(node, secrets.token_hex(8))
+        self._config = config
+        tiers = Tiers(store, engine.key.spec, codec, config.pool_bytes)
+        self._memory = Memory(
+            store, engine.key, codec, tiers, self._owner, MemoryConfig(), {"engine": engine.name}
+        )
+        store.on_fault = self._memory.on_fault
+        scheduler = SchedulerConfig(
+            config.max_waiting, config.prefill_chunk, config.prefill_chunk_busy
+        )
+        loop_config = LoopConfig(scheduler, default_max_tokens=config.max_tokens)
+        self._loop = ReplicaLoop(engine, self._memory, loop_config, node)
+        self._workers = ThreadPoolExecutor(8, "replica")
+
+    def info(self) -> ReplicaInfo:
+        engine = self._loop.engine
+        return ReplicaInfo(
+            node=self._owner.node,
+            incarnation=self._owner.incarnation,
+            pid=os.getpid(),
+            raylet_pid=os.getppid(),
+            engine=engine.name,
+            device=engine.device,
+            n_ctx=engine.n_ctx,
+            slots=engine.n_seq_max,
+            codec=self._config.codec,
+            key=engine.key,
+            kv_bytes=engine.kv_bytes,
+        )
+
+    # ---- turns
+
+    async def run_turn(self, request: TurnRequest) -> AsyncIterator[list[StreamItem]]:
+        """Items as they come, those that are ready together in one list. When the caller goes
+        away, the turn is cancelled."""
+        items: asyncio.Queue[StreamItem] = asyncio.Queue()
+        here = asyncio.get_running_loop()
+        try:
+            self._loop.submit(
+                request, lambda item: here.call_soon_threadsafe(items.put_nowait, item)
+            )
+        except ActorError as error:
+            yield [TurnFailed(request.attempt, error)]
+            return
+        try:
+            last = False
+            while not last:
+                ready = [await items.get()]
+                while not items.empty():
+                    ready.append(items.get_nowait())
+                last = isinstance(ready[-1], (TurnFinished, TurnMoved, TurnFailed))
+                yield ready
+        finally:
+            self._loop.cancel(request.id)
+
+    async def cancel(self, turn_id: str) -> None:
+        """End a turn at the next token; unknown ids are ignored."""
+        self._loop.cancel(turn_id)
+
+    # ---- ownership
+
+    async def adopt(self, agent: AgentId) -> int:
+        """Claim the agent; returns the epoch. Raises Fenced, StoreUnavailable."""
+        memory = await self._in_thread(lambda: self._memory.open(agent))
+        assert memory.card is not None
+        return memory.card.epoch
+
+    async def freeze(self, agent: AgentId) -> None:
+        """Stop the agent at a token boundary and commit its card. Raises AgentMoved."""
+        committed = await self._on_loop(lambda: self._loop.freeze(agent))
+        await asyncio.wait_for(asyncio.wrap_future(committed), _CALL_TIMEOUT_S)
+
+    async def thaw(self, agent: AgentId) -> None:
+        """A migration failed: go on with the agent after claiming it again."""
+        await self._on_loop(lambda: self._loop.thaw(agent))
+
+    async def release(self, agent: AgentId) -> None:
+        """The agent is another replica's now."""
+        await self._on_loop(lambda: self._loop.release(agent))
+
+    async def delete(self, agent: AgentId) -> None:
+        """Forget the agent for good. Raises AgentMoved while a turn runs, Fenced."""
+        await self._on_loop(lambda: self._loop.drop(agent))
+        await self._in_thread(lambda: self._memory.delete(agent))
+
+    async def evict(self) -> int:
+        """Empty idle sequences and the pool, as memory pressure would; returns sequences freed.
+        What is not stored yet stays."""
+        await asyncio.wait_for(asyncio.wrap_future(self._memory.persister.flush()), _CALL_TIMEOUT_S)
+        freed = await self._on_loop(self._loop.residency.evict_idle)
+        self._memory.tiers.evict_all()
+        return freed
+
+    async def flush(self) -> None:
+        """Done when everything handed over so far is stored."""
+        await asyncio.wait_for(asyncio.wrap_future(self._memory.persister.flush()), _CALL_TIMEOUT_S)
+
+    # ---- reports
+
+    async def status(self, since: float = 0.0) -> ReplicaStatus:
+        """Raises EngineFault when the engine's thread has died: the replica must be replaced."""
+        loop, memory = self._loop, self._memory
+        if not loop.alive:
+            raise EngineFault("the engine's thread has died")
+        at = time.time()
+        known = memory.agents()
+        return ReplicaStatus(
+            at=at,
+            running=len(loop.scheduler.running),
+            waiting=len(loop.scheduler.waiting),
+            idle=loop.residency.n_idle,
+            queue_s=loop.queue_seconds(),
+            rates=loop.rates,
+            pool_bytes=memory.tiers.used_bytes,
+            cells_used=loop.residency.cells_used,
+            n_agents=len(known),
+            agents=tuple(self._report(m) for m in known if m.changed >= since),
+            faults=dict(memory.faults),
+            served=dict(loop.served),
+        )
+
+    def _report(self, memory: AgentMemory) -> AgentReport:
+        assert memory.card is not None
+        branches = list(memory.branches)
+        latest = max(branches, key=lambda b: b.last_used, default=None)
+        sizes = self._memory.ram_bytes(branches)
+        resident = latest is not None and self._loop.residency.find(latest) is not None
+        return AgentReport(
+            agent=memory.agent,
+            epoch=memory.card.epoch,
+            generation=memory.card.generation,
+            branches=len(branches),
+            tokens=len(latest.tokens) if latest else 0,
+            rows=latest.rows if latest else 0,
+            in_ram=resident or (latest is not None and self._memory.in_ram(latest)),
+            ram_bytes=sizes,
+            stored_bytes=memory.card.bytes_stored,
+            last_used=memory.last_used,
+        )
+
+    async def _on_loop(self, function: Callable[[], T]) -> T:
+        return await asyncio.wait_for(
+            asyncio.wrap_future(self._loop.call(function)), _CALL_TIMEOUT_S
+        )
+
+    async def _in_thread(self, function: Callable[[], T]) -> T:
+        future: Future[T] = self._workers.submit(function)
+        return await asyncio.wait_for(asyncio.wrap_future(future), _CALL_TIMEOUT_S)
+
+
+def _check_packages() -> None:
+    """`storage` and `actors` are generic names: make sure both are this repository's."""
+    roots = {Path(str(package.__file__)).resolve().parent.parent for package in (actors, storage)}
+    if len(roots) != 1:
+        places = " and ".join(sorted(map(str, roots)))
+        raise ModelUnavailable(f"packages actors and storage come from different places: {places}")

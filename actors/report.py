@@ -1,0 +1,60 @@
+"""What a replica tells the cluster about itself: plain values, picklable."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from actors.rates import Rates
+from storage.card import AgentId
+from storage.spec import CompatibilityKey
+
+
+@dataclass(frozen=True)
+class ReplicaInfo:
+    """Fixed for the life of a replica."""
+
+    node: str
+    incarnation: str
+    pid: int
+    raylet_pid: int
+    engine: str
+    device: str
+    n_ctx: int
+    slots: int
+    codec: str
+    key: CompatibilityKey
+    kv_bytes: int  # allocated for the engine's cells
+
+
+@dataclass(frozen=True)
+class AgentReport:
+    """One agent this replica owns."""
+
+    agent: AgentId
+    epoch: int
+    generation: int
+    branches: int
+    tokens: int  # of the branch used last
+    rows: int  # of them encoded
+    in_ram: bool  # its next turn needs no file
+    ram_bytes: int
+    stored_bytes: int
+    last_used: float  # unix seconds
+
+
+@dataclass(frozen=True)
+class ReplicaStatus:
+    """As of now; `agents` lists those that changed since the caller's last status."""
+
+    at: float
+    running: int
+    waiting: int
+    idle: int
+    queue_s: float
+    rates: Rates
+    pool_bytes: int
+    cells_used: int
+    n_agents: int
+    agents: tuple[AgentReport, ...]
+    faults: dict[str, int] = field(default_factory=dict)
+    served: dict[str, int] = field(default_factory=dict)

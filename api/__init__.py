@@ -1,0 +1,1 @@
+"""The HTTP surface: one turn from request to last token, and the views of agents and cluster."""

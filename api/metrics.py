@@ -1,0 +1,79 @@
+"""Prometheus metrics: the ingress's own, and what the replicas report at the time of a scrape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+_TTFT_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
+
+
+class Metrics:
+    """One per ingress process; a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "kvferry_requests", "Turns asked for, by HTTP status.", ["status"],
+            registry=self.registry,
+        )  # fmt: skip
+        self.cache = Counter(
+            "kvferry_turns", "Turns begun, by where the agent's memory was.", ["cache"],
+            registry=self.registry,
+        )  # fmt: skip
+        self.tokens = Counter(
+            "kvferry_tokens", "Tokens of answered turns.", ["kind"], registry=self.registry
+        )
+        self.first_token = Histogram(
+            "kvferry_time_to_first_token_seconds", "From request to first token.",
+            buckets=_TTFT_BUCKETS, registry=self.registry,
+        )  # fmt: skip
+        self.failovers = Counter(
+            "kvferry_failovers", "Attempts of a turn that were lost and taken over.",
+            registry=self.registry,
+        )  # fmt: skip
+
+    def render(self, cluster: dict[str, Any]) -> bytes:
+        """The exposition text; `cluster` is the router's report."""
+        registry = CollectorRegistry()
+        registry.register(_Cluster(cluster))
+        return generate_latest(self.registry) + generate_latest(registry)
+
+
+class _Cluster:
+    """The router's report as metrics."""
+
+    def __init__(self, cluster: dict[str, Any]) -> None:
+        self._cluster = cluster
+
+    def collect(self) -> Iterator[Metric]:
+        report = self._cluster
+        yield GaugeMetricFamily("kvferry_agents", "Agents known.", report["agents"])
+        yield CounterMetricFamily("kvferry_migrations", "Agents moved.", report["migrations"])
+        yield CounterMetricFamily(
+            "kvferry_replica_losses", "Replicas that died or left.", report["replica_losses"]
+        )
+        up = GaugeMetricFamily("kvferry_replica_ready", "1 if it takes turns.", labels=["node"])
+        size = GaugeMetricFamily("kvferry_kv_bytes", "KV bytes held.", labels=["node", "tier"])
+        queued = GaugeMetricFamily("kvferry_turns_waiting", "Queued turns.", labels=["node"])
+        running = GaugeMetricFamily("kvferry_turns_running", "Turns in steps.", labels=["node"])
+        faults = CounterMetricFamily(
+            "kvferry_memory_faults",
+            "Stored memory that was refused or lost, and prefilled instead.",
+            labels=["node", "reason"],
+        )
+        for node in report["nodes"]:
+            if node["pid"] is None:
+                continue
+            name = node["id"]
+            up.add_metric([name], float(node["replica"] == "ready"))
+            for tier, value in node["bytes"].items():
+                size.add_metric([name, tier], value)
+            queued.add_metric([name], node["waiting"])
+            running.add_metric([name], node["running"])
+            for reason, count in node["faults"].items():
+                faults.add_metric([name, reason], count)
+        yield from (up, size, queued, running, faults)

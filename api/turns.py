@@ -1,0 +1,172 @@
+"""One turn from request to last token: place, stream, fail over. Used by every endpoint that talks.
+
+The client's stream is one; behind it may be several attempts on several replicas. What the log does
+not accept never reaches the client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from actors.errors import AgentMoved, EngineFault
+from actors.turn import (
+    StreamItem,
+    Tokens,
+    TurnFailed,
+    TurnFinished,
+    TurnMoved,
+    TurnRequest,
+    TurnStarted,
+)
+from api.errors import TurnTimeout
+from api.metrics import Metrics
+from cluster.config import HttpConfig
+from cluster.errors import NoReplica
+from cluster.failover import TurnLog
+from cluster.remote import ReplicaLost, call, stream
+from cluster.router import Decision
+from storage.errors import StorageError
+
+logger = logging.getLogger(__name__)
+_PLACE_TIMEOUT_S = 45.0
+_MAX_LOSSES = 5
+_MAX_MOVES = 50
+
+
+@dataclass(frozen=True)
+class Started:
+    """First event of a turn."""
+
+    node: str
+    cache: str
+    prompt_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True)
+class Text:
+    """Text the client may see now; `n_tokens` ids stand behind it (text may be empty)."""
+
+    text: str
+    n_tokens: int
+
+
+@dataclass(frozen=True)
+class Done:
+    """Last event of a turn."""
+
+    reason: Literal["stop", "length"]
+    completion_tokens: int
+
+
+Event = Started | Text | Done
+
+
+class Turns:
+    """Runs turns against the router and the replicas it names."""
+
+    def __init__(self, router: Any, config: HttpConfig, metrics: Metrics) -> None:
+        self._router, self._config, self._metrics = router, config, metrics
+
+    async def run(self, request: TurnRequest) -> AsyncIterator[Event]:
+        """Started, then Text as it comes, then Done.
+
+        Raises InvalidRequest, Overloaded, NoReplica, TurnTimeout, and what made the last of
+        several attempts fail.
+        """
+        log = TurnLog(request)
+        began = time.monotonic()
+        deadline = began + self._config.request_timeout_s
+        avoid: set[str] = set()
+        while True:
+            decision = await self._place(log, frozenset(avoid))
+            attempt = log.next_request()
+            try:
+                async for item in self._items(decision, attempt, deadline):
+                    if isinstance(item, TurnMoved):
+                        raise AgentMoved(f"agent {request.agent} moved")
+                    if isinstance(item, TurnFailed):
+                        raise item.error
+                    for event in self._events(log, item):
+                        if isinstance(event, Text) and len(log.ids) == event.n_tokens > 0:
+                            self._metrics.first_token.observe(time.monotonic() - began)
+                        yield event
+                        if isinstance(event, Done):
+                            return
+                raise ReplicaLost(f"the replica on {decision.node} ended the stream early")
+            except AgentMoved as moved:
+                log.moves += 1
+                if log.moves > _MAX_MOVES:
+                    raise NoReplica("the agent keeps moving") from moved
+                await asyncio.sleep(0.02 * min(log.moves, 10))
+            except (ReplicaLost, EngineFault, StorageError) as error:
+                log.failovers += 1
+                self._metrics.failovers.inc()
+                logger.warning("turn %s lost %s: %s", request.id, decision.node, error)
+                if log.failovers > _MAX_LOSSES:
+                    raise
+                avoid.add(decision.incarnation)
+                await self._suspect(decision, error)
+
+    async def _place(self, log: TurnLog, avoid: frozenset[str]) -> Decision:
+        request = log.request
+        n_chars = sum(len(str(message.get("content") or "")) for message in request.messages)
+        while True:
+            try:
+                placed: Decision = await call(
+                    self._router.place.remote(
+                        request.agent,
+                        n_chars,
+                        request.sampling.max_tokens or 128,
+                        persist=request.persist,
+                        avoid=avoid,
+                    ),
+                    _PLACE_TIMEOUT_S,
+                )
+                return placed
+            except ReplicaLost as error:  # the router itself: Ray restarts it
+                log.failovers += 1
+                if log.failovers > _MAX_LOSSES:
+                    raise NoReplica(f"the router does not answer: {error}") from error
+                await asyncio.sleep(0.5)
+
+    async def _items(
+        self, decision: Decision, attempt: TurnRequest, deadline: float
+    ) -> AsyncIterator[StreamItem]:
+        generator = decision.actor.run_turn.options(num_returns="streaming").remote(attempt)
+        try:
+            async for batch in stream(generator, self._config.item_timeout_s):
+                for item in batch:
+                    yield item
+                if time.monotonic() > deadline:
+                    raise TurnTimeout(
+                        f"the turn took longer than {self._config.request_timeout_s:g} s"
+                    )
+        finally:
+            decision.actor.cancel.remote(attempt.id)  # no-op after the last item
+
+    def _events(self, log: TurnLog, item: StreamItem) -> list[Event]:
+        if isinstance(item, TurnStarted):
+            if not log.accept_start(item):
+                return []
+            self._metrics.cache.labels(item.cache).inc()
+            return [Started(item.node, item.cache, len(item.prompt_ids), item.cached_tokens)]
+        if isinstance(item, Tokens) and log.accept(item):
+            return [Text(item.text, len(item.ids))]
+        if isinstance(item, TurnFinished) and log.accept(item):
+            events: list[Event] = [Text(item.text, 0)] if item.text else []
+            reason: Literal["stop", "length"] = "length" if item.reason == "length" else "stop"
+            return [*events, Done(reason, len(log.ids))]
+        return []
+
+    async def _suspect(self, decision: Decision, error: Exception) -> None:
+        if isinstance(error, ReplicaLost):
+            try:
+                await call(self._router.suspect.remote(decision.incarnation), 5.0)
+            except ReplicaLost as lost:
+                logger.warning("the router does not answer: %s", lost)

@@ -1,0 +1,1 @@
+"""Where a turn runs: placement, ownership, migration, failover, and the command line."""

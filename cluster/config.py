@@ -1,0 +1,166 @@
+"""One frozen ClusterConfig, composed of the parts' configs and built once, at the edge.
+
+Sources, later ones win: defaults, a TOML file, the environment (KVFERRY_<NAME>), flags. A name is
+the same everywhere: `slots = 2`, KVFERRY_SLOTS=2. Nothing below the edge reads the environment.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from actors.config import ReplicaConfig
+from cluster.errors import ConfigError
+from cluster.placement import PlacementConfig
+from storage.card import TENANT_PATTERN
+from storage.codec import CODECS
+from storage.store import CacheStore
+
+PREFIX = "KVFERRY_"
+# Variables with the prefix that are not settings: where the file is, and the tests' switches.
+_NOT_SETTINGS = {"CONFIG", "DATA", "REQUIRE", "URL"}
+
+
+@dataclass(frozen=True)
+class HttpConfig:
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: Mapping[str, str] = field(default_factory=dict)  # key -> tenant; empty: open
+    temperature: float = 0.7  # of requests that do not say
+    top_p: float = 0.95
+    request_timeout_s: float = 600.0  # a whole turn, waiting included
+    item_timeout_s: float = 60.0  # without a sign of life from the replica: fail over
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    replica: ReplicaConfig = field(default_factory=ReplicaConfig)
+    http: HttpConfig = field(default_factory=HttpConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    nodes: int = 2  # device nodes of a local cluster (kvferry up)
+
+
+def load_config(
+    path: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    flags: Mapping[str, Any] | None = None,
+) -> ClusterConfig:
+    """Raises ConfigError naming the source and the setting."""
+    environment = environment or {}
+    if path is None and environment.get(f"{PREFIX}CONFIG"):
+        path = Path(environment[f"{PREFIX}CONFIG"])
+    values: dict[str, Any] = {}
+    if path is not None:
+        values |= _checked(_read_toml(path), str(path))
+    from_environment = {
+        name.removeprefix(PREFIX).lower(): value
+        for name, value in environment.items()
+        if name.startswith(PREFIX) and name.removeprefix(PREFIX) not in _NOT_SETTINGS
+    }
+    values |= _checked(from_environment, "environment")
+    values |= _checked({k: v for k, v in (flags or {}).items() if v is not None}, "flags")
+    config = _compose(values)
+    _validate(config)
+    return config
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+_SECTIONS: dict[str, Any] = {
+    "replica": ReplicaConfig(),
+    "http": HttpConfig(),
+    "placement": PlacementConfig(),
+}
+
+
+def _known() -> dict[str, Any]:
+    """Setting name -> its default."""
+    known = {"nodes": ClusterConfig().nodes}
+    for section in _SECTIONS.values():
+        known |= {f.name: getattr(section, f.name) for f in fields(section)}
+    return known
+
+
+def _checked(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    known = _known()
+    checked = {}
+    for name, value in values.items():
+        if name not in known:
+            raise ConfigError(f"{source}: unknown setting {name!r}; known: {', '.join(known)}")
+        try:
+            checked[name] = _convert(value, known[name])
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{source}: {name} = {value!r}: {error}") from error
+    return checked
+
+
+def _convert(value: Any, default: Any) -> Any:
+    if isinstance(default, Mapping):
+        if isinstance(value, str):  # "key:tenant,key:tenant"
+            value = dict(entry.split(":", 1) for entry in value.split(",") if entry)
+        if not all(TENANT_PATTERN.match(tenant) for tenant in value.values()):
+            raise ValueError("a tenant is lower-case letters, digits, - and _, at most 64")
+        return dict(value)
+    if isinstance(default, float):
+        return float(value)
+    if isinstance(default, int):
+        return _bytes(value) if isinstance(value, str) else int(value)
+    if not isinstance(value, str):
+        raise TypeError("wants a string")
+    return value
+
+
+def _bytes(text: str) -> int:
+    """ "512", "64MB", "2GiB": a count, or bytes."""
+    match = re.fullmatch(r"\s*(\d+)\s*([kmgt]?)(i?b)?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise ValueError("wants a whole number, or bytes such as 512MB")
+    return int(match[1]) * 1024 ** " kmgt".index(match[2].lower() or " ")
+
+
+def _compose(values: Mapping[str, Any]) -> ClusterConfig:
+    """Relative paths are the caller's: replicas are other processes, in other directories."""
+    values = _known() | dict(values)
+    for name in ("store", "model"):
+        if "://" not in values[name]:
+            path = Path(values[name]).expanduser().absolute()
+            values[name] = path.as_uri() if name == "store" else str(path)
+    sections = {
+        name: replace(section, **{f.name: values[f.name] for f in fields(section)})
+        for name, section in _SECTIONS.items()
+    }
+    return ClusterConfig(nodes=values["nodes"], **sections)
+
+
+def _validate(config: ClusterConfig) -> None:
+    replica, http = config.replica, config.http
+    bounds = [
+        ("nodes", config.nodes, 1, 64),
+        ("port", http.port, 1, 65535),
+        ("slots", replica.slots, 1, 255),
+        ("n_ctx", replica.n_ctx, 16, 1 << 20),
+        ("max_waiting", replica.max_waiting, 1, 1 << 16),
+        ("max_tokens", replica.max_tokens, 1, 1 << 20),
+        ("prefill_chunk", replica.prefill_chunk, 1, 512),
+        ("prefill_chunk_busy", replica.prefill_chunk_busy, 1, 512),
+    ]
+    for name, value, low, high in bounds:
+        if not low <= value <= high:
+            raise ConfigError(f"{name} = {value}: must be between {low} and {high}")
+    if replica.codec not in CODECS:
+        raise ConfigError(f"codec = {replica.codec!r}: known codecs are {', '.join(CODECS)}")
+    try:
+        CacheStore(replica.store)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if replica.store.startswith("memory://"):
+        raise ConfigError("store = memory://: replicas are processes and would not share it")

@@ -1,0 +1,146 @@
+"""A local cluster: a head and several device nodes on one machine, one raylet each.
+
+What `kvferry up` and the tests start. The cores are divided over the replicas, and llama.cpp's
+threads sleep while they wait: replicas that share a machine fight otherwise. A device node that
+dies is started again under its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+import secrets
+import socket
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cluster.config import ClusterConfig
+from cluster.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+_OBJECT_STORE_BYTES = 128 << 20  # per node: streams and calls are small
+_FLUSH_TIMEOUT_S = 20.0
+_ENVIRONMENT = {
+    "RAY_AUTH_MODE": "token",  # Ray listens on the machine's address, too
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "OMP_WAIT_POLICY": "passive",
+}
+
+
+def divided(config: ClusterConfig) -> ClusterConfig:
+    """The config with the machine's cores divided over its replicas, unless threads are set."""
+    if config.replica.threads:
+        return config
+    threads = max(1, (os.cpu_count() or 1) // config.nodes)
+    return replace(config, replica=replace(config.replica, threads=threads))
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises ConfigError when nothing can listen there."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+
+
+class LocalCluster:
+    """Ray nodes that this process owns; use as a context manager."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        self.config = divided(config)
+        self._cluster: Any = None
+        self._nodes: dict[str, Any] = {}
+
+    def __enter__(self) -> LocalCluster:
+        os.environ.update(_ENVIRONMENT)
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        root = str(Path(__file__).resolve().parent.parent)
+        paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+        os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def _start(self) -> None:
+        import ray
+        from ray.cluster_utils import Cluster
+
+        head = {"num_cpus": 0, "include_dashboard": False} | _node_arguments("head")
+        self._cluster = Cluster(initialize_head=True, head_node_args=head)
+        for index in range(self.config.nodes):
+            self._add(f"node-{index + 1}")
+        ray.init(
+            address=self._cluster.address,
+            namespace="kvferry",
+            log_to_driver=False,
+            configure_logging=False,
+        )
+
+    def _add(self, name: str) -> None:
+        arguments = _node_arguments(name)
+        self._nodes[name] = self._cluster.add_node(
+            num_cpus=1, resources={"kvferry_device": 1}, **arguments
+        )
+
+    def serve(self) -> None:
+        """Start the HTTP ingress; returns when it answers."""
+        from ray import serve
+
+        http = self.config.http
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options={"host": http.host, "port": http.port},
+            logging_config={"log_level": "WARNING"},
+        )
+        build_app = importlib.import_module("serve_app").build_app
+        serve.run(build_app(self.config), name="kvferry", route_prefix="/")
+
+    def revive(self) -> list[str]:
+        """Start device nodes again whose raylet has died; returns their names."""
+        dead = [name for name, node in self._nodes.items() if node.dead_processes()]
+        for name in dead:
+            self._cluster.remove_node(self._nodes.pop(name), allow_graceful=False)
+            self._add(name)
+        return dead
+
+    def close(self) -> None:
+        """Store what the replicas hold, then stop everything this process started."""
+        import ray
+
+        with _logged("storing what the agents hold"):
+            if ray.is_initialized():
+                router = ray.get_actor("router", namespace="kvferry")
+                ray.get(router.flush.remote(), timeout=_FLUSH_TIMEOUT_S)
+        with _logged("leaving the cluster"):
+            ray.shutdown()
+        with _logged("stopping the nodes"):
+            if self._cluster is not None:
+                self._cluster.shutdown()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _node_arguments(name: str) -> dict[str, Any]:
+    return {
+        "object_store_memory": _OBJECT_STORE_BYTES,
+        "labels": {"kvferry.io/node": name},
+    }
+
+
+@contextlib.contextmanager
+def _logged(what: str) -> Iterator[None]:
+    """A step of the shutdown: one that fails does not keep the next from running."""
+    try:
+        yield
+    except Exception as error:
+        logger.warning("%s failed: %s", what, error)

@@ -1,0 +1,118 @@
+"""Who owns which agent, as far as the router knows: a cache of the cards' claims.
+
+Filled from the replicas' reports, from the router's own decisions and, after a start, from the
+store. It grants nothing: it can be lost and rebuilt, and where it is wrong a claim fails. Pure.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from actors.report import AgentReport
+from cluster.placement import Location
+from storage.card import AgentId
+from storage.store import LoadedCard
+
+
+@dataclass(frozen=True)
+class AgentRecord:
+    """`node` None: nobody runs it; the store has its card."""
+
+    agent: AgentId
+    node: str | None
+    epoch: int = 0
+    generation: int = 0
+    branches: int = 0
+    tokens: int = 0
+    rows: int = 0
+    in_ram: bool = False
+    ram_bytes: int = 0
+    stored_bytes: int = 0
+    last_used: float = 0.0
+
+    @property
+    def state(self) -> str:
+        """hot, warm or cold, by DESIGN's table: RAM, storage, nowhere."""
+        if self.in_ram:
+            return "hot"
+        return "warm" if self.rows else "cold"
+
+
+class Registry:
+    def __init__(self) -> None:
+        self._records: dict[AgentId, AgentRecord] = {}
+        self._per_node: Counter[str | None] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def get(self, agent: AgentId) -> AgentRecord | None:
+        return self._records.get(agent)
+
+    def all(self, tenant: str) -> list[AgentRecord]:
+        """A tenant's agents, the latest used first."""
+        found = [r for r in self._records.values() if r.agent.tenant == tenant]
+        return sorted(found, key=lambda record: -record.last_used)
+
+    def count(self, node: str) -> int:
+        """Agents that a node owns."""
+        return self._per_node[node]
+
+    def location(self, agent: AgentId) -> Location:
+        record = self._records.get(agent)
+        if record is None:
+            return Location()
+        return Location(record.node, record.rows, record.in_ram)
+
+    def assign(self, agent: AgentId, node: str) -> None:
+        """The router sent the agent to a node."""
+        record = self._records.get(agent) or AgentRecord(agent, None)
+        if record.node != node:
+            record = replace(record, node=node, in_ram=False, ram_bytes=0)
+        self._put(record)
+
+    def _put(self, record: AgentRecord) -> None:
+        self.forget(record.agent)
+        self._records[record.agent] = record
+        self._per_node[record.node] += 1
+
+    def reported(self, node: str, reports: Iterable[AgentReport]) -> None:
+        """A replica's own word, unless a newer epoch is known."""
+        for report in reports:
+            known = self._records.get(report.agent)
+            if known is not None and known.epoch > report.epoch:
+                continue
+            self._put(AgentRecord(node=node, **vars(report)))
+
+    def found_in_store(self, loaded: LoadedCard) -> None:
+        """A card, at start; what a replica has reported meanwhile is newer."""
+        card = loaded.card
+        if card.agent in self._records:
+            return
+        latest = max(card.branches, key=lambda b: b.last_used, default=None)
+        self._put(
+            AgentRecord(
+                agent=card.agent,
+                node=None,
+                epoch=card.epoch,
+                generation=card.generation,
+                branches=len(card.branches),
+                tokens=len(latest.tokens) if latest else 0,
+                rows=latest.rows if latest else 0,
+                stored_bytes=card.bytes_stored,
+                last_used=card.updated,
+            )
+        )
+
+    def node_lost(self, node: str) -> None:
+        """Its agents are owned by nobody now; their memory is in the store."""
+        for record in list(self._records.values()):
+            if record.node == node:
+                self._put(replace(record, node=None, in_ram=False, ram_bytes=0))
+
+    def forget(self, agent: AgentId) -> None:
+        record = self._records.pop(agent, None)
+        if record is not None:
+            self._per_node[record.node] -= 1

@@ -1,0 +1,177 @@
+"""Who sits in the engine's sequences: reservations, the least recently used leaves, nothing leaks."""
+
+import random
+
+import pytest
+
+from actors.engines.base import Chunk
+from actors.engines.fake_engine import FakeEngine
+from actors.memory import Branch
+from actors.residency import Residency
+
+
+def engine_of(n_seq_max: int = 3, n_cells: int = 300) -> FakeEngine:
+    return FakeEngine(n_seq_max, n_ctx=n_cells, n_cells=n_cells)
+
+
+def fill(engine: FakeEngine, seq_id: int, n: int) -> None:
+    engine.step([Chunk(seq_id, [65] * n, engine.n_rows(seq_id), False)])
+
+
+def parked(residency: Residency, engine: FakeEngine, number: int, rows: int) -> Branch:
+    """A branch that sits idle with `rows` rows."""
+    branch = Branch(number)
+    seq_id = residency.acquire(branch, rows)
+    assert seq_id is not None
+    fill(engine, seq_id, rows)
+    residency.park(seq_id)
+    return branch
+
+
+def test_the_least_recently_used_leaves() -> None:
+    engine = engine_of()
+    residency = Residency(engine)
+    a, b, c = (parked(residency, engine, i, 50) for i in range(3))
+    held = residency.find(a)
+    assert held is not None
+    assert residency.resume(held, 60)
+    residency.park(held)
+    d = parked(residency, engine, 3, 50)
+    assert residency.find(b) is None
+    assert None not in (residency.find(a), residency.find(c), residency.find(d))
+    assert residency.evictions == 1
+
+
+def test_cells_that_are_reserved_are_not_given_twice() -> None:
+    engine = engine_of()
+    residency = Residency(engine)
+    first = residency.acquire(Branch(0), 200)
+    assert first is not None
+    assert residency.cells_used == 200
+    assert residency.acquire(Branch(1), 101) is None
+    assert residency.acquire(Branch(1), 100) is not None
+    assert residency.cells_used == 300
+
+
+def test_idle_rows_leave_for_a_reservation() -> None:
+    engine = engine_of()
+    residency = Residency(engine)
+    old = parked(residency, engine, 0, 150)
+    young = parked(residency, engine, 1, 100)
+    seq_id = residency.acquire(Branch(2), 200)
+    assert seq_id is not None
+    assert residency.find(old) is None
+    assert residency.find(young) is not None
+    assert engine.n_rows(seq_id) == 0
+
+
+def test_the_kept_one_stays() -> None:
+    engine = engine_of(n_seq_max=2)
+    residency = Residency(engine)
+    a = parked(residency, engine, 0, 50)
+    b = parked(residency, engine, 1, 50)
+    held = residency.find(a)
+    seq_id = residency.acquire(Branch(2), 100, keep=held)
+    assert seq_id is not None
+    assert residency.find(a) == held
+    assert residency.find(b) is None
+
+
+def test_no_place_beside_the_kept_one() -> None:
+    engine = engine_of(n_seq_max=1)
+    residency = Residency(engine)
+    a = parked(residency, engine, 0, 50)
+    held = residency.find(a)
+    assert residency.acquire(Branch(1), 10, keep=held) is None
+    assert residency.find(a) == held
+    assert engine.n_rows(0) == 50
+
+
+def test_resume_that_does_not_fit_leaves_it_idle() -> None:
+    engine = engine_of()
+    residency = Residency(engine)
+    a = parked(residency, engine, 0, 50)
+    assert residency.acquire(Branch(1), 200) is not None
+    held = residency.find(a)
+    assert held is not None
+    assert not residency.resume(held, 101)
+    assert residency.find(a) == held
+    assert engine.n_rows(held) == 50
+    assert residency.resume(held, 100)
+    assert residency.find(a) is None
+
+
+def test_busy_sequences_are_never_evicted() -> None:
+    engine = engine_of(n_seq_max=2)
+    residency = Residency(engine)
+    for number in range(2):
+        assert residency.acquire(Branch(number), 10) is not None
+    assert residency.acquire(Branch(2), 10) is None
+    assert residency.evictions == 0
+
+
+def test_drop_frees_an_idle_branch_only() -> None:
+    engine = engine_of()
+    residency = Residency(engine)
+    a = parked(residency, engine, 0, 50)
+    residency.drop(a)
+    residency.drop(a)
+    residency.drop(Branch(9))
+    assert residency.find(a) is None
+    assert residency.cells_used == 0
+    assert sum(engine.n_rows(i) for i in range(3)) == 0
+
+
+def test_evict_idle_empties_all_but_the_busy() -> None:
+    engine = engine_of()
+    residency = Residency(engine)
+    parked(residency, engine, 0, 50)
+    parked(residency, engine, 1, 50)
+    busy = residency.acquire(Branch(2), 60)
+    assert busy is not None
+    fill(engine, busy, 20)
+    assert residency.evict_idle() == 2
+    assert residency.n_idle == 0
+    assert residency.cells_used == 60
+    assert engine.n_rows(busy) == 20
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_random_use_never_gives_one_place_twice(seed: int) -> None:
+    rng = random.Random(seed)
+    engine = engine_of(n_seq_max=4)
+    residency = Residency(engine)
+    branches = [Branch(i) for i in range(7)]
+    busy: dict[int, Branch] = {}
+    for _ in range(400):
+        branch = rng.choice(branches)
+        held = residency.find(branch)
+        if branch in busy.values():
+            seq_id = next(i for i, b in busy.items() if b is branch)
+            del busy[seq_id]
+            if rng.random() < 0.3:
+                residency.free(seq_id)
+            else:
+                residency.park(seq_id)
+        elif held is not None:
+            cells = engine.n_rows(held) + rng.randrange(1, 40)
+            if rng.random() < 0.2:
+                residency.drop(branch)
+            elif cells <= 300 and residency.resume(held, cells):
+                busy[held] = branch
+        else:
+            n = rng.randrange(1, 150)
+            seq_id = residency.acquire(branch, n)
+            if seq_id is not None:
+                assert engine.n_rows(seq_id) == 0
+                assert seq_id not in busy
+                busy[seq_id] = branch
+                fill(engine, seq_id, n)
+        assert residency.cells_used <= 300
+        assert residency.n_idle + len(busy) <= 4
+    for seq_id in busy:
+        residency.free(seq_id)
+    residency.evict_idle()
+    assert residency.cells_used == 0
+    places = [residency.acquire(Branch(i), 1) for i in range(5)]
+    assert sorted(x for x in places if x is not None) == [0, 1, 2, 3]
