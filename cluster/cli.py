@@ -1,0 +1,252 @@
+"""kvferry up | status | agents | migrate | demo | bench.
+
+`up` owns a local cluster; everything else speaks HTTP to a running one. What a command needs from
+outside this package (the ingress, the benchmarks) is started by import string.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import httpx
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from actors.errors import ModelUnavailable
+from actors.models import is_fake, open_store, resolve, served_name
+from cluster.config import ClusterConfig, load_config
+from cluster.errors import ConfigError
+from storage.errors import StoreUnavailable
+
+app = typer.Typer(
+    help="Serves language models to many agents and keeps, moves and restores their KV caches.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console(highlight=False, soft_wrap=True)
+Url = Annotated[str, typer.Option(envvar="KVFERRY_URL", help="The running endpoint.")]
+Key = Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="API key, if it wants one.")]
+DEFAULT_URL = "http://127.0.0.1:8000"
+_START_TIMEOUT_S = 300.0
+
+
+@app.command()
+def up(
+    model: Annotated[str | None, typer.Option(help="Path to a GGUF, pkg:// or hf://.")] = None,
+    nodes: Annotated[int | None, typer.Option(help="Device nodes, one replica each.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+    store: Annotated[str | None, typer.Option(help="Directory or URL of the store.")] = None,
+    codec: Annotated[str | None, typer.Option(help="q4 or f16.")] = None,
+    slots: Annotated[int | None, typer.Option(help="Sequences per replica.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A TOML file of settings.")] = None,
+) -> None:
+    """Start a local cluster and serve until Ctrl-C."""
+    flags = {
+        "model": model, "nodes": nodes, "host": host, "port": port,
+        "store": store, "codec": codec, "slots": slots,
+    }  # fmt: skip
+    settings = _settings(config, flags)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    stop = threading.Event()
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda *_: stop.set())
+    try:
+        _serve(settings, stop)
+    except (ModelUnavailable, ConfigError) as error:
+        _fail(str(error))
+
+
+def _settings(path: Path | None, flags: dict[str, Any]) -> ClusterConfig:
+    """The configuration, with model, store and port tried before anything is started."""
+    from cluster.local import check_port
+
+    try:
+        settings = load_config(path, os.environ, flags)
+        if not is_fake(settings.replica.model):
+            resolve(settings.replica.model)
+        open_store(settings.replica).probe()
+        check_port(settings.http.host, settings.http.port)
+    except (ConfigError, ModelUnavailable, StoreUnavailable, ValueError) as error:
+        _fail(str(error))
+    return settings
+
+
+def _serve(settings: ClusterConfig, stop: threading.Event) -> None:
+    from cluster.local import LocalCluster
+
+    url = f"http://{settings.http.host}:{settings.http.port}"
+    console.print(f"Starting a head and {settings.nodes} device nodes for {settings.replica.model}")
+    with LocalCluster(settings) as cluster:
+        if not stop.is_set():
+            cluster.serve()
+        _wait_until_ready(url, stop)
+        if not stop.is_set():
+            _welcome(url, settings)
+        while not stop.wait(1.0):
+            for name in cluster.revive():
+                console.print(f"{name} had died: started again")
+        console.print("Stopping: storing what the agents hold")
+    console.print("Stopped")
+
+
+def _wait_until_ready(url: str, stop: threading.Event) -> None:
+    """Until every device node has a replica. Raises ModelUnavailable when none can load."""
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    while not stop.wait(0.2):
+        report = httpx.get(f"{url}/v1/cluster", headers=_auth_of_environment(), timeout=30)
+        if report.status_code == 401:
+            return  # the operator's own keys are needed to look
+        nodes = report.json().get("nodes", [])
+        devices = [node for node in nodes if node["replica"] != "none"]
+        if devices and all(node["replica"] == "ready" for node in devices):
+            return
+        errors = [node["error"] for node in devices if node.get("error")]
+        if errors and len(errors) == len(devices):
+            raise ModelUnavailable(f"no replica can start: {errors[0]}")
+        if time.monotonic() > deadline:
+            raise ModelUnavailable(f"no replica was ready after {_START_TIMEOUT_S:.0f} s")
+
+
+def _auth_of_environment() -> dict[str, str]:
+    key = os.environ.get("OPENAI_API_KEY", "")
+    return {"authorization": f"Bearer {key}"} if key else {}
+
+
+def _welcome(url: str, settings: ClusterConfig) -> None:
+    name = served_name(settings.replica.model)
+    chat = (
+        f"curl -i {url}/v1/chat/completions -H 'content-type: application/json' "
+        "-H 'x-session-id: demo' \\\n"
+        f'  -d \'{{"model": "{name}", "messages": '
+        '[{"role": "user", "content": "Why is the sea salty?"}]}\''
+    )
+    print(f"\n{name} is served at {url}\nAgents are kept in {settings.replica.store}\n")
+    print(f"Try:\n  {chat}\n  curl {url}/v1/agents\n\nCtrl-C stops it.", flush=True)
+
+
+@app.command()
+def status(url: Url = DEFAULT_URL, api_key: Key = "") -> None:
+    """The nodes of the cluster and what their replicas do."""
+    report = _get(url, "/v1/cluster", api_key)
+    table = Table("node", "replica", "pid", "engine", "agents", "running", "waiting", "pool")
+    for node in report["nodes"]:
+        table.add_row(
+            node["id"], node["replica"], str(node["pid"] or ""), node["engine"] or "",
+            str(node["agents"]), str(node["running"]), str(node["waiting"]),
+            _size(node["bytes"]["pool"]),
+        )  # fmt: skip
+    console.print(table)
+    for node in report["nodes"]:
+        if node.get("error"):
+            console.print(f"{node['id']}: {node['error']}")
+
+
+@app.command()
+def agents(url: Url = DEFAULT_URL, api_key: Key = "") -> None:
+    """The agents, where each lives and what it holds."""
+    table = Table("agent", "node", "state", "epoch", "tokens", "branches", "RAM", "stored")
+    for agent in _get(url, "/v1/agents", api_key)["data"]:
+        size = agent["bytes"]
+        table.add_row(
+            agent["id"], agent["node"] or "-", agent["state"], str(agent["epoch"]),
+            str(agent["tokens"]), str(agent["branches"]), _size(size["ram"]), _size(size["store"]),
+        )  # fmt: skip
+    console.print(table)
+
+
+@app.command()
+def migrate(
+    agent: Annotated[str, typer.Argument(help="The agent's id.")],
+    target: Annotated[str, typer.Argument(help="The node to move it to.")],
+    url: Url = DEFAULT_URL,
+    api_key: Key = "",
+) -> None:
+    """Move an agent to another node."""
+    done = _request("POST", url, f"/v1/agents/{agent}/migrate", api_key, {"target": target})
+    console.print(
+        f"{done['id']}: {done['source'] or 'store'} -> {done['target']}, epoch {done['epoch']}, "
+        f"frozen for {1000 * done['freeze_s']:.0f} ms"
+    )
+
+
+@app.command()
+def demo(
+    url: Url = DEFAULT_URL,
+    api_key: Key = "",
+    tokens: Annotated[int, typer.Option(min=64, help="Context of each agent.")] = 1200,
+) -> None:
+    """Four agents, two rounds, a migration, and the death of the node that is speaking."""
+    importlib.import_module("bench.demo").run(url, api_key, tokens)
+
+
+bench = typer.Typer(help="Measure what the README claims.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+@bench.command()
+def ttft(
+    model: Annotated[str | None, typer.Option(help="Path to a GGUF, pkg:// or hf://.")] = None,
+    nodes: Annotated[int, typer.Option(help="Device nodes of the cluster it starts.")] = 2,
+    runs: Annotated[int, typer.Option(min=1, help="Agents per context length.")] = 5,
+    contexts: Annotated[str, typer.Option(help="Context lengths in tokens.")] = "1024,2048,4096",
+    text: Annotated[Path | None, typer.Option(help="A text to fill contexts with.")] = None,
+) -> None:
+    """Time to first token: cold, hot, warm, after migration, after restart. Starts its own cluster."""
+    try:
+        lengths = [int(length) for length in contexts.split(",")]
+    except ValueError:
+        _fail(f"--contexts {contexts!r}: wants whole numbers with commas between them")
+    try:
+        settings = load_config(None, os.environ, {"model": model, "nodes": nodes})
+        importlib.import_module("bench.ttft").run(settings, lengths, runs, text)
+    except (ConfigError, ModelUnavailable) as error:
+        _fail(str(error))
+
+
+def _get(url: str, path: str, api_key: str) -> Any:
+    return _request("GET", url, path, api_key, None)
+
+
+def _request(method: str, url: str, path: str, api_key: str, body: Any) -> Any:
+    headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+    try:
+        answer = httpx.request(method, url + path, json=body, headers=headers, timeout=60)
+    except httpx.HTTPError as error:
+        _fail(f"{url}: {error}", code=1)
+    if answer.status_code >= 400:
+        try:
+            message = answer.json()["error"]["message"]
+        except (ValueError, KeyError, TypeError):
+            message = answer.text[:200]
+        _fail(f"{url}: {answer.status_code}: {message}", code=1)
+    return answer.json()
+
+
+def _size(n: float) -> str:
+    for unit in ("B", "KB", "MB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}"
+        n /= 1000
+    return f"{n:.1f} GB"
+
+
+def _fail(message: str, code: int = 2) -> NoReturn:
+    """One line on stderr; 2 for what the caller can mend."""
+    print(f"kvferry: {message}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def main() -> None:
+    app()
