@@ -22,7 +22,7 @@ def build_app(config: ClusterConfig) -> Any:
 
         return create_app(config)
 
-    deployment = serve.deployment(
+    deployment: Any = serve.deployment(
         serve.ingress(asgi)(),
         name="ingress",
         num_replicas=1,

@@ -311,7 +311,8 @@ class ReplicaLoop:
     def _place(self, turn: Turn, ready: Prepared) -> bool:
         """Give the turn a sequence, with the rows its agent has; False when there is no room."""
         if ready.memory.state != "owned":
-            return self._refuse(turn, AgentMoved("migrated")) is None
+            self._refuse(turn, AgentMoved(f"agent {turn.request.agent} was migrated"))
+            return True
         match, engine = ready.match, self.engine
         cells = min(engine.n_ctx, ready.n_prompt + ready.max_tokens)
         keep = min(match.keep, len(ready.tokens) - 1)  # the last token is always computed

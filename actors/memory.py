@@ -1,8 +1,8 @@
 """An agent's memory on this replica: its branches, their encoded rows, and their way to the store.
 
-A branch is one line of token ids; its rows lie in the engine (see residency), in the Q4 pool, in the
-store, or in several of these. Rows are encoded once, by one background thread (the Persister), which
-is also the only writer of a branch's `blocks` and `tail`. Knows no engine and no Ray.
+A branch is one line of token ids; its rows lie in the engine (see residency), in the Q4 pool, in
+the store, or in several of these. Rows are encoded once, by one background thread (the Persister),
+which is also the only writer of a branch's `blocks` and `tail`. Knows no engine and no Ray.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ class Memory:
         return memory
 
     def reclaim(self, memory: AgentMemory) -> None:
-        """Own a frozen agent again: its next epoch. Raises Fenced when the target has claimed it."""
+        """Own a frozen agent again: its next epoch. Raises Fenced if the target claimed it."""
         assert memory.card is not None, "a one-off agent is never frozen"
         claim = self.store.claim(self.template(memory.agent), after=memory.card.epoch)
         with self._lock:
@@ -438,15 +438,15 @@ class Memory:
         for branch, card in branches:
             self._store_again(memory, branch)
             cards.append(_with_runs(card, branch))
-        card = replace(
+        new = replace(
             memory.card,
             generation=memory.card.generation + 1,
             branches=tuple(cards),
             updated=time.time(),
         )
-        memory.changed = card.updated
+        memory.changed = new.updated
         try:
-            memory.card = self.store.commit(card).card
+            memory.card = self.store.commit(new).card
         except Fenced as error:
             self._fault("fenced", error)
             self.forget(memory)

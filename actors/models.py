@@ -94,7 +94,7 @@ def open_engine(config: ReplicaConfig) -> Engine:
     if is_fake(config.model):
         from actors.engines.fake_engine import FakeEngine
 
-        return FakeEngine(config.slots, config.n_ctx, **_fake_options(config.model))
+        return FakeEngine(config.slots, config.n_ctx, step_delay=_step_delay(config.model))
     path = resolve(config.model)
     try:
         from actors.engines.llama_engine import LlamaEngine
@@ -124,7 +124,7 @@ def open_store(config: ReplicaConfig) -> CacheStore:
     return CacheStore(config.store, signing_key=signing_key)
 
 
-def _fake_options(model: str) -> dict[str, float]:
+def _step_delay(model: str) -> float:
     options = dict(parse_qsl(model.partition("?")[2]))
     try:
         delay = float(options.pop("step_delay", "0"))
@@ -132,4 +132,4 @@ def _fake_options(model: str) -> dict[str, float]:
         raise ModelUnavailable(f"{model}: step_delay is no number") from error
     if options:
         raise ModelUnavailable(f"{model}: unknown option {next(iter(options))}")
-    return {"step_delay": delay}
+    return delay

@@ -17,7 +17,7 @@ Job = Callable[[], None]
 
 
 class Persister:
-    """Jobs must not raise what is expected; what still escapes is logged, and the thread goes on."""
+    """Jobs handle what they expect; what still escapes is logged, and the thread goes on."""
 
     def __init__(self, max_jobs: int = 64) -> None:
         self._max_jobs = max_jobs

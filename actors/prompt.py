@@ -38,11 +38,14 @@ class ChatTemplate:
         if not vocab.chat_template:
             raise ModelUnavailable("the model file has no chat template")
         self._vocab = vocab
-        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        env.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
+        env = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )  # the environment that Hugging Face renders them in
         env.globals["raise_exception"] = _raise
         env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        env.filters["tojson"] = lambda value, **kwargs: json.dumps(value, **kwargs)
+        env.filters["tojson"] = lambda value, **kwargs: json.dumps(
+            value, **{"ensure_ascii": False, **kwargs}
+        )
         try:
             self._template = env.from_string(vocab.chat_template)
         except jinja2.TemplateError as error:
@@ -82,7 +85,8 @@ class ChatTemplate:
         """Each assistant message that repeats an emitted reply becomes a mark that no text has."""
         nonce = secrets.token_hex(8)
         left = list(replies)
-        marked, pieces = [], []
+        marked: list[Message] = []
+        pieces: list[tuple[str, EmittedReply]] = []
         for message in messages:
             if message["role"] == "assistant":
                 for index, reply in enumerate(left):

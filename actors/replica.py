@@ -83,10 +83,12 @@ class ModelReplica:
         away, the turn is cancelled."""
         items: asyncio.Queue[StreamItem] = asyncio.Queue()
         here = asyncio.get_running_loop()
+
+        def sink(item: StreamItem) -> None:
+            here.call_soon_threadsafe(items.put_nowait, item)
+
         try:
-            self._loop.submit(
-                request, lambda item: here.call_soon_threadsafe(items.put_nowait, item)
-            )
+            self._loop.submit(request, sink)
         except ActorError as error:
             yield [TurnFailed(request.attempt, error)]
             return

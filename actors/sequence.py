@@ -144,6 +144,4 @@ class Sequence:
         elif len(self.tokens) - self.n_prompt >= self.max_tokens:
             self.finish_reason = "length"
             visible += self.text.finish()
-            if self.text.stopped:
-                self.finish_reason = "stop"
         return visible

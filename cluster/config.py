@@ -124,7 +124,7 @@ def _bytes(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+)\s*([kmgt]?)(i?b)?\s*", text, re.IGNORECASE)
     if match is None:
         raise ValueError("wants a whole number, or bytes such as 512MB")
-    return int(match[1]) * 1024 ** " kmgt".index(match[2].lower() or " ")
+    return int(match[1]) << 10 * " kmgt".index(match[2].lower() or " ")
 
 
 def _compose(values: Mapping[str, Any]) -> ClusterConfig:

@@ -51,7 +51,7 @@ def make_loop(
     made = Memory(
         store, engine.key, chosen, tiers, Owner(node, "life"), memory or MemoryConfig(), {}
     )
-    store._on_fault = made.on_fault
+    store.on_fault = made.on_fault
     return ReplicaLoop(engine, made, loop or LoopConfig(), node)
 
 

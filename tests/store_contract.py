@@ -188,9 +188,7 @@ class StoreContract:
         ref, path = self.put(store)
         assert store.get_block("acme", ref, "full") == b"the rows"
         assert ref.parts["full"] == PartRef(sha256(b"the rows"), 8)
-        assert path.endswith(
-            f"/blocks/acme/3c3/{'3c' * 32}.full.{sha256(b'the rows')}.safetensors"
-        )
+        assert path.endswith(f"/blocks/acme/3c3/{'3c' * 32}.full.{sha256(b'the rows')}.safetensors")
         assert store._fs.find(store._root) == [path]
 
     def test_a_missing_block_is_none(self, store):

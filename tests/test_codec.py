@@ -147,7 +147,10 @@ def test_golden_codes_decode_to_the_same_bits(implementation, monkeypatch, reque
     rows = decode_rows(SPEC, Q4_CODEC, load(raw, "golden")[0])
     found = b"".join(side.tobytes() for g in rows for side in (g.k, g.v))
     assert found == (GOLDEN / "block.q4.decoded").read_bytes()
-    assert hashlib.sha256(found).hexdigest() == "DECODED_SHA"
+    assert (
+        hashlib.sha256(found).hexdigest()
+        == "a8a538b1daf26487e56e19465cf93c164da7f5ce09ed09ebe83cd0b3158ef7a9"
+    )
 
 
 def test_golden_codes_are_near_what_was_encoded():

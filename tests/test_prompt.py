@@ -223,7 +223,7 @@ def test_the_sandbox_keeps_a_template_from_python(source: str) -> None:
         shown = template_of(source).render(messages)
     except InvalidRequest:
         shown = ""
-    assert shown == ""
+    assert shown in ("", "[]")
     assert messages == [user("hi")]
 
 
@@ -236,11 +236,11 @@ def test_a_model_without_a_sound_template_is_refused(source: str) -> None:
 def test_what_templates_of_the_wild_use() -> None:
     source = (
         "{%- set ns = namespace(n=0) -%}\n"
-        "{%- for m in messages -%}{%- set ns.n = ns.n + 1 -%}{{ m['content'] | trim }};"
+        "{%- for m in messages -%}{%- if ns.n == 2 -%}{%- break -%}{%- endif -%}{%- set ns.n = ns.n + 1 -%}{{ m['content'] | trim }};"
         "{%- endfor -%}{{ ns.n }} {{ strftime_now('%Y') | length }} "
         "{{ {'é': [1]} | tojson }}{% if tools %}tools{% endif %}"
     )
-    assert template_of(source).render([user(" a "), user("b")]) == 'a;b;2 4 {"é": [1]}'
+    assert template_of(source).render([user(" a "), user("b"), user("c")]) == 'a;b;2 4 {"é": [1]}'
 
 
 # ---- matching

@@ -1,8 +1,8 @@
 """A deterministic engine in numpy: the same contract as a real one, in microseconds per token.
 
-Every row is a hash of (token, position, row before), so a row that is missing, stale, moved or from
-another agent changes the next token. Its logits depend on the last row only through float16, so
-exported rows carry all of it. Its vocabulary is bytes. `step_delay` makes it as slow as a test wants.
+Every row is a hash of its token and the row before, so a row that is missing, stale, moved or from
+another agent changes the next token. Its logits depend on the last row only, in float16, so exported
+rows carry all of it. Its vocabulary is bytes. `step_delay` makes it as slow as a test wants.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.engines.base import Chunk, Logits
+from actors.engines.base import Chunk, Logits, Vocab
 from actors.errors import EngineFault
 from storage.spec import CompatibilityKey, GroupRows, KVRows, LayerSpec, ModelCacheSpec
 
@@ -74,7 +74,7 @@ class FakeEngine:
         spec = ModelCacheSpec("fake", (LayerSpec("full", _HEADS, _DIM, _DIM),) * _LAYERS)
         digest = hashlib.sha256(f"fake-{seed}".encode()).hexdigest()
         self.key = CompatibilityKey(digest, digest, (), spec)
-        self.vocab = FakeVocab()
+        self.vocab: Vocab = FakeVocab()
         self.n_cells = n_cells or n_ctx * n_seq_max
         self.n_ctx, self.n_seq_max, self.n_batch = min(n_ctx, self.n_cells), n_seq_max, 512
         self.kv_bytes = self.n_cells * spec.f16_row_bytes
@@ -109,7 +109,7 @@ class FakeEngine:
 
     def _logits(self, row: NDArray[np.float16]) -> Logits:
         noise = np.frombuffer(hashlib.blake2b(row.tobytes()).digest() * 5, np.uint8)
-        logits = noise[: self.vocab.size].astype(np.float32) / 64
+        logits = noise[: self.vocab.size].astype(np.float32) / np.float32(64)
         letters = [*range(97, 123), 32]
         logits[letters] += 8
         logits[list(self.vocab.eog)] += 7.2

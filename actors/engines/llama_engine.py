@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.engines import llama_state
-from actors.engines.base import Chunk, Logits
+from actors.engines.base import Chunk, Logits, Vocab
 from actors.errors import EngineFault, ModelUnavailable
 from storage.spec import CompatibilityKey, GroupRows, KVRows, LayerSpec, ModelCacheSpec
 
@@ -31,7 +31,7 @@ _ROPE_INTERLEAVED, _ROPE_HALF_SPLIT = 0, 2  # llama_rope_type NORM, NEOX
 _UBATCH = 512
 
 
-@llama.llama_log_callback
+@llama.llama_log_callback  # type: ignore[untyped-decorator]
 def _log(level: int, text: bytes, _: Any) -> None:
     if level == 4:  # GGML_LOG_LEVEL_ERROR
         logger.error("llama.cpp: %s", text.decode(errors="replace").strip())
@@ -92,8 +92,8 @@ class LlamaEngine:
         """n_ctx: tokens per sequence, at most the model's; n_cells: tokens of all sequences."""
         llama.llama_log_set(_log, ctypes.c_void_p(0))
         llama.llama_backend_init()
-        self._context = None
-        self._model = llama.llama_model_load_from_file(
+        self._context: Any = None
+        self._model: Any = llama.llama_model_load_from_file(
             os.fsencode(path), llama.llama_model_default_params()
         )
         if not self._model:
@@ -102,7 +102,7 @@ class LlamaEngine:
         self._rope = llama.llama_model_rope_type(self._model)
         spec = self._spec(path)  # refuses before the file is hashed
         self.key = CompatibilityKey(*_digests(path), rope=self._rope_parameters(), spec=spec)
-        self.vocab = LlamaVocab(self._model)
+        self.vocab: Vocab = LlamaVocab(self._model)
         self.n_ctx = min(n_ctx, llama.llama_model_n_ctx_train(self._model), n_cells)
         self.n_seq_max = n_seq_max
         self.n_batch = _UBATCH
@@ -223,7 +223,7 @@ class LlamaEngine:
             llama.llama_memory_seq_rm(self._memory, self._scratch, -1, -1)
         if got != size:
             raise EngineFault(f"export of rows {start}..{stop} gave {got} of {size} bytes")
-        k, v = llama_state.parse(memoryview(self._state)[:size], start, stop)
+        k, v = llama_state.parse(self._state.data[:size], start, stop)
         layer = self.key.spec.groups[0]
         if k.shape[0] != len(layer.layers):
             raise EngineFault(f"state has {k.shape[0]} layers, the spec {len(layer.layers)}")

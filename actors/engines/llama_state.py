@@ -26,7 +26,7 @@ _LAYER = 12  # bytes of a layer's header
 Side = NDArray[np.float16]  # (n_layers, T, row) float16
 
 
-def parse(raw: bytes, start: int, stop: int) -> tuple[Side, Side]:
+def parse(raw: bytes | memoryview, start: int, stop: int) -> tuple[Side, Side]:
     """K and V of positions start..stop in order. Raises EngineFault on any other content."""
     try:
         return _parse(raw, start, stop)
@@ -34,7 +34,7 @@ def parse(raw: bytes, start: int, stop: int) -> tuple[Side, Side]:
         raise EngineFault(f"state of {len(raw)} bytes ends too early: {error}") from error
 
 
-def _parse(raw: bytes, start: int, stop: int) -> tuple[Side, Side]:
+def _parse(raw: bytes | memoryview, start: int, stop: int) -> tuple[Side, Side]:
     magic, _, n_stream, n_cells = struct.unpack_from("<IiII", raw)
     if magic != MAGIC or n_stream != 1 or n_cells != stop - start:
         raise EngineFault(f"state of {n_cells} cells in {n_stream} streams, magic {magic:#x}")
@@ -56,7 +56,7 @@ def _parse(raw: bytes, start: int, stop: int) -> tuple[Side, Side]:
     return k, v
 
 
-def _side(raw: bytes, offset: int, n_layers: int, n_cells: int) -> tuple[Side, int]:
+def _side(raw: bytes | memoryview, offset: int, n_layers: int, n_cells: int) -> tuple[Side, int]:
     kind, row = struct.unpack_from("<iQ", raw, offset)
     stride = _LAYER + n_cells * row
     end = offset + n_layers * stride
