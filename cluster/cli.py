@@ -58,7 +58,6 @@ def up(
     }  # fmt: skip
     settings = _settings(config, flags)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     stop = threading.Event()
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: stop.set())
@@ -188,7 +187,7 @@ def demo(
     tokens: Annotated[int, typer.Option(min=64, help="Context of each agent.")] = 1200,
 ) -> None:
     """Four agents, two rounds, a migration, and the death of the node that is speaking."""
-    importlib.import_module("bench.demo").run(url, api_key, tokens)
+    raise typer.Exit(importlib.import_module("bench.demo").run(url, api_key, tokens))
 
 
 bench = typer.Typer(help="Measure what the README claims.", no_args_is_help=True)

@@ -95,6 +95,7 @@ class LocalCluster:
         """Start the HTTP ingress; returns when it answers."""
         from ray import serve
 
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         http = self.config.http
         serve.start(
             proxy_location="HeadOnly",

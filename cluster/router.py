@@ -276,6 +276,7 @@ def _node(node: str, address: str, has_device: bool, replica: Replica | None) ->
         "raylet_pid": info.raylet_pid if info else None,
         "engine": info.engine if info else None,
         "device": info.device if info else None,
+        "slots": info.slots if info else 0,
         "agents": status.n_agents if status else 0,
         "running": status.running if status else 0,
         "waiting": status.waiting if status else 0,

@@ -27,7 +27,7 @@ from storage.card import (
     Reply,
     encode_card,
 )
-from storage.errors import CorruptData, Fenced, Incompatible, StorageError
+from storage.errors import CorruptData, Fenced, Incompatible, StorageError, StoreUnavailable
 from storage.spec import CompatibilityKey, GroupRows, KVRows, LayerSpec, ModelCacheSpec
 from storage.store import CacheStore, new_card
 
@@ -225,8 +225,27 @@ class StoreContract:
         assert store._fs.cat_file(f"{path}.corrupt") == b"the rowz"
         assert len(faults) == 1
 
-    def test_parts_and_tenants_do_not_meet(self, store):
+    def test_a_twin_that_wrote_other_bytes_is_not_taken_for_ours(self, store, url):
         ref, path = self.put(store)
+        store._fs.rm_file(path)
+        writer = Interleaved(url)
+        writer.before_create = lambda: store._create(path, b"the rowz")
+        with pytest.raises(StoreUnavailable):
+            self.put(writer)
+        assert self.put(writer) == (ref, path)
+
+    def test_what_was_set_aside_is_not_looked_at_again(self, store, faults):
+        _, path = self.put(store)
+        store._fs.rm_file(path)
+        first_in_order = path.replace(sha256(b"the rows"), "0" * 64)
+        store._create(first_in_order, b"the rowz")
+        for _ in range(3):
+            assert self.put(store)[1] == path
+        assert [fault.path for fault in faults] == [first_in_order]
+        assert sorted(store._fs.find(store._root)) == [f"{first_in_order}.corrupt", path]
+
+    def test_parts_and_tenants_do_not_meet(self, store):
+        ref, _ = self.put(store)
         sliding = store.put_block("acme", ref.id, "sliding", b"window rows")
         other = store.put_block("other", ref.id, "full", b"their rows")
         assert len({ref.parts["full"], sliding, other}) == 3
@@ -282,9 +301,11 @@ class StoreContract:
 
     def test_a_racing_claim_has_one_winner(self, store):
         for epoch in range(5):
-            results = race(
-                8, lambda i: store.claim(template(Owner(f"n{i}", "1")), after=epoch).card
-            )
+
+            def claim(i, epoch=epoch):
+                return store.claim(template(Owner(f"n{i}", "1")), after=epoch).card
+
+            results = race(8, claim)
             won = [result for result in results if isinstance(result, CacheCard)]
             lost = [result for result in results if isinstance(result, Fenced)]
             assert (len(won), len(lost)) == (1, 7), results
@@ -353,6 +374,7 @@ class StoreContract:
             store.commit(with_tokens(old, 1, 666))
         assert caught.value.epoch == 2
         assert tokens_of(store) == (1,)
+        assert card_files(store) == ["1-0", "1-1", "2-0"]
 
     def test_a_commit_overtaken_by_a_claim_is_fenced_and_never_read(self, store, url):
         zombie = Interleaved(url)
@@ -493,7 +515,7 @@ class StoreContract:
     def test_a_claim_after_delete_starts_empty(self, store):
         owned = replace(store.claim(template(ALICE)).card, cache_salt="old")
         store.commit(with_tokens(owned, 1))
-        store.delete(template(BOB))
+        store.delete(replace(template(BOB), cache_salt="old"))
         claim = store.claim(template(ALICE))
         assert (claim.card.epoch, claim.card.branches, claim.card.cache_salt) == (3, (), "")
         assert not claim.card.tombstone

@@ -64,7 +64,7 @@ def test_a_card_is_readable_without_us():
     assert (card["epoch"], card["generation"]) == (3, 2)
     assert card["base"] == {"epoch": 2, "generation": 9, "sha256": "cd" * 32}
     assert card["nonce"] == "0123456789abcdef0123456789abcdef"
-    assert card["key"] == KEY.to_json()
+    assert CompatibilityKey.from_json(card["key"]) == KEY
     sealed = canonical_json(card)
     sealed += b'["tokens.0",20]' + np.arange(20, dtype="<u4").tobytes() + b'["tokens.5",0]'
     assert metadata["seal"] == {
@@ -196,9 +196,15 @@ def test_a_tenant_is_safe_as_a_folder_name(name):
 # ---- refused
 
 RAW, SIGNED = encode_card(CARD), encode_card(CARD, SIGNING_KEY)
+SMALL_CARD = replace(
+    CARD,
+    key=replace(KEY, spec=replace(SPEC, layers=SPEC.layers[:1])),
+    branches=(replace(CARD.branches[0], tail=(), tokens=(1, 2, 2**32 - 1)),),
+)
+SMALL, SMALL_SIGNED = encode_card(SMALL_CARD), encode_card(SMALL_CARD, SIGNING_KEY)
 
 
-@pytest.mark.parametrize(("raw", "signing_key"), [(RAW, None), (SIGNED, SIGNING_KEY)])
+@pytest.mark.parametrize(("raw", "signing_key"), [(SMALL, None), (SMALL_SIGNED, SIGNING_KEY)])
 def test_a_flipped_bit_anywhere_is_refused(raw, signing_key):
     for position in range(len(raw)):
         for bit in range(8):
@@ -207,15 +213,15 @@ def test_a_flipped_bit_anywhere_is_refused(raw, signing_key):
 
 def test_a_byte_that_json_could_take_for_another_is_refused():
     """White space, other forms of a number (0.5 and 0e5, 1.25 and 1e25), other dtypes."""
-    for position, byte in enumerate(RAW):
-        for other in b' \t\n\r"\\/{}[],:+-.eE019FIBUu':
+    for position, byte in enumerate(SMALL):
+        for other in b" \t\n+-.eE0I":
             if other != byte:
-                assert_corrupt(flip(RAW, position, byte ^ other))
+                assert_corrupt(flip(SMALL, position, byte ^ other))
 
 
 def assert_corrupt(raw: bytes, signing_key: bytes | None = None) -> None:
     with pytest.raises(CorruptData) as caught:
-        decode_card(raw, "the/path", key=KEY, signing_key=signing_key)
+        decode_card(raw, "the/path", signing_key=signing_key)
     assert caught.value.path == "the/path"
 
 
@@ -316,7 +322,6 @@ def test_a_malformed_card_is_corrupt_even_under_a_good_seal(change):
         np.arange(20, dtype=np.float32),
         np.arange(20, dtype=np.uint64),
         np.arange(20, dtype=np.uint32).reshape(4, 5),
-        np.array(7, dtype=np.uint32),
     ],
 )
 def test_token_ids_of_another_type_are_refused(tokens):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -121,7 +123,8 @@ def test_an_unknown_codec_is_refused_with_the_known_ones():
 
 
 def test_layout_is_what_mlx_reads():
-    mx = pytest.importorskip("mlx.core")
+    require("mlx", importlib.util.find_spec("mlx") is not None, "mlx is not installed")
+    mx = importlib.import_module("mlx.core")
     fields = Q4_CODEC.encode(sample_vectors(5, 128))
     theirs = mx.dequantize(
         mx.array(fields["codes"]),
@@ -156,8 +159,10 @@ def test_golden_codes_decode_to_the_same_bits(implementation, monkeypatch, reque
 def test_golden_codes_are_near_what_was_encoded():
     raw = (GOLDEN / "block.q4.safetensors").read_bytes()
     found = decode_rows(SPEC, Q4_CODEC, load(raw, "golden")[0])
-    for ours, theirs in zip(found, sample_rows(16), strict=True):
-        assert np.abs(ours.k.astype(np.float32) - theirs.k[:, : ours.k.shape[1]]).max(initial=0) < 1
+    for group, ours, theirs in zip(SPEC.groups, found, sample_rows(16), strict=True):
+        if group.part == "full":
+            for x, y in ((ours.k, theirs.k), (ours.v, theirs.v)):
+                assert np.sqrt(((x.astype(np.float32) - y) ** 2).sum() / max(x.size, 1)) < 0.4
 
 
 # ---- numpy and C
@@ -203,7 +208,7 @@ def test_c_and_numpy_agree_on_any_numbers(x):
     group, block = Q4_CODEC.group(dim), Q4_CODEC.hadamard(dim)
     encoded = encode_q4_numpy(x, group, block)
     assert codec._fast.encode_q4(x, group, block) == encoded
-    codes, scales, biases = arrays(encoded, dim, group)
+    _, scales, biases = arrays(encoded, dim, group)
     assert np.isfinite(scales).all()
     assert np.isfinite(biases).all()
 

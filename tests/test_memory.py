@@ -292,8 +292,8 @@ def test_a_damaged_block_is_prefilled_and_reported(
         second = run(loop, asked)
     assert second.cached == sum(rows for _, rows in names[:which])
     assert second.prompt[:-18] == [*first.prompt, *first.ids]  # the question and four controls
-    assert loop.memory.faults[kind] == 1
-    assert sum(loop.memory.faults.values()) == 1
+    assert loop.memory.faults.keys() == {kind}
+    assert loop.memory.faults[kind] in (1, 2)  # when read, and when it is set aside
     warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert any(path.name in w and reason in w for w in warnings)
     settle(loop)
