@@ -47,8 +47,10 @@ class Residency:
 
     def acquire(self, branch: Branch, cells: int, keep: int | None = None) -> int | None:
         """An empty sequence with `cells` reserved, or None; `keep` is a sequence not to evict."""
-        kept = self._idle.pop(keep) if keep is not None else None
-        fits = self._make_room(cells, need_sequence=True)
+        kept, rows = None, 0
+        if keep is not None:
+            kept, rows = self._idle.pop(keep), self._engine.n_rows(keep)
+        fits = self._make_room(rows + cells, need_sequence=True)
         if kept is not None and keep is not None:
             self._idle[keep] = kept
         if not fits:
@@ -83,9 +85,12 @@ class Residency:
         return len(seq_ids)
 
     def _make_room(self, cells: int, *, need_sequence: bool) -> bool:
+        busy = sum(reserved for _, reserved in self._busy.values())
+        if busy + cells > self._engine.n_cells:
+            return False  # nobody leaves for what cannot fit anyway
+        if need_sequence and not self._free and not self._idle:
+            return False
         while self.cells_used + cells > self._engine.n_cells or (need_sequence and not self._free):
-            if not self._idle:
-                return False
             self.evictions += 1
             self.free(next(iter(self._idle)))
         return True

@@ -37,9 +37,9 @@ TRADES = (
     ),
     Trade(
         "clerk",
-        ("the clerk", "the mayor", "a widow", "the miller", "the schoolmaster", "a surveyor"),
-        ("the bridge toll", "a boundary stone", "the water rights", "a letter", "the mill", "a deed"),
-        ("in the council room", "at the market", "on the east road", "in the cellar", "at the well"),
+        ("the clerk", "the mayor", "a widow", "the miller", "a teacher", "a surveyor"),
+        ("the bridge toll", "a boundary stone", "the old well", "a letter", "the mill", "a deed"),
+        ("in the council room", "at the market", "on the east road", "in the cellar"),
     ),
     Trade(
         "engineer",

@@ -202,16 +202,18 @@ def ttft(
     contexts: Annotated[str, typer.Option(help="Context lengths in tokens.")] = "1024,2048,4096",
     text: Annotated[Path | None, typer.Option(help="A text to fill contexts with.")] = None,
 ) -> None:
-    """Time to first token: cold, hot, warm, after migration, after restart. Starts its own cluster."""
+    """Time to first token: cold, hot, warm, after a migration, after a restart; on a cluster of its
+    own."""
     try:
         lengths = [int(length) for length in contexts.split(",")]
     except ValueError:
         _fail(f"--contexts {contexts!r}: wants whole numbers with commas between them")
     try:
         settings = load_config(None, os.environ, {"model": model, "nodes": nodes})
-        importlib.import_module("bench.ttft").run(settings, lengths, runs, text)
+        code = importlib.import_module("bench.ttft").run(settings, lengths, runs, text)
     except (ConfigError, ModelUnavailable) as error:
         _fail(str(error))
+    raise typer.Exit(code)
 
 
 def _get(url: str, path: str, api_key: str) -> Any:

@@ -10,8 +10,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,11 +27,9 @@ import httpx
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.config import load_config
-from cluster.local import LocalCluster
-
 WAIT = 60.0  # seconds until a test gives up on an event
-LOAD = 120.0  # until the replicas have loaded the real model
+START = 180.0  # until a cluster has started and loaded the real model
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def free_port() -> int:
@@ -279,7 +281,7 @@ class Endpoint:
                 return sum(node["replica"] == "ready" for node in found.values()) >= nodes
             return False
 
-        until(ready, f"{nodes} ready replicas", LOAD)
+        until(ready, f"{nodes} ready replicas", START)
 
     def wait_stored(self, session: str, generation: int = 1) -> dict[str, Any]:
         """The agent's record once its epoch has `generation` commits that name stored rows."""
@@ -298,41 +300,94 @@ def _session(session: str | None) -> dict[str, str]:
 
 
 @dataclass
-class Local(Endpoint):
-    """A cluster in the test's own process."""
+class Up(Endpoint):
+    """`kvferry up` in a process, and all that it started."""
 
-    local: LocalCluster
-    store: Path
+    process: subprocess.Popen[bytes]
+    output: Path
+    ray_tmp: Path
 
-    def revive(self) -> list[str]:
-        """The raylets that have died, started again."""
-        revived = until(self.local.revive, "a dead raylet")
-        self.wait_ready(self.local.config.nodes)
-        return list(revived)
+    def family(self) -> list[psutil.Process]:
+        """The process and its descendants: raylets, replicas, the router, the ingress."""
+        root = psutil.Process(self.process.pid)
+        return [root, *root.children(recursive=True)]
 
-    def logs(self) -> Path:
-        """Where Ray keeps what the actors wrote."""
-        return Path(self.local._cluster.head_node.get_logs_dir_path())
+    def actor(self, name: str) -> psutil.Process:
+        """The process of an actor's class. Ray names it in the process table."""
+        return next(p for p in self.family() if _command(p).startswith(f"ray::{name}"))
+
+    def logged(self) -> str:
+        """What the actors wrote to stderr, all of them."""
+        files = sorted(self.ray_tmp.glob("session_*/logs/worker-*.err"))
+        return "".join(path.read_text(errors="replace") for path in files)
+
+    def interrupt(self) -> int:
+        """Ctrl-C, which reaches every process of the group; returns the exit code."""
+        os.killpg(self.process.pid, signal.SIGINT)
+        return self.process.wait(WAIT)
+
+    def kill_all(self) -> None:
+        """SIGKILL everything: nobody stores anything any more."""
+        for process in self.family():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.wait(WAIT)
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return "".join(process.cmdline()[:1])
+    except psutil.NoSuchProcess:
+        return ""
 
 
 @contextlib.contextmanager
-def local_cluster(store: Path, **settings: Any) -> Iterator[Local]:
-    """A head and `nodes` device nodes; nothing of them is left afterwards."""
-    flags = {"store": str(store), "port": free_port()} | settings
-    config = load_config(flags=flags)
-    before = set(psutil.Process().children(recursive=True))
+def up(store: Path, nodes: int = 2, **settings: Any) -> Iterator[Up]:
+    """A running `kvferry up`; it fails when a process of it outlives it."""
+    port = free_port()
+    # Not pytest's tmp_path: the path of a Unix socket has at most 107 characters.
+    ray_tmp = Path(tempfile.mkdtemp(prefix="kvf"))
+    flags = {"store": store, "nodes": nodes, "port": port}
+    environment = {name: v for name, v in os.environ.items() if not name.startswith("KVFERRY_")}
+    environment |= {f"KVFERRY_{name}".upper(): str(v) for name, v in (settings | flags).items()}
+    environment |= {"RAY_TMPDIR": str(ray_tmp), "PYTHONPATH": str(ROOT)}
+    with (ray_tmp / "up.out").open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-c", "from cluster.cli import main; main()", "up"],
+            cwd=ray_tmp,
+            env=environment,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    running = Up(f"http://127.0.0.1:{port}", process, ray_tmp / "up.out", ray_tmp)
+    family: list[psutil.Process] = []
     try:
-        with LocalCluster(config) as local:
-            local.serve()
-            served = Local(f"http://127.0.0.1:{config.http.port}", local, store)
-            served.wait_ready(config.nodes)
-            yield served
+        until(
+            lambda: process.poll() is not None or b"is served at" in running.output.read_bytes(),
+            "kvferry up",
+            START,
+        )
+        assert process.poll() is None, running.output.read_text()
+        yield running
+        family = running.family() if process.poll() is None else []
+        if family:
+            running.interrupt()
+        left = [p for p in family if alive(p)]
+        assert not left, f"{left} outlived it"
     finally:
-        left = set(psutil.Process().children(recursive=True)) - before
-        for process in left:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-    assert not [p for p in left if alive(p)], left
+        _end(running, family)
+        shutil.rmtree(ray_tmp, ignore_errors=True)
+
+
+def _end(running: Up, family: list[psutil.Process]) -> None:
+    """Whatever happened, nothing is left: by id, each process this test has started."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family = [*family, *running.family()]
+    for process in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    running.process.wait(WAIT)
 
 
 class InBackground(threading.Thread):
@@ -355,11 +410,3 @@ class InBackground(threading.Thread):
         if self._error is not None:
             raise self._error
         return self._result
-
-
-def end_tree(pid: int, sign: signal.Signals) -> list[psutil.Process]:
-    """Send a signal to a process; returns it and its descendants."""
-    root = psutil.Process(pid)
-    family = [root, *root.children(recursive=True)]
-    os.kill(pid, sign)
-    return family

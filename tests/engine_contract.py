@@ -272,11 +272,16 @@ class EngineContract:
         tokens, reference = greedy(engine, 0, self.ids(engine, 30), 4)
         engine.truncate(0, 0)
         chunk = 256
+
+        def feed_chunk(number: int) -> None:
+            seq_id = number % 2
+            ids = self.ids(engine, chunk, seq_id)
+            engine.step([Chunk(seq_id, ids, engine.n_rows(seq_id), False)])
+
+        for number in range(engine.n_cells // chunk):
+            feed_chunk(number)
         with pytest.raises(EngineFault):
-            for at in range(0, engine.n_cells + chunk, chunk):
-                seq_id = at // chunk % 2
-                ids = self.ids(engine, chunk, seq_id)
-                engine.step([Chunk(seq_id, ids, engine.n_rows(seq_id), False)])
+            feed_chunk(engine.n_cells // chunk)
         for seq_id in range(2):
             engine.truncate(seq_id, 0)
             assert engine.n_rows(seq_id) == 0

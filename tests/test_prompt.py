@@ -236,7 +236,8 @@ def test_a_model_without_a_sound_template_is_refused(source: str) -> None:
 def test_what_templates_of_the_wild_use() -> None:
     source = (
         "{%- set ns = namespace(n=0) -%}\n"
-        "{%- for m in messages -%}{%- if ns.n == 2 -%}{%- break -%}{%- endif -%}{%- set ns.n = ns.n + 1 -%}{{ m['content'] | trim }};"
+        "{%- for m in messages -%}{%- if ns.n == 2 -%}{%- break -%}{%- endif -%}"
+        "{%- set ns.n = ns.n + 1 -%}{{ m['content'] | trim }};"
         "{%- endfor -%}{{ ns.n }} {{ strftime_now('%Y') | length }} "
         "{{ {'é': [1]} | tojson }}{% if tools %}tools{% endif %}"
     )

@@ -1,4 +1,4 @@
-"""Who sits in the engine's sequences: reservations, the least recently used leaves, nothing leaks."""
+"""Who sits in the engine's sequences: reservations, the oldest idle one leaves, no leaks."""
 
 import random
 
@@ -75,6 +75,31 @@ def test_the_kept_one_stays() -> None:
     assert seq_id is not None
     assert residency.find(a) == held
     assert residency.find(b) is None
+
+
+def test_the_rows_of_the_kept_one_count() -> None:
+    engine = engine_of()
+    residency = Residency(engine)
+    a = parked(residency, engine, 0, 200)
+    held = residency.find(a)
+    assert residency.acquire(Branch(1), 101, keep=held) is None
+    assert residency.find(a) == held
+    assert residency.acquire(Branch(1), 100, keep=held) is not None
+
+
+def test_nobody_leaves_for_what_cannot_fit_anyway() -> None:
+    engine = engine_of()
+    residency = Residency(engine)
+    a = parked(residency, engine, 0, 50)
+    assert residency.acquire(Branch(1), 200) is not None
+    assert residency.acquire(Branch(2), 150) is None
+    assert residency.find(a) is not None
+    b = parked(residency, engine, 3, 20)
+    held = residency.find(b)
+    assert held is not None
+    assert not residency.resume(held, 101)
+    assert residency.find(a) is not None
+    assert residency.evictions == 0
 
 
 def test_no_place_beside_the_kept_one() -> None:

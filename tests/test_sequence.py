@@ -40,7 +40,7 @@ def test_a_draw_depends_on_seed_position_and_logits_only() -> None:
     logits = logits_of(1)
     params = SamplingParams(temperature=1.0, seed=7)
     draws = [sample(logits, params, position) for position in range(50)]
-    np.random.seed(3)  # noqa: NPY002 - the global state must not matter
+    np.random.seed(3)  # the global state must not matter
     again = [sample(logits.copy(), params, position) for position in reversed(range(50))]
     assert draws == again[::-1]
     assert len(set(draws)) > 10

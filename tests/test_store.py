@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import stat
+import sys
 
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
@@ -113,7 +114,10 @@ class TestFileStore(StoreContract):
 class TestMemoryStore(StoreContract):
     @pytest.fixture
     def url(self):
-        return "memory://contract"
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)  # so that the races are races
+        yield "memory://contract"
+        sys.setswitchinterval(interval)
 
 
 @pytest.mark.parametrize("url", ["s3://bucket/x", "gs://b", "http://host/x", "nonsense://"])
@@ -125,6 +129,7 @@ def test_an_unsupported_scheme_is_refused(url):
 def test_a_url_keeps_its_scheme():
     assert CacheStore("memory://")._path("x") == "/x"
     assert CacheStore("memory:///a/b/")._path("x") == "/a/b/x"
+    assert CacheStore("memory:///a/b/").url == "memory:///a/b"
     assert CacheStore("file:///a/b/")._path("x") == "/a/b/x"
 
 
