@@ -203,7 +203,7 @@ def run(url: str, api_key: str, tokens: int) -> int:
     """Returns the exit code; see the module docstring."""
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
-        console = Console(highlight=False, soft_wrap=True, width=100)
+        console = Console(highlight=False, soft_wrap=True, width=120)
     agents = _agents(tokens)
     try:
         with Endpoint(url, api_key) as endpoint:

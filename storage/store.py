@@ -10,16 +10,10 @@ Called by the replicas' memory and by the router's scan; safe to use from severa
 
 from __future__ import annotations
 
-import contextlib
-import os
 import secrets
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
-
-import fsspec
 
 from storage.cache_file import sha256
 from storage.card import (
@@ -35,10 +29,8 @@ from storage.card import (
     parse_name,
 )
 from storage.errors import CorruptData, Fenced, Incompatible, StorageError, StoreUnavailable
+from storage.files import Files
 from storage.spec import CompatibilityKey
-
-SCHEMES = ("file", "memory")
-_memory_lock = threading.Lock()  # fsspec's memory:// looks first and writes then
 
 
 @dataclass(frozen=True)
@@ -70,16 +62,8 @@ class CacheStore:
         on_fault: Callable[[StorageError], None] = lambda error: None,
     ) -> None:
         """Raises ValueError for a URL this version has no tested backend for."""
-        if "://" not in url:
-            url = f"file://{Path(url).expanduser().absolute()}"
-        scheme, rest = url.split("://", 1)
-        if scheme not in SCHEMES:
-            known = ", ".join(f"{name}://" for name in SCHEMES)
-            raise ValueError(f"store {url!r}: scheme {scheme}:// is not supported; use {known}")
-        self.url = f"{scheme}://{rest.rstrip('/')}"
-        self._fs, self._root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
-        self._is_local = scheme == "file"
-        self._guard = contextlib.nullcontext() if self._is_local else _memory_lock
+        self.files = Files(url)
+        self.url = self.files.url
         self._signing_key = signing_key
         self.on_fault = on_fault
 
@@ -87,25 +71,25 @@ class CacheStore:
 
     def probe(self) -> None:
         """Prove that this store refuses a second create; raises StoreUnavailable if not."""
-        path = self._path("probe", secrets.token_hex(16))
-        with self._translated():
-            self._create(path, b"1")
+        path = self.files.path("probe", secrets.token_hex(16))
+        with self.files.translated():
+            self.files.create(path, b"1")
             try:
-                self._create(path, b"2")
+                self.files.create(path, b"2")
             except FileExistsError:
                 return
             finally:
-                self._fs.rm_file(path)
+                self.files.remove(path)
         raise StoreUnavailable(self.url, "a second create of one file succeeds: no claim is safe")
 
     # ---- blocks
 
     def put_block(self, tenant: str, block_id: str, part: str, raw: bytes) -> PartRef:
         """Store the bytes, or adopt a sound variant another writer stored under this id."""
-        with self._translated():
+        with self.files.translated():
             folder = self._block_folder(tenant, block_id)
             prefix = f"{block_id}.{part}."
-            for name in self._names(folder):
+            for name in self.files.names(folder):
                 if name.startswith(prefix) and name.endswith(".safetensors"):
                     adopted = self._verified(f"{folder}/{name}", name[len(prefix) :].split(".")[0])
                     if adopted is not None:
@@ -113,7 +97,7 @@ class CacheStore:
             ref = PartRef(sha256(raw), len(raw))
             path = f"{folder}/{prefix}{ref.sha256}.safetensors"
             try:
-                self._create(path, raw)
+                self.files.create(path, raw)
             except FileExistsError as error:  # a twin was faster: same name, same bytes
                 if self._verified(path, ref.sha256) is None:
                     raise StoreUnavailable(self.url, f"cannot create {path}") from error
@@ -123,11 +107,10 @@ class CacheStore:
         """The verified bytes of one part; None if the file is gone. Raises CorruptData."""
         stored = ref.parts[part]
         path = self.block_path(tenant, ref, part)
-        with self._translated():
-            try:
-                raw: bytes = self._fs.cat_file(path)
-            except FileNotFoundError:
-                return None
+        try:
+            raw = self.files.read(path)
+        except FileNotFoundError:
+            return None
         if len(raw) != stored.size:
             raise CorruptData(path, f"{len(raw)} bytes, the card says {stored.size}")
         if sha256(raw) != stored.sha256:
@@ -244,7 +227,7 @@ class CacheStore:
         mine = [n for n in names if n[0] == card.epoch and 0 < n[1] < card.generation]
         for name in names:
             if name[0] < card.epoch or name in mine[:-1]:
-                self._remove(f"{folder}/{card_name(*name)}")
+                self.files.remove(f"{folder}/{card_name(*name)}")
         return LoadedCard(card, CardRef(card.epoch, card.generation, sha256(raw)))
 
     def delete(self, template: CacheCard) -> None:
@@ -253,48 +236,35 @@ class CacheStore:
         folder = self._agent_folder(claimed.agent, claimed.key)
         for epoch, generation in self._card_names(folder):
             if epoch < claimed.epoch:
-                self._remove(f"{folder}/{card_name(epoch, generation)}")
+                self.files.remove(f"{folder}/{card_name(epoch, generation)}")
 
     def cards(self, tenants: list[str], key: CompatibilityKey) -> Iterator[LoadedCard]:
         """The newest sound card under `key` of every agent that was not deleted; tenants in the
         order given."""
         for tenant in tenants:
-            folder = self._path("agents", tenant)
-            for name in self._names(folder):
+            folder = self.files.path("agents", tenant)
+            for name in self.files.names(folder):
                 loaded = self._newest(f"{folder}/{name}", None)
                 if loaded and loaded.card.key == key and not loaded.card.tombstone:
                     yield loaded
 
     def tenants(self) -> list[str]:
         """Every tenant that has agents here."""
-        return self._names(self._path("agents"))
+        return self.files.names(self.files.path("agents"))
 
-    # ---- paths and files
-
-    def _path(self, *parts: str) -> str:
-        return "/".join((self._root, *parts))
+    # ---- paths
 
     def _block_folder(self, tenant: str, block_id: str) -> str:
-        return self._path("blocks", tenant, block_id[:3])
+        return self.files.path("blocks", tenant, block_id[:3])
 
     def _agent_folder(self, agent: AgentId, key: CompatibilityKey) -> str:
-        return self._path("agents", agent.tenant, agent.digest(key.digest))
-
-    def _names(self, folder: str) -> list[str]:
-        """File names in a folder, sorted; empty when there is none."""
-        with self._translated(), self._guard:
-            try:
-                paths = self._fs.ls(folder, detail=False)
-            except FileNotFoundError:
-                return []
-        return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in paths)
+        return self.files.path("agents", agent.tenant, agent.digest(key.digest))
 
     def _card_names(self, folder: str) -> list[tuple[int, int]]:
-        return sorted(found for found in map(parse_name, self._names(folder)) if found)
+        return sorted(found for found in map(parse_name, self.files.names(folder)) if found)
 
     def _read_card(self, path: str, key: CompatibilityKey | None) -> LoadedCard:
-        with self._translated():
-            raw = self._fs.cat_file(path)
+        raw = self.files.read(path)
         card = decode_card(raw, path, key=key, signing_key=self._signing_key)
         home = f"{self._agent_folder(card.agent, card.key)}/{card.name}"
         if path != home:  # a sound card, copied here from another agent, tenant or epoch
@@ -311,90 +281,28 @@ class CacheStore:
     def _verified(self, path: str, digest: str) -> PartRef | None:
         """A stored variant, if its bytes are sound; a broken one is set aside."""
         try:
-            raw = self._fs.cat_file(path)
+            raw = self.files.read(path)
         except FileNotFoundError:
             return None
         if sha256(raw) == digest:
             return PartRef(digest, len(raw))
         self.on_fault(CorruptData(path, "sha256 does not match its name; set aside"))
-        with contextlib.suppress(FileNotFoundError):  # another thread was faster
-            self._fs.mv(path, f"{path}.corrupt")
+        self.files.set_aside(path)
         return None
 
     def _create_or_read_back(self, path: str, raw: bytes, card: CacheCard) -> None:
         """Exclusive create; after a refusal or a doubtful answer, our own bytes mean success."""
         try:
-            self._create(path, raw)
+            self.files.create(path, raw)
             return
         except Exception as error:  # any backend's error: what counts is what the store now holds
             failure = error
-        with self._translated():
-            try:
-                found = self._fs.cat_file(path)
-            except FileNotFoundError:
-                raise StoreUnavailable(self.url, f"cannot create {path}: {failure}") from failure
+        try:
+            found = self.files.read(path)
+        except FileNotFoundError:
+            raise StoreUnavailable(self.url, f"cannot create {path}: {failure}") from failure
         if found != raw:
             raise Fenced(str(card.agent), card.epoch) from failure
-
-    def _create(self, path: str, raw: bytes) -> None:
-        """Create or raise FileExistsError; on file:// a crash leaves no half-written file."""
-        if not self._is_local:
-            with self._guard:
-                self._fs.pipe_file(path, raw, mode="create")
-            return
-        folder = os.path.dirname(path)
-        _make_folder(folder)
-        temporary = f"{folder}/.{secrets.token_hex(8)}.tmp"
-        try:
-            with open(temporary, "xb", opener=_private) as file:
-                file.write(raw)
-                file.flush()
-                os.fsync(file.fileno())
-            os.link(temporary, path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-        _sync_folder(folder)
-
-    def _remove(self, path: str) -> None:
-        with self._translated(), self._guard, contextlib.suppress(FileNotFoundError):
-            self._fs.rm_file(path)
-
-    @contextlib.contextmanager
-    def _translated(self) -> Iterator[None]:
-        """The backend's errors become StoreUnavailable; a missing or present file stays what it
-        is."""
-        try:
-            yield
-        except (FileNotFoundError, FileExistsError, StorageError):
-            raise
-        except Exception as error:
-            raise StoreUnavailable(self.url, repr(error)) from error
-
-
-def _make_folder(folder: str) -> None:
-    """Create a folder and its parents; after a power cut they are still there."""
-    if os.path.isdir(folder):
-        return
-    parent = os.path.dirname(folder)
-    _make_folder(parent)
-    with contextlib.suppress(FileExistsError):
-        os.mkdir(folder)
-    if not os.path.isdir(folder):
-        raise NotADirectoryError(folder)
-    _sync_folder(parent)
-
-
-def _sync_folder(folder: str) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
 
 
 def new_card(

@@ -119,13 +119,13 @@ def tokens_of(store: CacheStore, agent: AgentId = AGENT) -> tuple[int, ...] | No
 
 def card_path(store: CacheStore, epoch: int, generation: int, agent: AgentId = AGENT) -> str:
     name = f"{epoch:08d}-{generation:08d}.safetensors"
-    return f"{store._root}/agents/{agent.tenant}/{agent.digest(KEY.digest)}/{name}"
+    return f"{store.files.root}/agents/{agent.tenant}/{agent.digest(KEY.digest)}/{name}"
 
 
 def card_files(store: CacheStore, agent: AgentId = AGENT) -> list[str]:
     """`<epoch>-<generation>` of everything in the agent's folder, without the leading zeros."""
     folder = card_path(store, 0, 0, agent).rsplit("/", 1)[0]
-    names = [path.rsplit("/", 1)[1] for path in store._fs.find(folder)]
+    names = [path.rsplit("/", 1)[1] for path in store.files.fs.find(folder)]
     assert all(name.endswith(".safetensors") for name in names), names
     return ["-".join(str(int(x)) for x in name.split(".")[0].split("-")) for name in names]
 
@@ -169,13 +169,13 @@ class StoreContract:
     def store(self, url, faults):
         store = CacheStore(url, on_fault=faults.append)
         yield store
-        if store._fs.exists(store._root):
-            store._fs.rm(store._root, recursive=True)
+        if store.files.fs.exists(store.files.root):
+            store.files.fs.rm(store.files.root, recursive=True)
 
     def test_probe_passes_and_leaves_nothing(self, store):
         store.probe()
         store.probe()
-        assert store._fs.find(store._root) == []
+        assert store.files.fs.find(store.files.root) == []
 
     # ---- blocks
 
@@ -189,18 +189,18 @@ class StoreContract:
         assert store.get_block("acme", ref, "full") == b"the rows"
         assert ref.parts["full"] == PartRef(sha256(b"the rows"), 8)
         assert path.endswith(f"/blocks/acme/3c3/{'3c' * 32}.full.{sha256(b'the rows')}.safetensors")
-        assert store._fs.find(store._root) == [path]
+        assert store.files.fs.find(store.files.root) == [path]
 
     def test_a_missing_block_is_none(self, store):
         ref, path = self.put(store)
         assert store.get_block("other", ref, "full") is None
-        store._fs.rm_file(path)
+        store.files.fs.rm_file(path)
         assert store.get_block("acme", ref, "full") is None
 
     @pytest.mark.parametrize("bad", [b"", b"the row", b"the rowz", b"the rows!"])
     def test_a_damaged_block_is_refused_by_name(self, store, bad):
         ref, path = self.put(store)
-        store._fs.pipe_file(path, bad)
+        store.files.fs.pipe_file(path, bad)
         with pytest.raises(CorruptData) as caught:
             store.get_block("acme", ref, "full")
         assert caught.value.path == path
@@ -209,59 +209,59 @@ class StoreContract:
         first, _ = self.put(store, b"one encoder")
         second, _ = self.put(store, b"another encoder's bytes")
         assert second == first
-        assert len(store._fs.find(store._root)) == 1
+        assert len(store.files.fs.find(store.files.root)) == 1
         assert self.put(store, b"other id", "4d" * 32)[0] != first
 
     def test_a_corrupt_variant_is_set_aside_once(self, store, faults):
         _, path = self.put(store)
-        store._fs.pipe_file(path, b"the rowz")
+        store.files.fs.pipe_file(path, b"the rowz")
         ref, again = self.put(store)
         assert again == path
         assert store.get_block("acme", ref, "full") == b"the rows"
         assert [type(fault) for fault in faults] == [CorruptData]
         assert faults[0].path == path
         self.put(store, b"a third writer")
-        assert sorted(store._fs.find(store._root)) == [path, f"{path}.corrupt"]
-        assert store._fs.cat_file(f"{path}.corrupt") == b"the rowz"
+        assert sorted(store.files.fs.find(store.files.root)) == [path, f"{path}.corrupt"]
+        assert store.files.fs.cat_file(f"{path}.corrupt") == b"the rowz"
         assert len(faults) == 1
 
     def test_a_twin_that_wrote_other_bytes_is_not_taken_for_ours(self, store, url):
         ref, path = self.put(store)
-        store._fs.rm_file(path)
+        store.files.fs.rm_file(path)
         writer = Interleaved(url)
-        writer.before_create = lambda: store._create(path, b"the rowz")
+        writer.before_create = lambda: store.files.create(path, b"the rowz")
         with pytest.raises(StoreUnavailable):
             self.put(writer)
         assert self.put(writer) == (ref, path)
 
     def test_what_was_set_aside_is_not_looked_at_again(self, store, faults):
         _, path = self.put(store)
-        store._fs.rm_file(path)
+        store.files.fs.rm_file(path)
         first_in_order = path.replace(sha256(b"the rows"), "0" * 64)
-        store._create(first_in_order, b"the rowz")
+        store.files.create(first_in_order, b"the rowz")
         for _ in range(3):
             assert self.put(store)[1] == path
         assert [fault.path for fault in faults] == [first_in_order]
-        assert sorted(store._fs.find(store._root)) == [f"{first_in_order}.corrupt", path]
+        assert sorted(store.files.fs.find(store.files.root)) == [f"{first_in_order}.corrupt", path]
 
     def test_parts_and_tenants_do_not_meet(self, store):
         ref, _ = self.put(store)
         sliding = store.put_block("acme", ref.id, "sliding", b"window rows")
         other = store.put_block("other", ref.id, "full", b"their rows")
         assert len({ref.parts["full"], sliding, other}) == 3
-        assert len(store._fs.find(store._root)) == 3
+        assert len(store.files.fs.find(store.files.root)) == 3
 
     def test_racing_writers_agree_on_one_sound_block(self, store):
         results = race(8, lambda i: self.put(store, b"same bytes")[0])
         assert len({str(result) for result in results}) == 1
         assert store.get_block("acme", results[0], "full") == b"same bytes"
-        assert len(store._fs.find(store._root)) == 1
+        assert len(store.files.fs.find(store.files.root)) == 1
 
     def test_nothing_is_overwritten(self, store):
         _, path = self.put(store)
         with pytest.raises(FileExistsError):
-            store._create(path, b"other")
-        assert store._fs.cat_file(path) == b"the rows"
+            store.files.create(path, b"other")
+        assert store.files.fs.cat_file(path) == b"the rows"
 
     # ---- claim
 
@@ -288,7 +288,7 @@ class StoreContract:
 
     def test_base_is_the_digest_of_the_cards_file(self, store):
         first = store.claim(template(ALICE)).card
-        raw = store._fs.cat_file(card_path(store, 1, 0))
+        raw = store.files.fs.cat_file(card_path(store, 1, 0))
         assert store.claim(template(BOB)).card.base == CardRef(1, 0, sha256(raw))
         assert raw == encode_card(first)
 
@@ -392,9 +392,9 @@ class StoreContract:
         old = store.claim(template(ALICE)).card
         store.claim(template(BOB))
         zombie = with_tokens(old, 666)
-        store._create(card_path(store, 1, 1), encode_card(zombie))
+        store.files.create(card_path(store, 1, 1), encode_card(zombie))
         path = card_path(store, 2, 0)
-        store._fs.pipe_file(path, flip(store._fs.cat_file(path), -1))
+        store.files.fs.pipe_file(path, flip(store.files.fs.cat_file(path), -1))
         assert store.latest(AGENT, KEY) is None
         assert [fault.path for fault in faults] == [path]
         assert list(store.cards(["acme"], KEY)) == []
@@ -403,7 +403,7 @@ class StoreContract:
 
     def test_an_unanswered_commit_does_not_fence_its_own_writer(self, store):
         card = store.claim(template(ALICE)).card
-        store._create(card_path(store, 1, 1), encode_card(with_tokens(card, 1)))
+        store.files.create(card_path(store, 1, 1), encode_card(with_tokens(card, 1)))
         loaded = store.commit(with_tokens(card, 1, 2))
         assert loaded.card.generation == loaded.ref.generation == 2
         assert tokens_of(store) == (1, 2)
@@ -411,7 +411,7 @@ class StoreContract:
     def test_a_generation_of_another_writer_fences(self, store):
         card = store.claim(template(ALICE)).card
         other = replace(with_tokens(card, 666), nonce="f" * 32)
-        store._create(card_path(store, 1, 1), encode_card(other))
+        store.files.create(card_path(store, 1, 1), encode_card(other))
         with pytest.raises(Fenced):
             store.commit(with_tokens(card, 1))
         assert tokens_of(store) == (666,)
@@ -423,7 +423,7 @@ class StoreContract:
         for n in (1, 2):
             card = store.commit(with_tokens(card, n)).card
         path = card_path(store, 1, 2)
-        store._fs.pipe_file(path, store._fs.cat_file(path)[:-1])
+        store.files.fs.pipe_file(path, store.files.fs.cat_file(path)[:-1])
         assert tokens_of(store) == (1,)
         assert [(type(fault), fault.path) for fault in faults] == [(CorruptData, path)]
         assert [loaded.card.generation for loaded in store.cards(["acme"], KEY)] == [1]
@@ -434,7 +434,7 @@ class StoreContract:
             card = store.commit(with_tokens(card, n)).card
         paths = [card_path(store, 1, generation) for generation in (2, 1, 0)]
         for path in paths:
-            store._fs.pipe_file(path, b"")
+            store.files.fs.pipe_file(path, b"")
         assert store.latest(AGENT, KEY) is None
         assert [fault.path for fault in faults] == paths
         assert store.claim(template(BOB)).card.epoch == 2
@@ -455,10 +455,10 @@ class StoreContract:
         other = AgentId("other", "session-1")
         store.commit(with_tokens(store.claim(template(ALICE, other)).card, 1))
         store.claim(template(ALICE))
-        copied = store._fs.cat_file(card_path(store, 1, 1, other))
-        store._create(card_path(store, 1, 1), copied)
-        renamed = store._fs.cat_file(card_path(store, 1, 0))
-        store._create(card_path(store, 1, 2), renamed)
+        copied = store.files.fs.cat_file(card_path(store, 1, 1, other))
+        store.files.create(card_path(store, 1, 1), copied)
+        renamed = store.files.fs.cat_file(card_path(store, 1, 0))
+        store.files.create(card_path(store, 1, 2), renamed)
         assert tokens_of(store) is None
         assert [fault.path for fault in faults] == [card_path(store, 1, n) for n in (2, 1)]
 
@@ -466,7 +466,7 @@ class StoreContract:
         store.claim(template(ALICE))
         folder = card_path(store, 0, 0).rsplit("/", 1)[0]
         for name in (".0123.tmp", "notes.txt", "00000009-00000000.safetensors.corrupt"):
-            store._create(f"{folder}/{name}", b"?")
+            store.files.create(f"{folder}/{name}", b"?")
         assert store.epoch(AGENT, KEY) == 1
         assert store.latest(AGENT, KEY).card.epoch == 1
 
@@ -529,11 +529,17 @@ class Interleaved(CacheStore):
     before_create: Callable[[], object] | None = None
     before_read: Callable[[], object] | None = None
 
-    def _create(self, path: str, raw: bytes) -> None:
-        hook, self.before_create = self.before_create, None
-        if hook:
-            hook()
-        super()._create(path, raw)
+    def __init__(self, url, **options):
+        super().__init__(url, **options)
+        create = self.files.create
+
+        def hooked(path: str, raw: bytes) -> None:
+            hook, self.before_create = self.before_create, None
+            if hook:
+                hook()
+            create(path, raw)
+
+        self.files.create = hooked
 
     def _read_card(self, path, key):
         hook, self.before_read = self.before_read, None

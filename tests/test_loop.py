@@ -297,6 +297,7 @@ def test_regenerating_a_reply_keeps_the_prompt(loop_on: MakeLoop, parked: bool) 
     settle(loop)
     (branch,) = memory_of(loop).branches
     assert branch.tokens == other.prompt + other.ids
+    assert [(r.start, r.stop) for r in branch.replies] == [(len(other.prompt), len(branch.tokens))]
     all_free(loop)
 
 

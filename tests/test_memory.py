@@ -468,6 +468,25 @@ def test_a_card_names_only_what_the_store_holds(loop_on: MakeLoop, tmp_path: Pat
         assert store.get_block("default", ref, "full") is not None
 
 
+def test_a_card_ends_where_a_run_was_lost(loop_on: MakeLoop, tmp_path: Path) -> None:
+    """Rows that could be kept neither in the store nor in RAM, and later ones that could."""
+    store = FlakyStore(str(tmp_path / "store"))
+    loop, messages = loop_on(store=store, pool_bytes=1), []
+    talk(loop, messages, "short")
+    settle(loop)
+    store.fail_blocks = True
+    talk(loop, messages, LONG)
+    settle(loop)
+    store.fail_blocks = False
+    talk(loop, messages, LONG)
+    settle(loop)
+    loop.close()
+    loop = loop_on()
+    answer = talk(loop, messages, "And?")
+    assert answer.ids == fresh_replay(loop_on, tmp_path, messages, "lost")
+    assert not loop.memory.faults
+
+
 # ---- branches
 
 

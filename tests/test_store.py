@@ -62,7 +62,7 @@ class TestFileStore(StoreContract):
             patch.setattr(os, "fsync", full)
             with pytest.raises(StoreUnavailable, match="No space left"):
                 self.put(store)
-        assert store._fs.find(store._root) == []
+        assert store.files.fs.find(store.files.root) == []
 
     def test_everything_is_synced_before_it_is_reported(self, store, monkeypatch):
         events = []
@@ -100,7 +100,7 @@ class TestFileStore(StoreContract):
         def refuse(*args, **kwargs):
             raise PermissionError(errno.EACCES, "Permission denied")
 
-        monkeypatch.setattr(store._fs, "ls", refuse)
+        monkeypatch.setattr(store.files.fs, "ls", refuse)
         for call in (
             lambda: store.latest(AGENT, KEY),
             lambda: store.claim(template(ALICE)),
@@ -127,10 +127,10 @@ def test_an_unsupported_scheme_is_refused(url):
 
 
 def test_a_url_keeps_its_scheme():
-    assert CacheStore("memory://")._path("x") == "/x"
-    assert CacheStore("memory:///a/b/")._path("x") == "/a/b/x"
+    assert CacheStore("memory://").files.path("x") == "/x"
+    assert CacheStore("memory:///a/b/").files.path("x") == "/a/b/x"
     assert CacheStore("memory:///a/b/").url == "memory:///a/b"
-    assert CacheStore("file:///a/b/")._path("x") == "/a/b/x"
+    assert CacheStore("file:///a/b/").files.path("x") == "/a/b/x"
 
 
 class Lax(MemoryFileSystem):
@@ -159,19 +159,19 @@ class Unanswering(MemoryFileSystem):
 def memory_store():
     store = CacheStore("memory://backend")
     yield store
-    if store._fs.exists("/backend"):
-        store._fs.rm("/backend", recursive=True)
+    if store.files.fs.exists("/backend"):
+        store.files.fs.rm("/backend", recursive=True)
 
 
 def test_a_store_that_overwrites_fails_the_probe(memory_store):
-    memory_store._fs = Lax()
+    memory_store.files.fs = Lax()
     with pytest.raises(StoreUnavailable, match="a second create of one file succeeds"):
         memory_store.probe()
-    assert memory_store._fs.find("/backend") == []
+    assert memory_store.files.fs.find("/backend") == []
 
 
 def test_a_create_without_an_answer_counts_when_our_bytes_are_there(memory_store):
-    memory_store._fs = Unanswering()
+    memory_store.files.fs = Unanswering()
     card = memory_store.claim(template(ALICE)).card
     assert memory_store.latest(AGENT, KEY).card == card
     assert memory_store.commit(with_tokens(card, 1)).card.generation == 1
@@ -180,7 +180,7 @@ def test_a_create_without_an_answer_counts_when_our_bytes_are_there(memory_store
 
 def test_a_create_without_an_answer_is_fenced_when_others_were_there(memory_store):
     slow = Interleaved("memory://backend")
-    slow._fs = Unanswering()
+    slow.files.fs = Unanswering()
     slow.before_create = lambda: memory_store.claim(template(BOB))
     with pytest.raises(Fenced):
         slow.claim(template(ALICE))
@@ -188,11 +188,11 @@ def test_a_create_without_an_answer_is_fenced_when_others_were_there(memory_stor
 
 
 def test_a_create_that_cannot_be_read_back_owns_nothing(memory_store, monkeypatch):
-    memory_store._fs = Unanswering()
-    monkeypatch.setattr(memory_store._fs, "blind", True)
+    memory_store.files.fs = Unanswering()
+    monkeypatch.setattr(memory_store.files.fs, "blind", True)
     with pytest.raises(StoreUnavailable, match="connection lost"):
         memory_store.claim(template(ALICE))
-    monkeypatch.setattr(memory_store._fs, "blind", False)
+    monkeypatch.setattr(memory_store.files.fs, "blind", False)
     assert memory_store.claim(template(BOB)).card.epoch == 2
 
 
@@ -231,5 +231,5 @@ def test_no_interleaving_of_two_owners_shows_the_older_ones_later_writes(memory_
                 except Fenced:
                     assert lost
             assert tokens_of(bob, agent) == visible
-        bob._fs.rm(card_path(bob, 0, 0, agent).rsplit("/", 1)[0], recursive=True)
+        bob.files.fs.rm(card_path(bob, 0, 0, agent).rsplit("/", 1)[0], recursive=True)
     assert overtaken > 200

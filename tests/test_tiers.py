@@ -102,7 +102,7 @@ def test_reading_falls_through_to_the_store_and_keeps_the_rows(tiers, store):
     found = tiers.read("acme", IDS[0], 16, ref)
     assert same(found, ROWS)
     assert tiers.resident(IDS[0]) is found
-    store._fs.rm_file(store.block_path("acme", ref, "full"))
+    store.files.fs.rm_file(store.block_path("acme", ref, "full"))
     assert tiers.read("acme", IDS[0], 16, ref) is found
     tiers.evict_all()
     assert tiers.read("acme", IDS[0], 16, ref) is None
@@ -119,9 +119,9 @@ def test_rows_that_another_wrote_are_adopted(tiers, store):
 def test_damaged_bytes_are_refused_and_do_not_enter_the_pool(tiers, store):
     ref = tiers.write("acme", IDS[0], 16, ROWS)
     path = store.block_path("acme", ref, "full")
-    raw = store._fs.cat_file(path)
+    raw = store.files.fs.cat_file(path)
     for bad in (b"", raw[:-1], *(flip(raw, at) for at in (0, 20, 5000, len(raw) - 1))):
-        store._fs.pipe_file(path, bad)
+        store.files.fs.pipe_file(path, bad)
         with pytest.raises(CorruptData) as caught:
             tiers.read("acme", IDS[0], 16, ref)
         assert caught.value.path == path

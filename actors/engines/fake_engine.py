@@ -1,7 +1,7 @@
 """A deterministic engine in numpy: the same contract as a real one, in microseconds per token.
 
-Every row is a hash of its token and the row before, so a row that is missing, stale, moved or from
-another agent changes the next token. Its logits depend on the last row only, in float16, so exported
+Every row is a hash of its token and of all rows before it, so a row that is missing, stale, moved
+or from another agent changes the next token. Logits depend on the float16 rows alone, so exported
 rows carry all of it. Its vocabulary is bytes. `step_delay` makes it as slow as a test wants.
 """
 
@@ -81,6 +81,7 @@ class FakeEngine:
         self._seed = seed
         self._delay = step_delay
         self._rows: list[list[NDArray[np.float16]]] = [[] for _ in range(n_seq_max)]
+        self._states: list[list[bytes]] = [[] for _ in range(n_seq_max)]  # digest of rows so far
 
     def step(self, chunks: Sequence[Chunk]) -> dict[int, Logits]:
         if self._delay:
@@ -95,20 +96,26 @@ class FakeEngine:
             rows = self._rows[chunk.seq_id]
             if len(rows) != chunk.start:
                 raise EngineFault(f"position {chunk.start} after {len(rows)} rows")
+            states = self._states[chunk.seq_id]
             for token in chunk.token_ids:
-                rows.append(self._next_row(token, rows[-1] if rows else None))
+                self._append(chunk.seq_id, self._next_row(token, states[-1] if states else b""))
             if chunk.wants_logits:
-                logits[chunk.seq_id] = self._logits(rows[-1])
+                logits[chunk.seq_id] = self._logits(states[-1])
         return logits
 
-    def _next_row(self, token: int, before: NDArray[np.float16] | None) -> NDArray[np.float16]:
-        state = b"" if before is None else before.tobytes()
+    def _append(self, seq_id: int, row: NDArray[np.float16]) -> None:
+        states = self._states[seq_id]
+        before = states[-1] if states else b""
+        self._rows[seq_id].append(row)
+        states.append(hashlib.blake2b(before + row.tobytes()).digest())
+
+    def _next_row(self, token: int, state: bytes) -> NDArray[np.float16]:
         digest = hashlib.shake_128(f"{self._seed}.{token}.".encode() + state).digest(256)
         row = np.frombuffer(digest, np.uint8).astype(np.float16) / np.float16(256)
         return row.reshape(_LAYERS, 2, _HEADS, _DIM)
 
-    def _logits(self, row: NDArray[np.float16]) -> Logits:
-        noise = np.frombuffer(hashlib.blake2b(row.tobytes()).digest() * 5, np.uint8)
+    def _logits(self, state: bytes) -> Logits:
+        noise = np.frombuffer(state * 5, np.uint8)
         logits = noise[: self.vocab.size].astype(np.float32) / np.float32(64)
         letters = [*range(97, 123), 32]
         logits[letters] += 8
@@ -125,15 +132,18 @@ class FakeEngine:
         if len(self._rows[seq_id]) != start:
             raise EngineFault(f"load at {start} after {len(self._rows[seq_id])} rows")
         stacked = np.stack([rows[0].k, rows[0].v], axis=2)
-        self._rows[seq_id].extend(np.ascontiguousarray(x) for x in stacked.swapaxes(0, 1))
+        for row in stacked.swapaxes(0, 1):
+            self._append(seq_id, np.ascontiguousarray(row))
 
     def fork(self, source: int, target: int, n_rows: int) -> None:
         if self._rows[target]:
             raise EngineFault(f"fork into sequence {target}, which is not empty")
         self._rows[target] = self._rows[source][:n_rows]
+        self._states[target] = self._states[source][:n_rows]
 
     def truncate(self, seq_id: int, n_rows: int) -> None:
         del self._rows[seq_id][n_rows:]
+        del self._states[seq_id][n_rows:]
 
     def n_rows(self, seq_id: int) -> int:
         return len(self._rows[seq_id])
