@@ -11,10 +11,10 @@ from actors.errors import EngineFault, ModelUnavailable
 from tests.engine_contract import EngineContract, feed
 
 
-def open_engine(path: Path, n_cells: int = 1024) -> Engine:
+def open_engine(path: Path, n_threads: int = 1) -> Engine:
     from actors.engines.llama_engine import LlamaEngine
 
-    return LlamaEngine(path, n_seq_max=3, n_ctx=1024, n_cells=n_cells, n_threads=2)
+    return LlamaEngine(path, n_seq_max=3, n_ctx=1024, n_cells=1024, n_threads=n_threads)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def half_split(tiny_models: dict[str, Path]) -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def smollm2(smollm2_gguf: Path) -> Iterator[Engine]:
-    engine = open_engine(smollm2_gguf)
+    engine = open_engine(smollm2_gguf, n_threads=2)
     yield engine
     engine.close()
 
