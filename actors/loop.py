@@ -19,13 +19,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from actors.book import Book, Turn
 from actors.engines.base import Chunk, Engine
 from actors.errors import ActorError, AgentMoved, EngineFault
-from actors.memory import AgentMemory, Memory
+from actors.exporter import Exporter
+from actors.handoff import Handoff
+from actors.memory import Memory
 from actors.prepare import Prepared, Preparer
 from actors.prompt import ChatTemplate
 from actors.rates import Rates
 from actors.residency import Residency
+from actors.restorer import Restorer
 from actors.scheduler import Scheduled, Scheduler, SchedulerConfig
 from actors.sequence import Sequence, TextStream, sample, visible_ids
 from actors.turn import (
@@ -40,9 +44,7 @@ from actors.turn import (
     TurnStarted,
 )
 from storage.card import AgentId, OpenTurn, Reply
-from storage.codec import decode_rows
 from storage.errors import Fenced, StorageError
-from storage.spec import KVRows
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -56,45 +58,6 @@ class LoopConfig:
     restore_timeout_s: float = 60.0
 
 
-@dataclass(eq=False)
-class Turn:
-    """One submitted turn on its way through the loop."""
-
-    request: TurnRequest
-    sink: Callable[[StreamItem], None]
-    began: float = field(default_factory=time.monotonic)
-    cancelled: bool = False
-    prepared: Future[Prepared] | None = None
-    sequence: Sequence | None = None
-    restore: _Restore | None = None
-    last_item: float = field(default_factory=time.monotonic)
-
-    def emit(self, item: StreamItem) -> None:
-        self.last_item = time.monotonic()
-        try:
-            self.sink(item)
-        except Exception:  # nobody listens any more; the others' turns go on
-            logger.exception("the sink of turn %s failed", self.request.id)
-
-    @property
-    def ready(self) -> Prepared:
-        """Only for a turn that has been placed."""
-        assert self.prepared is not None
-        return self.prepared.result(timeout=0)
-
-
-@dataclass(eq=False)
-class _Restore:
-    """Rows on their way from pool or store into an empty sequence."""
-
-    seq_id: int
-    rows: queue.Queue[tuple[KVRows, bool] | None]
-    began: float = field(default_factory=time.monotonic)
-    loaded: int = 0
-    from_store: bool = False
-    abandoned: bool = False
-
-
 class ReplicaLoop:
     """See the module docstring. All public methods may be called from any thread."""
 
@@ -104,19 +67,23 @@ class ReplicaLoop:
         self.scheduler: Scheduler[Turn] = Scheduler(config.scheduler)
         self.residency = Residency(engine)
         self.served = {"turns": 0, "prompt_tokens": 0, "cached_tokens": 0, "reply_tokens": 0}
-        self._config = config
-        template = ChatTemplate(engine.vocab)
-        self._prepare = Preparer(engine, memory, template, config.default_max_tokens)
+        self._book = Book()
         self._workers = ThreadPoolExecutor(4, "prepare")
-        self._active: dict[AgentId, Turn] = {}  # the one turn of an agent that is under way
-        self._restoring: list[Turn] = []
-        self._draining: list[Turn] = []
-        self._by_sequence: dict[int, Turn] = {}  # id(sequence) -> turn
-        self._frozen: dict[AgentId, float] = {}  # agent -> deadline
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._wake = threading.Event()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        template = ChatTemplate(engine.vocab)
+        self._prepare = Preparer(engine, memory, template, config.default_max_tokens)
+        self._exporter = Exporter(engine, memory, self.residency)
+        self._restorer = Restorer(
+            engine, memory, self._book, self.rates, self._workers,
+            self._wake.set, self._thread.is_alive, config.restore_timeout_s,
+        )  # fmt: skip
+        self.handoff = Handoff(
+            memory, self._book, self.residency, self._exporter,
+            self._move, self.call, config.freeze_timeout_s,
+        )  # fmt: skip
         self._thread.start()
 
     # ---- from outside
@@ -135,7 +102,8 @@ class ReplicaLoop:
         self.call(lambda: self._cancel(turn_id))
 
     def call(self, function: Callable[[], T]) -> Future[T]:
-        """Run a function on the loop's thread, between two steps."""
+        """Run a function on the loop's thread, between two steps. The future fails with EngineFault
+        when the loop has ended."""
         future: Future[T] = Future()
 
         def run() -> None:
@@ -146,6 +114,8 @@ class ReplicaLoop:
 
         self._calls.put(run)
         self._wake.set()
+        if not self.alive and not future.done():
+            future.set_exception(EngineFault("the replica's loop has ended"))
         return future
 
     def close(self, timeout: float = 30.0) -> None:
@@ -155,7 +125,8 @@ class ReplicaLoop:
         self._thread.join(timeout)
         self._workers.shutdown(wait=False, cancel_futures=True)
         self.memory.persister.close(timeout)
-        self.engine.close()
+        if not self.alive:  # else a step hangs: the process's end frees the engine
+            self.engine.close()
 
     @property
     def alive(self) -> bool:
@@ -168,75 +139,12 @@ class ReplicaLoop:
         turns = len(self.scheduler.waiting) + full
         return missing / self.rates.prefill_tokens_per_s + turns * self.rates.turn_s
 
-    # ---- migration, called through `call`
-
-    def freeze(self, agent: AgentId) -> Future[None]:
-        """Stop the agent at this token boundary; the future is done when its card is committed.
-
-        Raises AgentMoved when the agent is not owned here.
-        """
-        memory = self.memory.get(agent)
-        if memory is None or memory.state != "owned":
-            raise AgentMoved(f"agent {agent} is not owned here")
-        memory.state = "frozen"
-        self._frozen[agent] = time.monotonic() + self._config.freeze_timeout_s
-        turn = self._active.get(agent)
-        if turn is not None and turn.sequence is not None:
-            turn.sequence.paused = True
-            self._export(turn, turn.sequence.n_rows, wait=False)
-        self.memory.commit_later(memory)
-        return self.memory.persister.flush()
-
-    def release(self, agent: AgentId) -> None:
-        """Another replica owns the agent now: its turns move, its cells are freed."""
-        self._frozen.pop(agent, None)
-        memory = self.memory.get(agent)
-        turns = [t for t in self.scheduler.waiting if t.request.agent == agent]
-        if (active := self._active.get(agent)) is not None and active not in turns:
-            turns.append(active)
-        for turn in turns:
-            if turn in self.scheduler.waiting:
-                self.scheduler.waiting.remove(turn)
-            self._end(turn, TurnMoved(turn.request.attempt))
-        if memory is not None:
-            for branch in memory.branches:
-                self.residency.drop(branch)
-            self.memory.forget(memory)
-
-    def thaw(self, agent: AgentId) -> None:
-        """The migration failed: claim the agent back and go on, or release it."""
-        memory = self.memory.get(agent)
-        if memory is not None and memory.state == "frozen":
-            self._frozen[agent] = time.monotonic() + self._config.freeze_timeout_s
-            self.memory.persister.submit(lambda: self._reclaim(memory))
-
-    def _reclaim(self, memory: AgentMemory) -> None:
-        """On the persister's thread: no commit of the epoch before may be under way."""
-        if memory.state != "frozen":
-            return
-        try:
-            self.memory.reclaim(memory)
-        except Fenced:
-            self.call(lambda: self.release(memory.agent))
-        except StorageError as error:  # nobody owns it: stay frozen, try again at the deadline
-            logger.warning("cannot claim frozen agent %s back: %s", memory.agent, error)
-        else:
-            self.call(lambda: self._unpause(memory))
-
-    def _unpause(self, memory: AgentMemory) -> None:
-        self._frozen.pop(memory.agent, None)
-        turn = self._active.get(memory.agent)
-        if turn is not None and turn.sequence is not None:
-            turn.sequence.paused = False
-
     def drop(self, agent: AgentId) -> None:
-        """Free what a deleted agent holds here. Raises AgentMoved while a turn of it runs."""
-        if agent in self._active:
+        """On the loop's thread: free what a deleted agent holds. Raises AgentMoved while a turn of
+        it is under way."""
+        if agent in self._book.active:
             raise AgentMoved(f"agent {agent} has a turn under way")
-        memory = self.memory.get(agent)
-        if memory is not None:
-            for branch in memory.branches:
-                self.residency.drop(branch)
+        self.handoff.drop(agent)
 
     # ---- the loop
 
@@ -250,6 +158,8 @@ class ReplicaLoop:
                 logger.exception("the engine loop failed; its turns are given up")
                 self._give_up(EngineFault("the replica's loop failed"))
         # What _give_up raises ends this thread: `alive` is then False, and the replica restarts.
+        for turn in [*self.scheduler.waiting, *self._book.in_engine()]:
+            self._end(turn, TurnFailed(turn.request.attempt, EngineFault("the replica stops")))
 
     def _round(self) -> bool:
         """One round; False when there was nothing to do."""
@@ -257,46 +167,54 @@ class ReplicaLoop:
             self._calls.get()()
         self._tend()
         placed = self._place_waiting()
-        loaded = self._load_restored()
+        loaded, restored = self._restorer.poll()
+        for turn in restored:
+            assert turn.restore is not None
+            self._begin(turn, turn.restore.seq_id, turn.restore.cache)
         stepped = self._step()
         drained = self._drain()
         return placed or loaded or stepped or drained
 
     def _tend(self) -> None:
-        """Signs of life for turns that wait, and frozen agents whose migration never came back."""
+        """Signs of life for turns that wait; an end for those whose agent is another replica's."""
         now = time.monotonic()
-        for turn in [*self.scheduler.waiting, *self._restoring]:
+        waiting = [*self.scheduler.waiting, *self._book.restoring, *self.handoff.paused()]
+        for turn in waiting:
             if now - turn.last_item > 1:
                 turn.emit(Progress(turn.request.attempt, 0, 0))
-        for turn in list(self._by_sequence.values()):
-            if turn.ready.memory.state == "released":  # fenced: another replica owns the agent
+        for turn in list(self._book.by_sequence.values()):
+            if turn.ready.memory.state == "released":
                 self._end(turn, TurnMoved(turn.request.attempt))
-        for agent, deadline in list(self._frozen.items()):
-            if now > deadline:
-                self.thaw(agent)
+        self.handoff.thaw_overdue()
 
     def _place_waiting(self) -> bool:
         placed = False
         for turn in list(self.scheduler.waiting):
             agent = turn.request.agent
-            if self._active.get(agent, turn) is not turn:
+            if self._book.active.get(agent, turn) is not turn:
                 continue  # turns of one agent queue
-            if turn.cancelled:
-                self.scheduler.waiting.remove(turn)
-                self._end(turn, TurnFinished(turn.request.attempt, 0, "", "cancelled"))
-            elif turn.prepared is None:
-                self._active[agent] = turn
+            if turn.prepared is None and not turn.cancelled:
+                self._book.active[agent] = turn
                 turn.prepared = self._workers.submit(self._prepare, turn.request)
                 turn.prepared.add_done_callback(lambda _: self._wake.set())
-            elif turn.prepared.done():
-                error = turn.prepared.exception()
-                if error is not None:
-                    self.scheduler.waiting.remove(turn)
-                    self._refuse(turn, error)
-                elif self._place(turn, turn.ready):
-                    self.scheduler.waiting.remove(turn)
-                    placed = True
+            elif turn.prepared is None or turn.prepared.done():
+                placed |= self._place_prepared(turn)
         return placed
+
+    def _place_prepared(self, turn: Turn) -> bool:
+        """False when the turn has to wait for room."""
+        error = turn.prepared.exception() if turn.prepared is not None else None
+        if turn.cancelled:
+            self._end(turn, TurnFinished(turn.request.attempt, 0, "", "cancelled"))
+        elif error is not None:
+            self._refuse(turn, error)
+        else:
+            try:
+                return self._place(turn, turn.ready)
+            except EngineFault as fault:
+                self._give_up(fault)
+                self._refuse(turn, fault)
+        return True
 
     def _refuse(self, turn: Turn, error: BaseException) -> None:
         attempt = turn.request.attempt
@@ -330,78 +248,18 @@ class ReplicaLoop:
                 held, seq_id = None, self.residency.acquire(match.branch, cells)
         if seq_id is None:
             return False
+        self.scheduler.waiting.remove(turn)
         if match.dropped is not None:
             self.residency.drop(match.dropped)
+        in_ram = self.memory.rows.in_ram(match.source or match.branch, keep)
         open_turn = OpenTurn(turn.request.id, ready.n_prompt)
         self.memory.enter(ready.memory, match, open_turn, ready.tokens)
         if held is None and match.branch.exported and keep:
-            self._begin_restore(turn, seq_id, keep)
+            cache = "hot" if in_ram else ready.memory.origin
+            self._restorer.begin(turn, seq_id, keep, cache)
         else:
             self._begin(turn, seq_id, "hot" if engine.n_rows(seq_id) else "cold")
         return True
-
-    # ---- restore
-
-    def _begin_restore(self, turn: Turn, seq_id: int, keep: int) -> None:
-        restore = turn.restore = _Restore(seq_id, queue.Queue(maxsize=2))
-        self._restoring.append(turn)
-        self._workers.submit(self._read_rows, turn.ready, restore, keep)
-
-    def _read_rows(self, ready: Prepared, restore: _Restore, keep: int) -> None:
-        """Worker: fetch, verify and decode block by block, at most two ahead of the engine."""
-        timeout = self._config.restore_timeout_s
-        memory, spec = self.memory, self.memory.key.spec
-        try:
-            memory.persister.flush().result(timeout)
-            for tensors, in_ram in memory.read_rows(ready.memory, ready.match.branch, keep):
-                if not self._offer(restore, (decode_rows(spec, memory.codec, tensors), in_ram)):
-                    return
-        except Exception:
-            logger.exception("restoring %s failed; the rest is prefilled", ready.memory.agent)
-        self._offer(restore, None)
-
-    def _offer(self, restore: _Restore, item: tuple[KVRows, bool] | None) -> bool:
-        """Worker: hand an item to the loop; False when nobody will take it."""
-        while self.alive and not restore.abandoned:
-            try:
-                restore.rows.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-            self._wake.set()
-            return True
-        return False
-
-    def _load_restored(self) -> bool:
-        loaded = False
-        for turn in list(self._restoring):
-            restore = turn.restore
-            assert restore is not None
-            try:
-                item = restore.rows.get_nowait()
-            except queue.Empty:
-                continue
-            loaded = True
-            if item is not None and not turn.cancelled:
-                rows, in_ram = item
-                try:
-                    self.engine.load(restore.seq_id, restore.loaded, rows)
-                    restore.loaded += rows[0].k.shape[1]
-                    restore.from_store |= not in_ram
-                    continue
-                except EngineFault as error:
-                    logger.warning("the engine refused restored rows: %s", error)
-                    self.memory.faults["engine_refused"] += 1
-                    self.engine.truncate(restore.seq_id, restore.loaded)
-            restore.abandoned = True
-            self._restoring.remove(turn)
-            self._begin(turn, restore.seq_id, self._cache_state(turn, restore))
-        return loaded
-
-    def _cache_state(self, turn: Turn, restore: _Restore) -> CacheState:
-        if not restore.loaded:
-            return "cold"
-        self.rates.restore(restore.loaded, time.monotonic() - restore.began)
-        return turn.ready.memory.origin if restore.from_store else "hot"
 
     # ---- running
 
@@ -417,7 +275,7 @@ class ReplicaLoop:
         )  # fmt: skip
         turn.sequence = sequence
         self.scheduler.running.append(sequence)
-        self._by_sequence[id(sequence)] = turn
+        self._book.by_sequence[id(sequence)] = turn
         self.served["prompt_tokens"] += ready.n_prompt
         self.served["cached_tokens"] += min(n_rows, ready.n_prompt)
         prompt = tuple(ready.tokens[: ready.n_prompt])
@@ -447,7 +305,7 @@ class ReplicaLoop:
         self._measure(scheduled, time.monotonic() - began)
         for entry in scheduled:
             sequence = entry.sequence
-            turn = self._by_sequence[id(sequence)]
+            turn = self._book.by_sequence[id(sequence)]
             sequence.n_rows += entry.n_tokens
             if sequence.n_rows < len(sequence.tokens):
                 done, total = sequence.n_rows, len(sequence.tokens)
@@ -456,7 +314,7 @@ class ReplicaLoop:
                 position = len(sequence.tokens)
                 token = sample(logits[sequence.seq_id], sequence.params, position)
                 self._accept(turn, sequence, token)
-            self._export_filled(turn, sequence)
+            self._exporter.filled(turn)
         return True
 
     def _measure(self, scheduled: list[Scheduled], seconds: float) -> None:
@@ -492,59 +350,22 @@ class ReplicaLoop:
         self.engine.truncate(sequence.seq_id, sequence.n_rows)
         branch = ready.match.branch
         if branch.exported > len(sequence.tokens):
-            self.memory.cut(ready.memory, branch, len(sequence.tokens))
+            self.memory.rows.cut(ready.memory, branch, len(sequence.tokens))
         branch.replies.append(Reply(sequence.n_prompt, len(sequence.tokens), tail))
         branch.turn, branch.last_used = None, time.time()
         self.scheduler.running.remove(sequence)
-        self._draining.append(turn)
-
-    # ---- rows to the persister
-
-    def _export_filled(self, turn: Turn, sequence: Sequence) -> None:
-        """Persist whole blocks while the turn still runs."""
-        if turn.ready.memory.card is None or sequence.finish_reason:
-            return
-        size = self.memory.key.spec.block_tokens
-        filled = sequence.n_rows // size * size
-        if filled > turn.ready.match.branch.exported and self._export(turn, filled, wait=True):
-            self.memory.commit_later(turn.ready.memory)
-
-    def _export(self, turn: Turn, stop: int, *, wait: bool) -> bool:
-        """Hand rows up to `stop` over, at most a block at a time; False if the queue is full
-        (with `wait`) and some are left."""
-        branch, sequence = turn.ready.match.branch, turn.sequence
-        assert sequence is not None
-        size = self.memory.key.spec.block_tokens
-        while branch.exported < stop:
-            if wait and not self.memory.persister.has_room:
-                return False
-            start = branch.exported
-            end = min(stop, (start // size + 1) * size)
-            rows = self.engine.export(sequence.seq_id, start, end)
-            self.memory.append(turn.ready.memory, branch, start, rows)
-        return True
+        self._book.draining.append(turn)
 
     def _drain(self) -> bool:
-        drained = False
-        for turn in list(self._draining):
-            memory, sequence = turn.ready.memory, turn.sequence
-            assert sequence is not None
-            if memory.card is None or memory.state == "released":
-                self.residency.free(sequence.seq_id)
-            elif self._export(turn, sequence.n_rows, wait=True):
-                if memory.state == "owned":  # a frozen agent's card is written, maybe claimed
-                    self.memory.commit_later(memory)
-                self.residency.park(sequence.seq_id)
-            else:
-                continue
-            self._forget_turn(turn)
-            drained = True
-        return drained
+        drained = [turn for turn in self._book.draining if self._exporter.drain(turn)]
+        for turn in drained:
+            self._book.forget(turn)
+        return bool(drained)
 
     # ---- ends
 
     def _cancel(self, turn_id: str) -> None:
-        for turn in [*self.scheduler.waiting, *self._restoring, *self._by_sequence.values()]:
+        for turn in [*self.scheduler.waiting, *self._book.in_engine()]:
             if turn.request.id == turn_id:
                 turn.cancelled = True
                 sequence = turn.sequence
@@ -555,34 +376,31 @@ class ReplicaLoop:
     def _end(self, turn: Turn, item: StreamItem) -> None:
         """The turn leaves without finishing: its sequence is freed, the agent's memory is not. One
         that has finished, and only drains, has sent its last item."""
-        drains = turn in self._draining
+        drains = turn in self._book.draining
         seq_id = turn.sequence.seq_id if turn.sequence else None
-        if turn.restore is not None and turn in self._restoring:
+        if turn.restore is not None and turn in self._book.restoring:
             turn.restore.abandoned = True
             seq_id = turn.restore.seq_id
         if seq_id is not None:
             self.residency.free(seq_id)
-        self._forget_turn(turn)
+        if turn in self.scheduler.waiting:
+            self.scheduler.waiting.remove(turn)
+        if turn.sequence in self.scheduler.running:
+            self.scheduler.running.remove(turn.sequence)
+        self._book.forget(turn)
         if not drains:
             turn.emit(item)
 
-    def _forget_turn(self, turn: Turn) -> None:
-        if self._active.get(turn.request.agent) is turn:
-            del self._active[turn.request.agent]
-        if turn.sequence is not None:
-            self._by_sequence.pop(id(turn.sequence), None)
-            if turn.sequence in self.scheduler.running:
-                self.scheduler.running.remove(turn.sequence)
-        for turns in (self._restoring, self._draining):
-            if turn in turns:
-                turns.remove(turn)
+    def _move(self, agent: AgentId) -> None:
+        """End every turn of an agent here; its owner is another replica."""
+        turns = [*self.scheduler.waiting, *self._book.active.values()]
+        for turn in dict.fromkeys(t for t in turns if t.request.agent == agent):
+            self._end(turn, TurnMoved(turn.request.attempt))
 
     def _give_up(self, error: EngineFault) -> None:
         """The engine broke: fail what runs and empty it; the agents' encoded rows are safe."""
-        for turn in [*self._restoring, *self._by_sequence.values()]:
-            branch = turn.ready.match.branch
+        for turn in self._book.in_engine():
             self._end(turn, TurnFailed(turn.request.attempt, error))
-            branch.turn = None
         self.residency.evict_idle()
 
 

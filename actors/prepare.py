@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from actors.branches import AgentMemory, Branch
 from actors.engines.base import Engine
 from actors.errors import InvalidRequest
-from actors.memory import AgentMemory, Branch, Match, Memory
+from actors.matching import Match, match
+from actors.memory import Memory
 from actors.prompt import ChatTemplate, EmittedReply
 from actors.sequence import text_of
 from actors.turn import Resume, TurnRequest
@@ -41,13 +43,14 @@ class Preparer:
         else:
             memory = self._memory.one_off(request.agent)
         resume = request.resume or Resume((), ())
-        prompt, match = self._memory.match(
-            memory,
+        prompt, found = match(
+            memory.branches,
             lambda replies: (
                 list(resume.prompt_ids) or self._template.encode(request.messages, replies)
             ),
             self._replies_of,
-            resume.emitted,
+            emitted=resume.emitted,
+            max_branches=self._memory.config.max_branches,
         )
         room = self._n_ctx - len(prompt)
         if room < 1:
@@ -59,7 +62,7 @@ class Preparer:
             )
         wanted = request.sampling.max_tokens or self._default_max_tokens
         tokens = [*prompt, *resume.emitted]
-        return Prepared(memory, match, tokens, len(prompt), min(wanted, room))
+        return Prepared(memory, found, tokens, len(prompt), min(wanted, room))
 
     def _replies_of(self, branch: Branch) -> list[EmittedReply]:
         replies = []

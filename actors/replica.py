@@ -17,10 +17,11 @@ from typing import TypeVar
 
 import actors
 import storage
+from actors.branches import AgentMemory
 from actors.config import ReplicaConfig
 from actors.errors import ActorError, EngineFault, ModelUnavailable
 from actors.loop import LoopConfig, ReplicaLoop
-from actors.memory import AgentMemory, Memory, MemoryConfig
+from actors.memory import Memory, MemoryConfig
 from actors.models import open_engine, open_store
 from actors.report import AgentReport, ReplicaInfo, ReplicaStatus
 from actors.scheduler import SchedulerConfig
@@ -52,7 +53,6 @@ class ModelReplica:
         self._memory = Memory(
             store, engine.key, codec, tiers, self._owner, MemoryConfig(), {"engine": engine.name}
         )
-        store.on_fault = self._memory.on_fault
         scheduler = SchedulerConfig(
             config.max_waiting, config.prefill_chunk, config.prefill_chunk_busy
         )
@@ -111,22 +111,20 @@ class ModelReplica:
 
     async def adopt(self, agent: AgentId) -> int:
         """Claim the agent; returns the epoch. Raises Fenced, StoreUnavailable."""
-        memory = await self._in_thread(lambda: self._memory.open(agent))
-        assert memory.card is not None
-        return memory.card.epoch
+        return await self._in_thread(lambda: self._memory.adopt(agent))
 
     async def freeze(self, agent: AgentId) -> None:
         """Stop the agent at a token boundary and commit its card. Raises AgentMoved."""
-        committed = await self._on_loop(lambda: self._loop.freeze(agent))
+        committed = await self._on_loop(lambda: self._loop.handoff.freeze(agent))
         await asyncio.wait_for(asyncio.wrap_future(committed), _CALL_TIMEOUT_S)
 
     async def thaw(self, agent: AgentId) -> None:
         """A migration failed: go on with the agent after claiming it again."""
-        await self._on_loop(lambda: self._loop.thaw(agent))
+        await self._on_loop(lambda: self._loop.handoff.thaw(agent))
 
     async def release(self, agent: AgentId) -> None:
         """The agent is another replica's now."""
-        await self._on_loop(lambda: self._loop.release(agent))
+        await self._on_loop(lambda: self._loop.handoff.release(agent))
 
     async def delete(self, agent: AgentId) -> None:
         """Forget the agent for good. Raises AgentMoved while a turn runs, Fenced."""
@@ -173,7 +171,7 @@ class ModelReplica:
         assert memory.card is not None
         branches = list(memory.branches)
         latest = max(branches, key=lambda b: b.last_used, default=None)
-        sizes = self._memory.ram_bytes(branches)
+        sizes = self._memory.rows.ram_bytes(branches)
         resident = latest is not None and self._loop.residency.find(latest) is not None
         return AgentReport(
             agent=memory.agent,
@@ -182,7 +180,7 @@ class ModelReplica:
             branches=len(branches),
             tokens=len(latest.tokens) if latest else 0,
             rows=latest.rows if latest else 0,
-            in_ram=resident or (latest is not None and self._memory.in_ram(latest)),
+            in_ram=resident or (latest is not None and self._memory.rows.in_ram(latest)),
             ram_bytes=sizes,
             stored_bytes=memory.card.bytes_stored,
             last_used=memory.last_used,

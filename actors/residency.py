@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
+from actors.branches import Branch
 from actors.engines.base import Engine
-from actors.memory import Branch
 
 
 class Residency:

@@ -1,7 +1,7 @@
 """The words of the stream protocol: what a turn is asked with, and the items it answers with.
 
 Every item carries the attempt it belongs to; token items also the index of their first token in
-the reply. The ingress keeps the ids as its log, accepts only its current attempt and the next index,
+the reply. The ingress keeps the ids as its log, accepts only its attempt and the next index,
 and resumes a broken turn elsewhere with `Resume`. Plain picklable values; no engine, no Ray.
 """
 

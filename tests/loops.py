@@ -51,7 +51,6 @@ def make_loop(
     made = Memory(
         store, engine.key, chosen, tiers, Owner(node, "life"), memory or MemoryConfig(), {}
     )
-    store.on_fault = made.on_fault
     return ReplicaLoop(engine, made, loop or LoopConfig(), node)
 
 
@@ -188,7 +187,7 @@ def settle(loop: ReplicaLoop) -> None:
     done = threading.Event()
 
     def look() -> None:
-        if loop._draining:
+        if loop._book.draining:
             loop.call(look)
         else:
             done.set()

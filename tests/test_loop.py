@@ -101,7 +101,7 @@ def all_free(loop: ReplicaLoop) -> None:
     def look() -> None:
         assert not loop.scheduler.running
         assert not loop.scheduler.waiting
-        for turns in (loop._active, loop._restoring, loop._draining, loop._by_sequence):
+        for turns in (loop._book.active, loop._book.restoring, loop._book.draining, loop._book.by_sequence):
             assert not turns
         loop.residency.evict_idle()
         assert loop.residency.cells_used == 0
@@ -561,7 +561,7 @@ def endless(step_delay: float = 0.0) -> FakeEngine:
 
 
 def freeze(loop: ReplicaLoop) -> None:
-    loop.call(lambda: loop.freeze(agent_id())).result(WAIT).result(WAIT)
+    loop.call(lambda: loop.handoff.freeze(agent_id())).result(WAIT).result(WAIT)
 
 
 def resumed(loop: ReplicaLoop, stream: Stream, **options: Any) -> Answer:
@@ -587,7 +587,7 @@ def test_a_running_turn_moves_and_loses_no_token(
     frozen = len(stream.answer.ids)
     claimed = target.memory.open(agent_id())
     assert claimed.origin == "remote"
-    source.call(lambda: source.release(agent_id())).result(WAIT)
+    source.call(lambda: source.handoff.release(agent_id())).result(WAIT)
     moved = stream.result()
     assert isinstance(moved.last, TurnMoved)
     assert len(moved.ids) >= frozen
@@ -614,7 +614,7 @@ def test_a_move_restores_the_replys_rows_too(loop_on: MakeLoop) -> None:
     stream.take(100)
     freeze(source)
     target.memory.open(agent_id())
-    source.call(lambda: source.release(agent_id())).result(WAIT)
+    source.call(lambda: source.handoff.release(agent_id())).result(WAIT)
     stream.result()
     engine.gate.clear()
     fed: list[int] = []
@@ -640,7 +640,7 @@ def test_a_waiting_turn_moves(loop_on: MakeLoop) -> None:
     freeze(source)
     later = start(source, [user("three")], turn_id="3")
     loop_on(node="n1").memory.open(agent_id())
-    source.call(lambda: source.release(agent_id())).result(WAIT)
+    source.call(lambda: source.handoff.release(agent_id())).result(WAIT)
     for each in (stream, queued, later):
         assert isinstance(each.result().last, TurnMoved)
     all_free(source)
@@ -651,13 +651,13 @@ def test_a_frozen_agent_takes_no_step_and_the_others_do(loop_on: MakeLoop) -> No
     stream = start(loop, [user("one")], n=3000)
     stream.take(5)
     freeze(loop)
-    sequence = loop._active[agent_id()].sequence
+    sequence = loop._book.active[agent_id()].sequence
     assert sequence is not None
     n = len(sequence.tokens)
     other = run(loop, [user("two")], session="b", n=50)
     assert isinstance(other.last, TurnFinished)
     assert len(sequence.tokens) == n
-    loop.call(lambda: loop.thaw(agent_id())).result(WAIT)
+    loop.call(lambda: loop.handoff.thaw(agent_id())).result(WAIT)
     assert len(stream.take(n + 20)) >= n + 20
     loop.cancel("turn")
     assert stream.result().reason == "cancelled"
@@ -689,9 +689,9 @@ def test_many_freezes_and_thaws(loop_on: MakeLoop) -> None:
     stream = start(loop, [user("one")], n=900)
     for number in range(15):
         stream.take(40 * number + 1)
-        loop.call(lambda: loop.freeze(agent_id())).result(WAIT)
-        loop.call(lambda: loop.thaw(agent_id())).result(WAIT)
-        loop.call(lambda: loop.thaw(agent_id())).result(WAIT)
+        loop.call(lambda: loop.handoff.freeze(agent_id())).result(WAIT)
+        loop.call(lambda: loop.handoff.thaw(agent_id())).result(WAIT)
+        loop.call(lambda: loop.handoff.thaw(agent_id())).result(WAIT)
         loop.memory.persister.flush().result(WAIT)
         assert memory_of(loop).state == "owned"
     answer = stream.result()
@@ -708,7 +708,7 @@ def test_a_frozen_agent_claimed_elsewhere_is_released_when_it_thaws(loop_on: Mak
     freeze(loop)
     other = loop_on(node="n1")
     other.memory.open(agent_id())
-    loop.call(lambda: loop.thaw(agent_id())).result(WAIT)
+    loop.call(lambda: loop.handoff.thaw(agent_id())).result(WAIT)
     assert isinstance(stream.result().last, TurnMoved)
     assert loop.memory.get(agent_id()) is None
     answer = resumed(other, stream, n=2000)
@@ -719,7 +719,7 @@ def test_a_frozen_agent_claimed_elsewhere_is_released_when_it_thaws(loop_on: Mak
 def test_freeze_of_an_agent_that_is_not_owned(loop_on: MakeLoop) -> None:
     loop = loop_on()
     with pytest.raises(AgentMoved):
-        loop.call(lambda: loop.freeze(agent_id())).result(WAIT)
+        loop.call(lambda: loop.handoff.freeze(agent_id())).result(WAIT)
 
 
 @pytest.mark.parametrize("disturb", ["release", "fault"])
@@ -732,7 +732,7 @@ def test_a_finished_turn_gets_no_item_after_its_last(loop_on: MakeLoop, disturb:
     stream = start(loop, [user("one")])
     assert isinstance(stream.result().last, TurnFinished)
     if disturb == "release":
-        loop.call(lambda: loop.release(agent_id())).result(WAIT)
+        loop.call(lambda: loop.handoff.release(agent_id())).result(WAIT)
     else:
         loop.call(lambda: loop._give_up(EngineFault("broken"))).result(WAIT)
     loop.memory.persister._max_jobs = 64
@@ -752,7 +752,7 @@ def test_a_turn_that_drains_while_its_agent_is_frozen_is_committed_before(
     loop.memory.persister.submit(lambda: gate.wait(WAIT) and None)
     messages: Messages = []
     answer = talk(loop, messages, LONG)
-    frozen = loop.call(lambda: loop.freeze(agent_id())).result(WAIT)
+    frozen = loop.call(lambda: loop.handoff.freeze(agent_id())).result(WAIT)
     loop.memory.persister._max_jobs = 64
     gate.set()
     frozen.result(WAIT)
@@ -762,7 +762,7 @@ def test_a_turn_that_drains_while_its_agent_is_frozen_is_committed_before(
     assert memory.branches[0].rows == len(answer.prompt) + len(answer.ids) - 1
     settle(loop)
     assert not loop.memory.faults
-    loop.call(lambda: loop.release(agent_id())).result(WAIT)
+    loop.call(lambda: loop.handoff.release(agent_id())).result(WAIT)
     all_free(loop)
 
 
@@ -773,6 +773,7 @@ def test_a_zombie_commits_nothing_that_is_read(loop_on: MakeLoop) -> None:
     zombie = loop_on(FakeEngine(4, step_delay=0.001))
     messages: Messages = []
     talk(zombie, messages, LONG)
+    settle(zombie)
     stream = start(zombie, [*messages, user("And the ships?")], n=2500)
     stream.take(10)
     heir = loop_on(node="n1")

@@ -165,7 +165,7 @@ def test_a_block_sealed_from_segments_holds_their_codes(loop_on: MakeLoop) -> No
             return whole(x)
 
     real = loop.memory.codec
-    loop.memory.codec = Counting()
+    loop.memory.rows._codec = Counting()
     for turn in range(12):
         talk(loop, messages, f"Question {turn}?")
         evict(loop, pool=True)

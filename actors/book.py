@@ -1,0 +1,80 @@
+"""The turns a replica has taken on, and how far each has come. Used by the loop's thread only."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from actors.prepare import Prepared
+from actors.sequence import Sequence
+from actors.turn import CacheState, StreamItem, TurnRequest
+from storage.card import AgentId
+from storage.spec import KVRows
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Restore:
+    """Rows on their way from pool or store into an empty sequence."""
+
+    seq_id: int
+    cache: CacheState  # where the rows come from
+    rows: queue.Queue[KVRows | None] = field(default_factory=lambda: queue.Queue(maxsize=2))
+    began: float = field(default_factory=time.monotonic)
+    loaded: int = 0
+    abandoned: bool = False
+
+
+@dataclass(eq=False)
+class Turn:
+    """One submitted turn on its way through the loop."""
+
+    request: TurnRequest
+    sink: Callable[[StreamItem], None]
+    began: float = field(default_factory=time.monotonic)
+    cancelled: bool = False
+    prepared: Future[Prepared] | None = None
+    sequence: Sequence | None = None
+    restore: Restore | None = None
+    last_item: float = field(default_factory=time.monotonic)
+
+    def emit(self, item: StreamItem) -> None:
+        self.last_item = time.monotonic()
+        try:
+            self.sink(item)
+        except Exception:  # nobody listens any more; the others' turns go on
+            logger.exception("the sink of turn %s failed", self.request.id)
+
+    @property
+    def ready(self) -> Prepared:
+        """Only for a turn that has been placed."""
+        assert self.prepared is not None
+        return self.prepared.result(timeout=0)
+
+
+@dataclass
+class Book:
+    """active: the one turn of an agent that is under way; the other fields say where it is."""
+
+    active: dict[AgentId, Turn] = field(default_factory=dict)
+    restoring: list[Turn] = field(default_factory=list)
+    draining: list[Turn] = field(default_factory=list)
+    by_sequence: dict[int, Turn] = field(default_factory=dict)  # id(sequence) -> turn
+
+    def in_engine(self) -> list[Turn]:
+        """Every turn that holds a sequence."""
+        return [*self.restoring, *self.by_sequence.values()]
+
+    def forget(self, turn: Turn) -> None:
+        if self.active.get(turn.request.agent) is turn:
+            del self.active[turn.request.agent]
+        if turn.sequence is not None:
+            self.by_sequence.pop(id(turn.sequence), None)
+        for turns in (self.restoring, self.draining):
+            if turn in turns:
+                turns.remove(turn)

@@ -1,0 +1,55 @@
+"""The engine's new rows to the persister: filled blocks during a turn, the rest after its end.
+
+A turn's answer never waits for this. While the persister's queue is full, rows stay in the engine.
+"""
+
+from __future__ import annotations
+
+from actors.book import Turn
+from actors.engines.base import Engine
+from actors.memory import Memory
+from actors.residency import Residency
+
+
+class Exporter:
+    def __init__(self, engine: Engine, memory: Memory, residency: Residency) -> None:
+        self._engine, self._memory, self._residency = engine, memory, residency
+
+    def filled(self, turn: Turn) -> None:
+        """Hand over the blocks that a running turn has filled."""
+        sequence = turn.sequence
+        if sequence is None or sequence.finish_reason or turn.ready.memory.card is None:
+            return
+        size = self._memory.key.spec.block_tokens
+        filled = sequence.n_rows // size * size
+        if filled > turn.ready.match.branch.exported and self.export(turn, filled, wait=True):
+            self._memory.commit_later(turn.ready.memory)
+
+    def export(self, turn: Turn, stop: int, *, wait: bool) -> bool:
+        """Hand over the rows up to `stop`, at most a block at a time; False if the queue is full
+        (with `wait`) and some are left."""
+        branch, sequence = turn.ready.match.branch, turn.sequence
+        assert sequence is not None
+        size = self._memory.key.spec.block_tokens
+        while branch.exported < stop:
+            if wait and not self._memory.persister.has_room:
+                return False
+            start = branch.exported
+            end = min(stop, (start // size + 1) * size)
+            rows = self._engine.export(sequence.seq_id, start, end)
+            self._memory.rows.append(turn.ready.memory, branch, start, rows)
+        return True
+
+    def drain(self, turn: Turn) -> bool:
+        """Hand over what a finished turn has left and give its sequence up; False: not yet."""
+        memory, sequence = turn.ready.memory, turn.sequence
+        assert sequence is not None
+        if memory.card is None or memory.state == "released":
+            self._residency.free(sequence.seq_id)
+            return True
+        if not self.export(turn, sequence.n_rows, wait=True):
+            return False
+        if memory.state == "owned":  # a frozen agent's card is written, maybe claimed
+            self._memory.commit_later(memory)
+        self._residency.park(sequence.seq_id)
+        return True

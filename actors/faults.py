@@ -1,0 +1,22 @@
+"""Memory that was lost or refused: counted by kind for /metrics, logged with file and reason."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+
+from storage.errors import Incompatible, StorageError
+
+logger = logging.getLogger(__name__)
+
+
+class Faults(Counter[str]):
+    """kind -> how often."""
+
+    def count(self, kind: str, error: Exception) -> None:
+        self[kind] += 1
+        logger.warning("memory not used (%s): %s", kind, error)
+
+    def card(self, error: StorageError) -> None:
+        """A card that could not be used: CacheStore's on_fault."""
+        self.count("incompatible" if isinstance(error, Incompatible) else "corrupt", error)

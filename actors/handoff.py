@@ -1,0 +1,112 @@
+"""The source's side of a migration: freeze, then release or thaw. See cluster.migration.
+
+Runs on the loop's thread, between two steps. A frozen agent takes no step until this replica has
+itself claimed the next epoch; if the target was faster, it is released.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+from actors.book import Book, Turn
+from actors.branches import AgentMemory
+from actors.errors import AgentMoved
+from actors.exporter import Exporter
+from actors.memory import Memory
+from actors.residency import Residency
+from storage.card import AgentId
+from storage.errors import Fenced, StorageError
+
+logger = logging.getLogger(__name__)
+
+
+class Handoff:
+    """`move(turn)` ends a turn here with TurnMoved; `call` runs a function on the loop's thread."""
+
+    def __init__(
+        self,
+        memory: Memory,
+        book: Book,
+        residency: Residency,
+        exporter: Exporter,
+        move: Callable[[AgentId], None],
+        call: Callable[[Callable[[], Any]], object],
+        timeout_s: float,
+    ) -> None:
+        self._memory, self._book, self._residency = memory, book, residency
+        self._exporter, self._move, self._call = exporter, move, call
+        self._timeout_s = timeout_s
+        self._deadlines: dict[AgentId, float] = {}
+
+    def freeze(self, agent: AgentId) -> Future[None]:
+        """Stop the agent at this token boundary; the future is done when its card is committed.
+
+        Raises AgentMoved when the agent is not owned here.
+        """
+        memory = self._memory.get(agent)
+        if memory is None or memory.state != "owned":
+            raise AgentMoved(f"agent {agent} is not owned here")
+        memory.state = "frozen"
+        self._deadlines[agent] = time.monotonic() + self._timeout_s
+        turn = self._book.active.get(agent)
+        if turn is not None and turn.sequence is not None:
+            turn.sequence.paused = True
+            self._exporter.export(turn, turn.sequence.n_rows, wait=False)
+        self._memory.commit_later(memory)
+        return self._memory.persister.flush()
+
+    def release(self, agent: AgentId) -> None:
+        """Another replica owns the agent now: its turns move, its cells are freed."""
+        self._deadlines.pop(agent, None)
+        self._move(agent)
+        self.drop(agent)
+        memory = self._memory.get(agent)
+        if memory is not None:
+            self._memory.forget(memory)
+
+    def thaw(self, agent: AgentId) -> None:
+        """The migration failed: claim the agent back and go on, or release it."""
+        memory = self._memory.get(agent)
+        if memory is not None and memory.state == "frozen":
+            self._deadlines[agent] = time.monotonic() + self._timeout_s
+            self._memory.persister.submit(lambda: self._reclaim(memory))
+
+    def thaw_overdue(self) -> None:
+        """Migrations that never came back: their agents are frozen no longer than the deadline."""
+        now = time.monotonic()
+        for agent in [a for a, deadline in self._deadlines.items() if now > deadline]:
+            self.thaw(agent)
+
+    def drop(self, agent: AgentId) -> None:
+        """Free the cells of an agent that has no turn under way."""
+        memory = self._memory.get(agent)
+        for branch in memory.branches if memory is not None else ():
+            self._residency.drop(branch)
+
+    def paused(self) -> list[Turn]:
+        """Turns of frozen agents."""
+        turns = map(self._book.active.get, self._deadlines)
+        return [turn for turn in turns if turn is not None]
+
+    def _reclaim(self, memory: AgentMemory) -> None:
+        """On the persister's thread: no commit of the epoch before may be under way."""
+        if memory.state != "frozen":
+            return
+        try:
+            self._memory.reclaim(memory)
+        except Fenced:
+            self._call(lambda: self.release(memory.agent))
+        except StorageError as error:  # nobody owns it: stay frozen, try again at the deadline
+            logger.warning("cannot claim frozen agent %s back: %s", memory.agent, error)
+        else:
+            self._call(lambda: self._unpause(memory))
+
+    def _unpause(self, memory: AgentMemory) -> None:
+        self._deadlines.pop(memory.agent, None)
+        turn = self._book.active.get(memory.agent)
+        if turn is not None and turn.sequence is not None:
+            turn.sequence.paused = False

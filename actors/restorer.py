@@ -1,0 +1,108 @@
+"""Stored rows back into the engine, while the others decode.
+
+A worker reads, verifies and decodes block by block, at most two ahead of the loop, which loads one
+block per round.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from actors.book import Book, Restore, Turn
+from actors.engines.base import Engine
+from actors.errors import EngineFault
+from actors.memory import Memory
+from actors.prepare import Prepared
+from actors.rates import Rates
+from actors.turn import CacheState
+from storage.codec import decode_rows
+from storage.spec import KVRows
+
+logger = logging.getLogger(__name__)
+
+
+class Restorer:
+    """`wake` makes the loop look again; `alive` says whether it still does."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        memory: Memory,
+        book: Book,
+        rates: Rates,
+        workers: ThreadPoolExecutor,
+        wake: Callable[[], None],
+        alive: Callable[[], bool],
+        timeout_s: float,
+    ) -> None:
+        self._engine, self._memory, self._book, self._rates = engine, memory, book, rates
+        self._workers, self._wake, self._alive = workers, wake, alive
+        self._timeout_s = timeout_s
+
+    def begin(self, turn: Turn, seq_id: int, keep: int, cache: CacheState) -> None:
+        """Start to fill the empty sequence with the first `keep` rows of the turn's branch."""
+        restore = turn.restore = Restore(seq_id, cache)
+        self._book.restoring.append(turn)
+        self._workers.submit(self._read, turn.ready, restore, keep)
+
+    def poll(self) -> tuple[bool, list[Turn]]:
+        """Load what has arrived. (whether anything had, turns whose rows are all there)."""
+        loaded, complete = False, []
+        for turn in list(self._book.restoring):
+            restore = turn.restore
+            assert restore is not None
+            try:
+                rows = restore.rows.get_nowait()
+            except queue.Empty:
+                continue
+            loaded = True
+            if rows is not None and not turn.cancelled and self._load(restore, rows):
+                continue
+            restore.abandoned = True
+            self._book.restoring.remove(turn)
+            if restore.loaded:
+                self._rates.restore(restore.loaded, time.monotonic() - restore.began)
+            else:
+                restore.cache = "cold"
+            complete.append(turn)
+        return loaded, complete
+
+    def _load(self, restore: Restore, rows: KVRows) -> bool:
+        try:
+            self._engine.load(restore.seq_id, restore.loaded, rows)
+        except EngineFault as error:
+            self._memory.faults.count("engine_refused", error)
+            self._engine.truncate(restore.seq_id, restore.loaded)
+            return False
+        restore.loaded += rows[0].k.shape[1]
+        return True
+
+    # ---- on a worker
+
+    def _read(self, ready: Prepared, restore: Restore, keep: int) -> None:
+        memory = self._memory
+        try:
+            memory.persister.flush().result(self._timeout_s)
+            if not memory.rows.in_ram(ready.match.branch, keep):  # what was pinned may be gone
+                restore.cache = ready.memory.origin
+            for tensors in memory.rows.read(ready.memory, ready.match.branch, keep):
+                if not self._offer(restore, decode_rows(memory.key.spec, memory.codec, tensors)):
+                    return
+        except Exception:
+            logger.exception("restoring %s failed; the rest is prefilled", ready.memory.agent)
+        self._offer(restore, None)
+
+    def _offer(self, restore: Restore, rows: KVRows | None) -> bool:
+        """Hand rows to the loop; False when nobody will take them."""
+        while self._alive() and not restore.abandoned:
+            try:
+                restore.rows.put(rows, timeout=0.1)
+            except queue.Full:
+                continue
+            self._wake()
+            return True
+        return False
