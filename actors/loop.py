@@ -19,13 +19,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from actors.admission import Admission, Begin
 from actors.book import Book, Turn
 from actors.engines.base import Chunk, Engine
-from actors.errors import ActorError, AgentMoved, EngineFault
+from actors.errors import AgentMoved, EngineFault
 from actors.exporter import Exporter
 from actors.handoff import Handoff
 from actors.memory import Memory
-from actors.prepare import Prepared, Preparer
+from actors.prepare import Preparer
 from actors.prompt import ChatTemplate
 from actors.rates import Rates
 from actors.residency import Residency
@@ -43,8 +44,7 @@ from actors.turn import (
     TurnRequest,
     TurnStarted,
 )
-from storage.card import AgentId, OpenTurn, Reply
-from storage.errors import Fenced, StorageError
+from storage.card import AgentId, Reply
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -74,11 +74,15 @@ class ReplicaLoop:
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         template = ChatTemplate(engine.vocab)
-        self._prepare = Preparer(engine, memory, template, config.default_max_tokens)
+        prepare = Preparer(engine, memory, template, config.default_max_tokens)
         self._exporter = Exporter(engine, memory, self.residency)
         self._restorer = Restorer(
             engine, memory, self._book, self.rates, self._workers,
             self._wake.set, self._thread.is_alive, config.restore_timeout_s,
+        )  # fmt: skip
+        self._admission = Admission(
+            engine, memory, self.residency, self.scheduler, self._book,
+            self._restorer, prepare, self._workers, self._wake.set,
         )  # fmt: skip
         self.handoff = Handoff(
             memory, self._book, self.residency, self._exporter,
@@ -166,14 +170,14 @@ class ReplicaLoop:
         while not self._calls.empty():
             self._calls.get()()
         self._tend()
-        placed = self._place_waiting()
+        admitted = self._admit()
         loaded, restored = self._restorer.poll()
         for turn in restored:
             assert turn.restore is not None
             self._begin(turn, turn.restore.seq_id, turn.restore.cache)
         stepped = self._step()
         drained = self._drain()
-        return placed or loaded or stepped or drained
+        return admitted or loaded or stepped or drained
 
     def _tend(self) -> None:
         """Signs of life for turns that wait; an end for those whose agent is another replica's."""
@@ -187,79 +191,17 @@ class ReplicaLoop:
                 self._end(turn, TurnMoved(turn.request.attempt))
         self.handoff.thaw_overdue()
 
-    def _place_waiting(self) -> bool:
-        placed = False
-        for turn in list(self.scheduler.waiting):
-            agent = turn.request.agent
-            if self._book.active.get(agent, turn) is not turn:
-                continue  # turns of one agent queue
-            if turn.prepared is None and not turn.cancelled:
-                self._book.active[agent] = turn
-                turn.prepared = self._workers.submit(self._prepare, turn.request)
-                turn.prepared.add_done_callback(lambda _: self._wake.set())
-            elif turn.prepared is None or turn.prepared.done():
-                placed |= self._place_prepared(turn)
-        return placed
-
-    def _place_prepared(self, turn: Turn) -> bool:
-        """False when the turn has to wait for room."""
-        error = turn.prepared.exception() if turn.prepared is not None else None
-        if turn.cancelled:
-            self._end(turn, TurnFinished(turn.request.attempt, 0, "", "cancelled"))
-        elif error is not None:
-            self._refuse(turn, error)
-        else:
-            try:
-                return self._place(turn, turn.ready)
-            except EngineFault as fault:
-                self._give_up(fault)
-                self._refuse(turn, fault)
-        return True
-
-    def _refuse(self, turn: Turn, error: BaseException) -> None:
-        attempt = turn.request.attempt
-        if isinstance(error, (AgentMoved, Fenced)):
-            self._end(turn, TurnMoved(attempt))
-        elif isinstance(error, (ActorError, StorageError)):
-            self._end(turn, TurnFailed(attempt, error))
-        else:
-            logger.error("preparing a turn failed", exc_info=error)
-            self._end(turn, TurnFailed(attempt, EngineFault(f"preparing failed: {error!r}")))
-
-    def _place(self, turn: Turn, ready: Prepared) -> bool:
-        """Give the turn a sequence, with the rows its agent has; False when there is no room."""
-        if ready.memory.state != "owned":
-            self._refuse(turn, AgentMoved(f"agent {turn.request.agent} was migrated"))
-            return True
-        match, engine = ready.match, self.engine
-        cells = min(engine.n_ctx, ready.n_prompt + ready.max_tokens)
-        keep = min(match.keep, len(ready.tokens) - 1)  # the last token is always computed
-        held = self.residency.find(match.source or match.branch)
-        if held is not None and match.source is None:
-            seq_id: int | None = held
-            if not self.residency.resume(held, cells):
-                return False
-            engine.truncate(held, min(keep, engine.n_rows(held)))
-        else:
-            seq_id = self.residency.acquire(match.branch, cells, keep=held)
-            if seq_id is not None and held is not None:
-                engine.fork(held, seq_id, min(keep, engine.n_rows(held)))
-            elif seq_id is None and held is not None:  # no second place: the source must leave
-                held, seq_id = None, self.residency.acquire(match.branch, cells)
-        if seq_id is None:
-            return False
-        self.scheduler.waiting.remove(turn)
-        if match.dropped is not None:
-            self.residency.drop(match.dropped)
-        in_ram = self.memory.rows.in_ram(match.source or match.branch, keep)
-        open_turn = OpenTurn(turn.request.id, ready.n_prompt)
-        self.memory.enter(ready.memory, match, open_turn, ready.tokens)
-        if held is None and match.branch.exported and keep:
-            cache = "hot" if in_ram else ready.memory.origin
-            self._restorer.begin(turn, seq_id, keep, cache)
-        else:
-            self._begin(turn, seq_id, "hot" if engine.n_rows(seq_id) else "cold")
-        return True
+    def _admit(self) -> bool:
+        admitted = False
+        for action in self._admission.poll():
+            admitted = True
+            if isinstance(action, Begin):
+                self._begin(action.turn, action.seq_id, action.cache)
+                continue
+            if action.broken is not None:
+                self._give_up(action.broken)
+            self._end(action.turn, action.item)
+        return admitted
 
     # ---- running
 
@@ -401,7 +343,7 @@ class ReplicaLoop:
         """The engine broke: fail what runs and empty it; the agents' encoded rows are safe."""
         for turn in self._book.in_engine():
             self._end(turn, TurnFailed(turn.request.attempt, error))
-        self.residency.evict_idle()
+        self.residency.free_all()
 
 
 def _chunk(scheduled: Scheduled) -> Chunk:

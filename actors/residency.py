@@ -84,6 +84,11 @@ class Residency:
             self.free(seq_id)
         return len(seq_ids)
 
+    def free_all(self) -> None:
+        """Empty every sequence, busy ones too: the engine broke."""
+        for seq_id in [*self._idle, *self._busy]:
+            self.free(seq_id)
+
     def _make_room(self, cells: int, *, need_sequence: bool) -> bool:
         busy = sum(reserved for _, reserved in self._busy.values())
         if busy + cells > self._engine.n_cells:

@@ -32,6 +32,7 @@ class Figures:
     raw_tokens_per_s: list[float]
     stored_bytes: float
     f16_bytes: float
+    moves: int  # turns that the router sent to another node, unasked
 
     def ttft(self, state: str) -> float:
         return median(self.seconds[state])
@@ -58,6 +59,7 @@ class Figures:
             "raw_prefill_tokens_per_s": [round(rate, 1) for rate in self.raw_tokens_per_s],
             "cold_prefill_tokens_per_s": round(self.cold_rate, 1),
             "cold_of_raw": round(self.cold_rate / self.raw_rate, 3),
+            "unasked_moves": self.moves,
             "stored_bytes": self.stored_bytes,
             "stored_of_f16": round(self.stored_bytes / self.f16_bytes, 4),
         }
@@ -66,6 +68,8 @@ class Figures:
 def print_report(settings: ClusterConfig, runs: int, figures: list[Figures]) -> None:
     """On stdout; the JSON is the last line."""
     console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console = Console(highlight=False, soft_wrap=True, width=120)
     replica = settings.replica
     model = served_name(replica.model)
     console.print(
@@ -75,6 +79,7 @@ def print_report(settings: ClusterConfig, runs: int, figures: list[Figures]) -> 
     )
     console.print(_ttft_table(figures), soft_wrap=False)
     console.print(_cost_table(figures), soft_wrap=False)
+    console.print("moves: turns that the router sent to another node unasked; they were repeated.")
     summary = {
         "model": model,
         "nodes": settings.nodes,
@@ -102,7 +107,7 @@ def _ttft_table(figures: list[Figures]) -> Table:
 
 def _cost_table(figures: list[Figures]) -> Table:
     table = Table(Column("context", no_wrap=True))
-    titles = ("raw prefill", "cold prefill", "cold / raw", "agent on disk", "disk / f16")
+    titles = ("raw prefill", "cold prefill", "cold / raw", "agent on disk", "disk / f16", "moves")
     for title in titles:
         table.add_column(title, justify="right", no_wrap=True)
     for entry in figures:
@@ -113,5 +118,6 @@ def _cost_table(figures: list[Figures]) -> Table:
             f"{entry.cold_rate / entry.raw_rate:.2f}",
             f"{entry.stored_bytes / 1e6:.1f} MB",
             f"{entry.stored_bytes / entry.f16_bytes:.3f}",
+            str(entry.moves),
         )
     return table

@@ -101,7 +101,12 @@ def all_free(loop: ReplicaLoop) -> None:
     def look() -> None:
         assert not loop.scheduler.running
         assert not loop.scheduler.waiting
-        for turns in (loop._book.active, loop._book.restoring, loop._book.draining, loop._book.by_sequence):
+        for turns in (
+            loop._book.active,
+            loop._book.restoring,
+            loop._book.draining,
+            loop._book.by_sequence,
+        ):
             assert not turns
         loop.residency.evict_idle()
         assert loop.residency.cells_used == 0

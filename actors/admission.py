@@ -1,0 +1,140 @@
+"""From waiting to the engine: prepare a turn on a worker, give it a sequence and the rows it has.
+
+Turns of one agent go one after another, in the order they came. Says what is to be done with each
+turn; the loop does it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from actors.book import Book, Turn
+from actors.engines.base import Engine
+from actors.errors import ActorError, AgentMoved, EngineFault
+from actors.memory import Memory
+from actors.prepare import Prepared, Preparer
+from actors.residency import Residency
+from actors.restorer import Restorer
+from actors.scheduler import Scheduler
+from actors.turn import CacheState, StreamItem, TurnFailed, TurnFinished, TurnMoved
+from storage.card import OpenTurn
+from storage.errors import Fenced, StorageError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Begin:
+    """The turn's sequence holds all rows it has: it may run."""
+
+    turn: Turn
+    seq_id: int
+    cache: CacheState
+
+
+@dataclass(frozen=True)
+class End:
+    """The turn ends before it ran. `broken`: the engine failed, and with it all that runs."""
+
+    turn: Turn
+    item: StreamItem
+    broken: EngineFault | None = None
+
+
+class Admission:
+    def __init__(
+        self,
+        engine: Engine,
+        memory: Memory,
+        residency: Residency,
+        scheduler: Scheduler[Turn],
+        book: Book,
+        restorer: Restorer,
+        prepare: Preparer,
+        workers: ThreadPoolExecutor,
+        wake: Callable[[], None],
+    ) -> None:
+        self._engine, self._memory, self._residency = engine, memory, residency
+        self._scheduler, self._book, self._restorer = scheduler, book, restorer
+        self._prepare, self._workers, self._wake = prepare, workers, wake
+
+    def poll(self) -> Iterator[Begin | End]:
+        """Start to prepare what has arrived, place what is prepared."""
+        for turn in list(self._scheduler.waiting):
+            agent = turn.request.agent
+            if self._book.active.get(agent, turn) is not turn:
+                continue  # turns of one agent queue
+            if turn.prepared is None and not turn.cancelled:
+                self._book.active[agent] = turn
+                turn.prepared = self._workers.submit(self._prepare, turn.request)
+                turn.prepared.add_done_callback(lambda _: self._wake())
+            elif turn.prepared is None or turn.prepared.done():
+                yield from self._decide(turn)
+
+    def _decide(self, turn: Turn) -> Iterator[Begin | End]:
+        """Nothing when the turn has to wait for room, or for its rows."""
+        error = turn.prepared.exception() if turn.prepared is not None else None
+        if turn.cancelled:
+            yield End(turn, TurnFinished(turn.request.attempt, 0, "", "cancelled"))
+        elif error is not None:
+            yield _refusal(turn, error)
+        elif turn.ready.memory.state != "owned":
+            yield End(turn, TurnMoved(turn.request.attempt))
+        else:
+            try:
+                began = self._place(turn, turn.ready)
+            except EngineFault as fault:
+                yield End(turn, TurnFailed(turn.request.attempt, fault), fault)
+            else:
+                if began is not None:
+                    yield began
+
+    def _place(self, turn: Turn, ready: Prepared) -> Begin | None:
+        match, engine = ready.match, self._engine
+        keep = min(match.keep, len(ready.tokens) - 1)  # the last token is always computed
+        found = self._sequence_for(ready, keep)
+        if found is None:
+            return None
+        seq_id, holds_rows = found
+        self._scheduler.waiting.remove(turn)
+        if match.dropped is not None:
+            self._residency.drop(match.dropped)
+        in_ram = self._memory.rows.in_ram(match.source or match.branch, keep)
+        open_turn = OpenTurn(turn.request.id, ready.n_prompt)
+        self._memory.enter(ready.memory, match, open_turn, ready.tokens)
+        if not holds_rows and match.branch.exported and keep:
+            cache = "hot" if in_ram else ready.memory.origin
+            self._restorer.begin(turn, seq_id, keep, cache)
+            return None
+        return Begin(turn, seq_id, "hot" if engine.n_rows(seq_id) else "cold")
+
+    def _sequence_for(self, ready: Prepared, keep: int) -> tuple[int, bool] | None:
+        """(sequence, whether it holds the rows the engine had of the match); None: no room."""
+        match, engine, residency = ready.match, self._engine, self._residency
+        cells = min(engine.n_ctx, ready.n_prompt + ready.max_tokens)
+        held = residency.find(match.source or match.branch)
+        if held is not None and match.source is None:
+            if not residency.resume(held, cells):
+                return None
+            engine.truncate(held, min(keep, engine.n_rows(held)))
+            return held, True
+        seq_id = residency.acquire(match.branch, cells, keep=held)
+        if seq_id is not None and held is not None:
+            engine.fork(held, seq_id, min(keep, engine.n_rows(held)))
+            return seq_id, True
+        if seq_id is None and held is not None:  # no second place: the source must leave
+            seq_id = residency.acquire(match.branch, cells)
+        return (seq_id, False) if seq_id is not None else None
+
+
+def _refusal(turn: Turn, error: BaseException) -> End:
+    attempt = turn.request.attempt
+    if isinstance(error, (AgentMoved, Fenced)):
+        return End(turn, TurnMoved(attempt))
+    if isinstance(error, (ActorError, StorageError)):
+        return End(turn, TurnFailed(attempt, error))
+    logger.error("preparing a turn failed", exc_info=error)
+    return End(turn, TurnFailed(attempt, EngineFault(f"preparing failed: {error!r}")))
