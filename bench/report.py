@@ -32,7 +32,6 @@ class Figures:
     raw_tokens_per_s: list[float]
     stored_bytes: float
     f16_bytes: float
-    moves: int  # turns that the router sent to another node, unasked
 
     def ttft(self, state: str) -> float:
         return median(self.seconds[state])
@@ -59,7 +58,6 @@ class Figures:
             "raw_prefill_tokens_per_s": [round(rate, 1) for rate in self.raw_tokens_per_s],
             "cold_prefill_tokens_per_s": round(self.cold_rate, 1),
             "cold_of_raw": round(self.cold_rate / self.raw_rate, 3),
-            "unasked_moves": self.moves,
             "stored_bytes": self.stored_bytes,
             "stored_of_f16": round(self.stored_bytes / self.f16_bytes, 4),
         }
@@ -79,7 +77,6 @@ def print_report(settings: ClusterConfig, runs: int, figures: list[Figures]) -> 
     )
     console.print(_ttft_table(figures), soft_wrap=False)
     console.print(_cost_table(figures), soft_wrap=False)
-    console.print("moves: turns that the router sent to another node unasked; they were repeated.")
     summary = {
         "model": model,
         "nodes": settings.nodes,
@@ -107,7 +104,7 @@ def _ttft_table(figures: list[Figures]) -> Table:
 
 def _cost_table(figures: list[Figures]) -> Table:
     table = Table(Column("context", no_wrap=True))
-    titles = ("raw prefill", "cold prefill", "cold / raw", "agent on disk", "disk / f16", "moves")
+    titles = ("raw prefill", "cold prefill", "cold / raw", "agent on disk", "disk / f16")
     for title in titles:
         table.add_column(title, justify="right", no_wrap=True)
     for entry in figures:
@@ -118,6 +115,5 @@ def _cost_table(figures: list[Figures]) -> Table:
             f"{entry.cold_rate / entry.raw_rate:.2f}",
             f"{entry.stored_bytes / 1e6:.1f} MB",
             f"{entry.stored_bytes / entry.f16_bytes:.3f}",
-            str(entry.moves),
         )
     return table

@@ -15,7 +15,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,8 +31,8 @@ from cluster.errors import ConfigError
 from cluster.local import LocalCluster, divided
 
 _REPLY_TOKENS = 16
-_ATTEMPTS = 3
-_ROOM = 512  # tokens that the turns after the first add to a context
+_STAY_S = 1e6  # an agent moves only when told to: a turn is measured in the state it is meant for
+_ROOM = 320  # tokens that the turns after the first add to a context
 _READY_TIMEOUT_S = 300.0
 _ACTOR_TIMEOUT_S = 60.0
 _QUESTIONS = {
@@ -58,7 +58,6 @@ class Probe:
     rows: int = 0  # tokens whose KV the agent should hold
     stored: tuple[int, int] = (0, 0)  # (rows, bytes) after the cold turn
     prompt_tokens: int = 0  # of the cold turn
-    moves: int = 0  # turns that the router sent elsewhere, unasked
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -69,7 +68,6 @@ class Cluster:
     endpoint: Endpoint
     router: Any
     store: Path
-    n_nodes: int
 
     def settle(self) -> None:
         """Until what was handed over is stored: nothing runs in the background then."""
@@ -90,6 +88,8 @@ def run(settings: ClusterConfig, lengths: list[int], runs: int, text: Path | Non
     """Returns the exit code. Raises ConfigError, ModelUnavailable."""
     os.environ["OMP_WAIT_POLICY"] = "passive"  # as in a replica, before the library is loaded
     settings = divided(replace(settings, http=replace(settings.http, api_keys={})))
+    placement = replace(settings.placement, hysteresis_s=_STAY_S)
+    settings = replace(settings, placement=placement)
     try:
         with tempfile.TemporaryDirectory(prefix="kvferry-bench-") as directory:
             store = Path(directory)
@@ -180,9 +180,7 @@ def _cluster(settings: ClusterConfig, store: Path) -> Iterator[Cluster]:
             _await_ready(endpoint, settings.nodes)
             import ray  # not earlier: it reads the environment that LocalCluster prepares
 
-            yield Cluster(
-                endpoint, ray.get_actor("router", namespace="kvferry"), store, settings.nodes
-            )
+            yield Cluster(endpoint, ray.get_actor("router", namespace="kvferry"), store)
 
 
 def _free_port() -> int:
@@ -204,41 +202,21 @@ def _await_ready(endpoint: Endpoint, n_nodes: int) -> None:
 def _first_turns(cluster: Cluster, probe: Probe) -> None:
     path = f"/v1/agents/{probe.session}"
 
-    def owner() -> str:
-        return str(cluster.endpoint.request("GET", path)["node"])
-
-    def elsewhere() -> str:
-        nodes = cluster.endpoint.request("GET", "/v1/cluster")["nodes"]
-        here, ready = owner(), [n["id"] for n in nodes if n["replica"] == "ready"]
-        return next(node for node in ready if node != here)
-
     _turn(cluster, probe, "cold", {"cold"})
-    probe.stored = probe.rows, cluster.endpoint.request("GET", path)["bytes"]["store"]
-    _until(cluster, probe, "hot", {"hot"}, lambda: None)
-    _until(cluster, probe, "warm", {"warm"}, lambda: cluster.evict(owner()))
-    if cluster.n_nodes > 1:
-        body = {"target": elsewhere()}
-        cluster.endpoint.request("POST", f"{path}/migrate", body)
+    agent = cluster.endpoint.request("GET", path)
+    probe.stored = probe.rows, agent["bytes"]["store"]
+    _turn(cluster, probe, "hot", {"hot"})
+    cluster.evict(agent["node"])
+    _turn(cluster, probe, "warm", {"warm"})
+    nodes = cluster.endpoint.request("GET", "/v1/cluster")["nodes"]
+    others = [n["id"] for n in nodes if n["replica"] == "ready" and n["id"] != agent["node"]]
+    if others:
+        cluster.endpoint.request("POST", f"{path}/migrate", {"target": others[0]})
         _turn(cluster, probe, "migrated", {"remote"})
 
 
-def _until(
-    cluster: Cluster, probe: Probe, state: str, caches: set[str], prepare: Callable[[], None]
-) -> None:
-    """Again when the router moved the agent of its own accord. Raises BenchFailed."""
-    for _ in range(_ATTEMPTS):
-        prepare()
-        if _turn(cluster, probe, state, caches | {"remote"}) in caches:
-            return
-        probe.moves += 1
-    raise BenchFailed(f"{state} at {probe.length}: the router moved the agent {_ATTEMPTS} times")
-
-
-def _turn(cluster: Cluster, probe: Probe, state: str, caches: set[str]) -> str:
-    """One turn, held against what it claims to measure; returns how it was served.
-
-    Raises BenchFailed.
-    """
+def _turn(cluster: Cluster, probe: Probe, state: str, caches: set[str]) -> None:
+    """One turn, held against what it claims to measure. Raises BenchFailed."""
     if probe.rows:
         probe.messages.append({"role": "user", "content": _QUESTIONS[state]})
     reply = cluster.endpoint.chat(probe.messages, session=probe.session, max_tokens=_REPLY_TOKENS)
@@ -257,7 +235,6 @@ def _turn(cluster: Cluster, probe: Probe, state: str, caches: set[str]) -> str:
     probe.messages.append({"role": "assistant", "content": reply.text})
     # A reply that is cut off at its limit ends with a token whose KV nobody needed yet.
     probe.rows = reply.prompt_tokens + reply.completion_tokens - (reply.reason == "length")
-    return reply.cache
 
 
 def drop_pages(directory: Path) -> None:
@@ -281,7 +258,6 @@ def _figures(length: int, probes: list[Probe], raw: list[float], row_bytes: int)
         },
         raw_tokens_per_s=raw,
         stored_bytes=median(probe.stored[1] for probe in of_length),
-        moves=sum(probe.moves for probe in of_length),
         f16_bytes=median(probe.stored[0] * row_bytes for probe in of_length),
     )
 
