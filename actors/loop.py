@@ -141,7 +141,8 @@ class ReplicaLoop:
         missing = sum(len(s.tokens) - s.n_rows for s in self.scheduler.running if s.is_prefill)
         full = len(self.scheduler.running) >= self.engine.n_seq_max
         turns = len(self.scheduler.waiting) + full
-        return missing / self.rates.prefill_tokens_per_s + turns * self.rates.turn_s
+        rates = self.rates.filled()
+        return missing / rates.prefill_tokens_per_s + turns * rates.turn_s
 
     def drop(self, agent: AgentId) -> None:
         """On the loop's thread: free what a deleted agent holds. Raises AgentMoved while a turn of

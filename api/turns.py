@@ -35,6 +35,7 @@ from storage.errors import StorageError
 logger = logging.getLogger(__name__)
 _PLACE_TIMEOUT_S = 45.0
 _MAX_LOSSES = 5
+_REPLY_TOKENS = 128  # what placement reckons with, at most: most replies end before max_tokens
 _MAX_MOVES = 50
 
 
@@ -83,6 +84,7 @@ class Turns:
         began = time.monotonic()
         deadline = began + self._config.request_timeout_s
         avoid: set[str] = set()
+        n_chars = _length(request)
         while True:
             decision = await self._place(log, frozenset(avoid))
             attempt = log.next_request()
@@ -93,8 +95,12 @@ class Turns:
                     if isinstance(item, TurnFailed):
                         raise item.error
                     for event in self._events(log, item):
-                        if isinstance(event, Text) and len(log.ids) == event.n_tokens > 0:
-                            self._metrics.first_token.observe(time.monotonic() - began)
+                        if isinstance(event, Text):
+                            n_chars += len(event.text)
+                            if len(log.ids) == event.n_tokens > 0:
+                                self._metrics.first_token.observe(time.monotonic() - began)
+                        elif isinstance(event, Done) and request.persist:
+                            self._router.spoken.remote(request.agent, n_chars)
                         yield event
                         if isinstance(event, Done):
                             return
@@ -115,14 +121,14 @@ class Turns:
 
     async def _place(self, log: TurnLog, avoid: frozenset[str]) -> Decision:
         request = log.request
-        n_chars = sum(len(str(message.get("content") or "")) for message in request.messages)
+        n_chars = _length(request)
         while True:
             try:
                 placed: Decision = await call(
                     self._router.place.remote(
                         request.agent,
                         n_chars,
-                        request.sampling.max_tokens or 128,
+                        min(request.sampling.max_tokens or _REPLY_TOKENS, _REPLY_TOKENS),
                         persist=request.persist,
                         avoid=avoid,
                     ),
@@ -170,3 +176,8 @@ class Turns:
                 await call(self._router.suspect.remote(decision.incarnation), 5.0)
             except ReplicaLost as lost:
                 logger.warning("the router does not answer: %s", lost)
+
+
+def _length(request: TurnRequest) -> int:
+    """Characters of all messages."""
+    return sum(len(str(message.get("content") or "")) for message in request.messages)

@@ -27,6 +27,7 @@ _FLUSH_TIMEOUT_S = 20.0
 _ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",  # Ray listens on the machine's address, too
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_BACKEND_LOG_LEVEL": "error",  # a node that dies is news of one line, and it is ours
     "OMP_WAIT_POLICY": "passive",
     "RAY_health_check_period_ms": "1000",  # a dead node is noticed in 5 s; the default takes 15
 }

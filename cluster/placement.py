@@ -11,15 +11,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from actors.rates import Rates
+from actors.rates import KnownRates, Rates
 from cluster.errors import NoReplica
 
 
 @dataclass(frozen=True)
 class PlacementConfig:
-    hysteresis_s: float = 0.5  # an agent moves only when it gains more than this
+    hysteresis_s: float = 0.5  # an agent moves only when it gains more than this …
+    hysteresis: float = 0.25  # … and this share of what the turn costs: rates are estimates
     migrate_s: float = 0.2  # fixed cost of a migration: freeze, commit, claim
-    pressure_s: float = 0.2  # cost of a replica whose cells are all in use
+    pressure_s: float = 0.2  # cost of a replica that is full
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Candidate:
     node: str
     queue_s: float
     rates: Rates
-    cells_used: float  # 0 .. 1
+    pressure: float  # 0 .. 1: how full its cells or its sequences are
     n_agents: int
 
 
@@ -77,8 +78,10 @@ def place(
     """new_tokens: of the prompt, beyond what the agent's memory holds. Raises NoReplica."""
     if not candidates:
         raise NoReplica("no replica is ready")
+    measured = [candidate.rates for candidate in candidates]
     estimates = [
-        _estimate(candidate, new_tokens, reply_tokens, location, config) for candidate in candidates
+        _estimate(c, c.rates.filled(measured), new_tokens, reply_tokens, location, config)
+        for c in candidates
     ]
     agents = {candidate.node: candidate.n_agents for candidate in candidates}
     ranked = sorted(
@@ -90,12 +93,12 @@ def place(
 
 def _estimate(
     candidate: Candidate,
+    rates: KnownRates,
     new_tokens: int,
     reply_tokens: int,
     location: Location,
     config: PlacementConfig,
 ) -> Estimate:
-    rates = candidate.rates
     owner = location.node == candidate.node
     moves = location.node is not None and not owner
     load = location.tokens / rates.restore_tokens_per_s
@@ -108,12 +111,16 @@ def _estimate(
         action = "prefill"
     else:
         action = "migrate" if moves else ("stay" if owner and location.in_ram else "load")
+    decode = reply_tokens * rates.decode_step_s
+    extra = candidate.pressure * config.pressure_s
+    if moves:
+        extra += config.hysteresis_s + config.hysteresis * (min(bring, prefill) + decode)
     return Estimate(
         node=candidate.node,
         queue_s=candidate.queue_s,
         bring_s=bring,
         prefill_s=prefill,
-        decode_s=reply_tokens * rates.decode_step_s,
-        extra_s=candidate.cells_used * config.pressure_s + (config.hysteresis_s if moves else 0),
+        decode_s=decode,
+        extra_s=extra,
         action=action,
     )

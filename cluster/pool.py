@@ -184,12 +184,12 @@ def candidate(replica: Replica, n_agents: int) -> Candidate | None:
     info, status = replica.info, replica.status
     if info is None or status is None:
         return None
-    cells = max(1, info.slots * info.n_ctx)
+    cells = status.cells_used / max(1, info.slots * info.n_ctx)
     return Candidate(
         node=replica.node.id,
         queue_s=status.queue_s + replica.promised_s,
         rates=status.rates,
-        cells_used=min(1.0, status.cells_used / cells),
+        pressure=min(1.0, max(cells, n_agents / info.slots)),
         n_agents=n_agents,
     )
 

@@ -44,6 +44,7 @@ class Registry:
     def __init__(self) -> None:
         self._records: dict[AgentId, AgentRecord] = {}
         self._per_node: Counter[str | None] = Counter()
+        self._chars: dict[AgentId, int] = {}  # of the messages and the reply of its last turn
 
     def __len__(self) -> int:
         return len(self._records)
@@ -60,6 +61,17 @@ class Registry:
         """Agents that a node owns."""
         return self._per_node[node]
 
+    def spoken(self, agent: AgentId, n_chars: int) -> None:
+        """A turn has ended: so long are its messages and its reply."""
+        if agent in self._records:
+            self._chars[agent] = n_chars
+
+    def new_chars(self, agent: AgentId, n_chars: int) -> int:
+        """How much of a prompt's text the agent has not seen: all of it, if it goes on elsewhere
+        than where its last turn ended."""
+        known = self._chars.get(agent, 0)
+        return n_chars - known if n_chars >= known else n_chars
+
     def location(self, agent: AgentId) -> Location:
         record = self._records.get(agent)
         if record is None:
@@ -74,7 +86,7 @@ class Registry:
         self._put(record)
 
     def _put(self, record: AgentRecord) -> None:
-        self.forget(record.agent)
+        self._remove(record.agent)
         self._records[record.agent] = record
         self._per_node[record.node] += 1
 
@@ -113,6 +125,10 @@ class Registry:
                 self._put(replace(record, node=None, in_ram=False, ram_bytes=0))
 
     def forget(self, agent: AgentId) -> None:
+        self._chars.pop(agent, None)
+        self._remove(agent)
+
+    def _remove(self, agent: AgentId) -> None:
         record = self._records.pop(agent, None)
         if record is not None:
             self._per_node[record.node] -= 1

@@ -31,6 +31,7 @@ ROUTER_NAME = "router"
 _CALL_TIMEOUT_S = 15.0
 _PLACE_TIMEOUT_S = 30.0  # to wait for a replica, when none is ready
 _CHARS_PER_TOKEN = 4.0  # nothing is tokenized before placement
+_MIN_NEW_TOKENS = 16  # the template's own, around a new message
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,10 @@ class PlacementRouter:
             if location.node is not None and location.node not in self._pool.replicas:
                 self._registry.node_lost(location.node)
                 location = self._registry.location(agent)
-            new_tokens = max(16, int(n_chars / _CHARS_PER_TOKEN) - location.tokens)
+            new_chars = self._registry.new_chars(agent, n_chars)
+            if new_chars == n_chars:  # not known from its last turn: its rows say how much is
+                new_chars -= int(location.tokens * _CHARS_PER_TOKEN)
+            new_tokens = max(_MIN_NEW_TOKENS, int(new_chars / _CHARS_PER_TOKEN))
             counted = [candidate(r, self._registry.count(n)) for n, r in replicas.items()]
             candidates = [c for c in counted if c is not None]
             decision = place(new_tokens, reply_tokens, location, candidates, self._config.placement)
@@ -111,6 +115,10 @@ class PlacementRouter:
                 reasons = "; ".join(f"{n}: {e}" for n, e in self._pool.errors().items())
                 raise NoReplica(f"no replica is ready{f' ({reasons})' if reasons else ''}")
             await asyncio.sleep(0.05)
+
+    def spoken(self, agent: AgentId, n_chars: int) -> None:
+        """A turn has ended: so long are its messages and its reply."""
+        self._registry.spoken(agent, n_chars)
 
     def suspect(self, incarnation: str) -> None:
         """An ingress lost this replica in the middle of a turn."""

@@ -318,7 +318,7 @@ class Up(Endpoint):
 
     def logged(self) -> str:
         """What the actors wrote to stderr, all of them."""
-        files = sorted(self.ray_tmp.glob("session_*/logs/worker-*.err"))
+        files = sorted(self.ray_tmp.glob("ray/session_2*/logs/worker-*.err"))
         return "".join(path.read_text(errors="replace") for path in files)
 
     def interrupt(self) -> int:
