@@ -121,7 +121,8 @@ class LocalCluster:
             self._dead[name] = node.node_id
         if not self._dead:
             return []
-        alive = {entry["NodeID"] for entry in ray.nodes() if entry["Alive"]}
+        list_nodes: Any = ray.nodes  # has no types
+        alive = {entry["NodeID"] for entry in list_nodes() if entry["Alive"]}
         back = [name for name, node_id in self._dead.items() if node_id not in alive]
         for name in back:
             del self._dead[name]

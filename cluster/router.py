@@ -19,7 +19,7 @@ from cluster.config import ClusterConfig
 from cluster.errors import AgentBusy, MigrationFailed, NoReplica, UnknownAgent, UnknownNode
 from cluster.migration import Migration, migrate
 from cluster.placement import Placement, place
-from cluster.pool import NAMESPACE, Replica, ReplicaPool, candidate
+from cluster.pool import Replica, ReplicaPool, candidate
 from cluster.registry import AgentRecord, Registry
 from cluster.remote import ReplicaLost, call
 from storage.card import AgentId
@@ -227,7 +227,8 @@ class PlacementRouter:
         return freed
 
     def _on_status(self, replica: Replica) -> None:
-        assert replica.status is not None and replica.info is not None
+        assert replica.status is not None
+        assert replica.info is not None
         self._registry.reported(replica.node.id, replica.status.agents)
         if self._key is None:
             self._key = replica.info.key
