@@ -85,7 +85,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return respond(_validation(error.errors()[0]))
+        return respond(_validation(error.errors()[0], error.body))
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
@@ -107,11 +107,16 @@ def respond(error: ApiError) -> JSONResponse:
     return JSONResponse(error.body, error.status, headers)
 
 
-def _validation(first: dict[str, Any]) -> ApiError:
+def _validation(first: dict[str, Any], body: Any) -> ApiError:
     """Pydantic's first complaint; names the field as the client wrote it."""
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {first['ctx']['error']}")
-    path = [str(step) for step in first["loc"] if step not in ("body", "query", "path", "header")]
+    path: list[str] = []
+    for step in first["loc"][1:]:  # the first is where it came from; some name a union's branch
+        if not isinstance(body, dict) and not (isinstance(body, list) and isinstance(step, int)):
+            continue
+        path.append(str(step))
+        body = body.get(step) if isinstance(body, dict) else body[step]
     param = ".".join(path) or None
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"{param} is not supported", param=param, code="unsupported_parameter")

@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from starlette.types import Receive, Scope, Send
 
 from actors.turn import SamplingParams, TurnRequest
 from api.auth import agent_of, tenant_of
@@ -24,7 +25,18 @@ from api.turns import Done, Event, Started, Text
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1024  # characters
 
-StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+
+def _whole(text: str) -> str:
+    """JSON can carry half a character (\\ud800); no tokenizer can read it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("a lone surrogate is no text") from error
+    return text
+
+
+WholeText = Annotated[str, AfterValidator(_whole)]
+StopString = Annotated[WholeText, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 
 
 class _Strict(BaseModel):
@@ -33,15 +45,15 @@ class _Strict(BaseModel):
 
 class TextPart(_Strict):
     type: Literal["text"]
-    text: str
+    text: WholeText
 
 
 class ChatMessage(_Strict):
     """SDKs send back whole assistant messages, empty fields included."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    name: str | None = None
+    content: WholeText | list[TextPart]
+    name: WholeText | None = None
     refusal: None = None
     tool_calls: None = None
     function_call: None = None
@@ -180,9 +192,9 @@ async def _chat(context: Context, request: Request, body: ChatCompletionRequest)
     }
     if body.stream:
         usage = body.stream_options is not None and body.stream_options.include_usage
-        return StreamingResponse(
+        return _EventStream(
             reply.stream(events, include_usage=usage),
-            media_type="text/event-stream",
+            events,
             headers=headers | {"cache-control": "no-cache"},
         )
     text, reason = "", "stop"
@@ -193,6 +205,26 @@ async def _chat(context: Context, request: Request, body: ChatCompletionRequest)
         elif isinstance(event, Done):
             reason = event.reason
     return JSONResponse(reply.whole(text, reason), headers=headers)
+
+
+class _EventStream(StreamingResponse):
+    """Ends its turn when the client goes away, which may be between two events."""
+
+    def __init__(
+        self,
+        content: AsyncGenerator[str, None],
+        events: AsyncGenerator[Event, None],
+        headers: dict[str, str],
+    ) -> None:
+        super().__init__(content, media_type="text/event-stream", headers=headers)
+        self._content, self._events = content, events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._content.aclose()
+            await self._events.aclose()
 
 
 class _Reply:
@@ -219,7 +251,7 @@ class _Reply:
 
     async def stream(
         self, events: AsyncIterator[Event], *, include_usage: bool
-    ) -> AsyncIterator[str]:
+    ) -> AsyncGenerator[str, None]:
         """Server-sent events; a failure after the first token ends the stream with an error."""
         yield self._chunk({"role": "assistant", "content": ""})
         try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -74,7 +74,7 @@ class Turns:
     def __init__(self, router: Any, config: HttpConfig, metrics: Metrics) -> None:
         self._router, self._config, self._metrics = router, config, metrics
 
-    async def run(self, request: TurnRequest) -> AsyncIterator[Event]:
+    async def run(self, request: TurnRequest) -> AsyncGenerator[Event, None]:
         """Started, then Text as it comes, then Done.
 
         Raises InvalidRequest, Overloaded, NoReplica, TurnTimeout, and what made the last of
@@ -146,15 +146,20 @@ class Turns:
     ) -> AsyncIterator[StreamItem]:
         generator = decision.actor.run_turn.options(num_returns="streaming").remote(attempt)
         try:
-            async for batch in stream(generator, self._config.item_timeout_s):
+            wait = min(self._config.item_timeout_s, max(0.0, deadline - time.monotonic()))
+            async for batch in stream(generator, wait):
                 for item in batch:
                     yield item
-                if time.monotonic() > deadline:
-                    raise TurnTimeout(
-                        f"the turn took longer than {self._config.request_timeout_s:g} s"
-                    )
+                self._check(deadline)
+        except ReplicaLost:
+            self._check(deadline)  # silence until the turn's own deadline is no loss
+            raise
         finally:
             decision.actor.cancel.remote(attempt.id)  # no-op after the last item
+
+    def _check(self, deadline: float) -> None:
+        if time.monotonic() >= deadline:
+            raise TurnTimeout(f"the turn took longer than {self._config.request_timeout_s:g} s")
 
     def _events(self, log: TurnLog, item: StreamItem) -> list[Event]:
         if isinstance(item, TurnStarted):

@@ -224,7 +224,7 @@ def _request(method: str, url: str, path: str, api_key: str, body: Any) -> Any:
     headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
     try:
         answer = httpx.request(method, url + path, json=body, headers=headers, timeout=60)
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         _fail(f"{url}: {error}", code=1)
     if answer.status_code >= 400:
         try:
@@ -232,7 +232,10 @@ def _request(method: str, url: str, path: str, api_key: str, body: Any) -> Any:
         except (ValueError, KeyError, TypeError):
             message = answer.text[:200]
         _fail(f"{url}: {answer.status_code}: {message}", code=1)
-    return answer.json()
+    try:
+        return answer.json()
+    except ValueError:
+        _fail(f"{url}: answers, but not as kvferry does", code=1)
 
 
 def _size(n: float) -> str:

@@ -107,12 +107,18 @@ def _convert(value: Any, default: Any) -> Any:
     if isinstance(default, Mapping):
         if isinstance(value, str):  # "key:tenant,key:tenant"
             value = dict(entry.split(":", 1) for entry in value.split(",") if entry)
+        if not isinstance(value, Mapping):
+            raise TypeError("wants a table of key = tenant")
         if not all(TENANT_PATTERN.match(tenant) for tenant in value.values()):
             raise ValueError("a tenant is lower-case letters, digits, - and _, at most 64")
         return dict(value)
+    if isinstance(value, bool):
+        raise TypeError("wants no true or false")
     if isinstance(default, float):
         return float(value)
     if isinstance(default, int):
+        if isinstance(value, float):
+            raise TypeError("wants a whole number")
         return _bytes(value) if isinstance(value, str) else int(value)
     if not isinstance(value, str):
         raise TypeError("wants a string")
@@ -133,7 +139,7 @@ def _compose(values: Mapping[str, Any]) -> ClusterConfig:
     for name in ("store", "model"):
         if "://" not in values[name]:
             path = Path(values[name]).expanduser().absolute()
-            values[name] = path.as_uri() if name == "store" else str(path)
+            values[name] = f"file://{path}" if name == "store" else str(path)
     sections = {
         name: replace(section, **{f.name: values[f.name] for f in fields(section)})
         for name, section in _SECTIONS.items()

@@ -73,7 +73,10 @@ class CacheStore:
         """Prove that this store refuses a second create; raises StoreUnavailable if not."""
         path = self.files.path("probe", secrets.token_hex(16))
         with self.files.translated():
-            self.files.create(path, b"1")
+            try:
+                self.files.create(path, b"1")
+            except FileNotFoundError as error:  # a place where no folder can be made
+                raise StoreUnavailable(self.url, repr(error)) from error
             try:
                 self.files.create(path, b"2")
             except FileExistsError:

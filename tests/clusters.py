@@ -48,11 +48,13 @@ def assistant(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
-def recital(noun: str = "Cat", count: int = 30) -> list[dict[str, str]]:
+def recital(
+    noun: str = "Cat", count: int = 30, order: str = "Repeat after me"
+) -> list[dict[str, str]]:
     """About 11 tokens per sentence; the real model's greedy reply repeats them. Known to have no
-    near ties: Cat 30 and 60, Piano 30 and 60, Tree 30."""
+    near ties: Cat 27, 30 and 60, Lamp 27 and 60, Piano 27, 30 and 60, Tree 27 and 30."""
     text = " ".join(f"{noun} {i} stands in room {i}." for i in range(1, count + 1))
-    return [user(f"Repeat after me, word for word: {text}")]
+    return [user(f"{order}, word for word: {text}")]
 
 
 def until(condition: Callable[[], Any], what: str, timeout: float = WAIT) -> Any:

@@ -89,7 +89,7 @@ def damage_and_take_over(
         ("Piano", flip, "corrupt", "sha256 does not match"),
         ("Tree", truncate, "corrupt", "the card says"),
         ("Cat", remove, "missing", "the block is missing"),
-        ("Robot", foreign_cards, "incompatible", "weights"),
+        ("Lamp", foreign_cards, "incompatible", "weights"),
     ],
 )
 def test_damaged_memory_is_prefilled(
@@ -99,8 +99,8 @@ def test_damaged_memory_is_prefilled(
     reason: str,
     says: str,
 ) -> None:
-    session, question = f"damaged-{noun}", recital(noun, 27)
-    question[0]["content"] += f" ({reason})"
+    session = f"damaged-{noun}"
+    question = recital(noun, 27, "Please repeat after me")  # blocks that no other test has
     one = cluster.chat(question, session, max_tokens=12)
     cluster.wait_stored(session)
     faults = "kvferry_memory_faults_total"

@@ -1,0 +1,266 @@
+"""A cluster without Ray, for tests of the HTTP surface: handles with Ray's call shapes, a router
+that only knows owners, real replicas on the fake engine, and replicas that fail on cue.
+"""
+
+import asyncio
+import pickle
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import aclosing
+from typing import Any
+
+from ray.exceptions import ActorDiedError, RayError, RayTaskError
+
+from actors.config import ReplicaConfig
+from actors.errors import AgentMoved
+from actors.replica import ModelReplica
+from actors.turn import StreamItem, Tokens, TurnFinished, TurnRequest
+from cluster.errors import AgentBusy, UnknownAgent, UnknownNode
+from cluster.migration import Migration
+from cluster.placement import Placement
+from cluster.router import Decision
+from storage.card import AgentId
+
+N_CTX = 512
+
+
+class Handle:
+    """What Ray gives for an actor: handle.method.remote(...)."""
+
+    def __init__(self, target: Any) -> None:
+        self._target = target
+
+    def __getattr__(self, name: str) -> "_Method":
+        return _Method(getattr(self._target, name))
+
+
+class _Method:
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def options(self, *, num_returns: str) -> "_Stream":
+        assert num_returns == "streaming"
+        return _Stream(self._function)
+
+    def remote(self, *args: Any, **kwargs: Any) -> "asyncio.Future[Any]":
+        async def run() -> Any:
+            try:
+                result = self._function(*args, **kwargs)
+                return await result if asyncio.iscoroutine(result) else result
+            except Exception as error:
+                raise _as_ray_says(error) from None
+
+        task = asyncio.ensure_future(run())
+        task.add_done_callback(lambda t: t.cancelled() or t.exception())  # nobody need await it
+        return task
+
+
+class _Stream:
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    async def remote(self, *args: Any) -> AsyncIterator["asyncio.Future[Any]"]:
+        def reference() -> "asyncio.Future[Any]":
+            return asyncio.get_running_loop().create_future()
+
+        async with aclosing(self._function(*args)) as items:
+            try:
+                async for item in items:
+                    done = reference()
+                    done.set_result(item)
+                    yield done
+            except Exception as error:
+                failed = reference()
+                failed.set_exception(_as_ray_says(error))
+                yield failed
+
+
+def _as_ray_says(error: Exception) -> Exception:
+    """A task's own exception crosses the wire as the cause of a RayTaskError."""
+    if isinstance(error, RayError):
+        return error
+    cause = pickle.loads(pickle.dumps(error))
+    told: Exception = RayTaskError("method", "Traceback ...", cause).as_instanceof_cause()
+    return told
+
+
+class FakeReplica:
+    """A real replica on the fake engine. With `faults` (one per turn, then none), it goes wrong
+    after `after` token items: an exception to raise, or a function from the request and the next
+    index to the items to send; None ends the stream."""
+
+    def __init__(self, config: ReplicaConfig, node: str) -> None:
+        self.node = node
+        self.real = ModelReplica(config, node)
+        self.requests: list[TurnRequest] = []
+        self.cancelled: list[str] = []
+        self.faults: Iterator[Any] = iter(())
+        self.after = 0
+
+    def fails(self, *faults: Any, after: int = 3) -> None:
+        self.faults, self.after = iter(faults), after
+
+    async def run_turn(self, request: TurnRequest) -> AsyncIterator[list[StreamItem]]:
+        self.requests.append(request)
+        fault = next(self.faults, self)
+        n_ids = len(request.resume.emitted) if request.resume else 0
+        seen = 0
+        if self.after == 0 and fault is not self:
+            async for batch in _misbehave(fault, request, n_ids):
+                yield batch
+            return
+        async with aclosing(self.real.run_turn(request)) as batches:
+            async for batch in batches:
+                for item in batch:
+                    yield [item]
+                    if not isinstance(item, Tokens):
+                        continue
+                    n_ids += len(item.ids)
+                    seen += 1
+                    if seen == self.after and fault is not self:
+                        async for extra in _misbehave(fault, request, n_ids):
+                            yield extra
+                        if not getattr(fault, "goes_on", False):
+                            return
+
+    async def cancel(self, turn_id: str) -> None:
+        self.cancelled.append(turn_id)
+        await self.real.cancel(turn_id)
+
+    def close(self) -> None:
+        self.real._loop.close()
+
+
+async def _misbehave(
+    fault: Any, request: TurnRequest, n_ids: int
+) -> AsyncIterator[list[StreamItem]]:
+    if isinstance(fault, Exception):
+        raise fault
+    if fault is None:
+        return
+    result = fault(request, n_ids)
+    if hasattr(result, "__aiter__"):
+        async for batch in result:
+            yield batch
+    else:
+        yield result
+
+
+class Stray:
+    """Items that are no part of this attempt's stream, which goes on after them."""
+
+    goes_on = True
+
+    def __init__(self, attempt: int, index: int, end: bool = False) -> None:
+        self._attempt, self._index, self._end = attempt, index, end
+
+    def __call__(self, request: TurnRequest, n_ids: int) -> list[StreamItem]:
+        attempt, index = request.attempt + self._attempt, n_ids + self._index
+        if self._end:
+            return [TurnFinished(attempt, index, "WRONG", "stop")]
+        return [Tokens(attempt, index, (87,), "WRONG")]
+
+
+class FakeRouter:
+    """Owners by agent, the first replica that need not be avoided for the others."""
+
+    def __init__(self, replicas: list[FakeReplica]) -> None:
+        self.replicas = {replica.node: replica for replica in replicas}
+        self.owners: dict[AgentId, str] = {}
+        self.placed: list[dict[str, Any]] = []
+        self.suspected: list[str] = []
+        self.said: list[tuple[AgentId, int]] = []
+        self.fail: dict[str, list[Exception]] = {}  # method -> what its next calls raise
+        self.state: dict[str, Any] = {"ready": True, "replicas": 2, "errors": {}}
+
+    def _may_fail(self, method: str) -> None:
+        if self.fail.get(method):
+            raise self.fail[method].pop(0)
+
+    def place(
+        self,
+        agent: AgentId,
+        n_chars: int,
+        reply_tokens: int,
+        *,
+        persist: bool = True,
+        avoid: frozenset[str] = frozenset(),
+    ) -> Decision:
+        self.placed.append(
+            {
+                "agent": agent,
+                "n_chars": n_chars,
+                "reply_tokens": reply_tokens,
+                "persist": persist,
+                "avoid": avoid,
+            }
+        )
+        self._may_fail("place")
+        nodes = list(self.replicas)
+        fresh = [node for node in nodes if f"life-{node}" not in avoid] or nodes
+        owner = self.owners.get(agent)
+        node = owner if owner in fresh else fresh[0]
+        if persist:
+            self.owners[agent] = node
+        handle = Handle(self.replicas[node])
+        return Decision(node, f"life-{node}", handle, Placement(node, "stay", ()))
+
+    def spoken(self, agent: AgentId, n_chars: int) -> None:
+        self.said.append((agent, n_chars))
+
+    def suspect(self, incarnation: str) -> None:
+        self._may_fail("suspect")
+        self.suspected.append(incarnation)
+
+    def _known(self, agent: AgentId) -> str:
+        if agent not in self.owners:
+            raise UnknownAgent(f"no agent {str(agent)!r}")
+        return self.owners[agent]
+
+    def agent(self, agent: AgentId) -> dict[str, Any]:
+        self._may_fail("agent")
+        return {"id": str(agent), "node": self._known(agent)}
+
+    def agents(self, tenant: str) -> list[dict[str, Any]]:
+        return [self.agent(agent) for agent in self.owners if agent.tenant == tenant]
+
+    async def delete(self, agent: AgentId) -> None:
+        replica = self.replicas[self._known(agent)]
+        try:
+            await replica.real.delete(agent)
+        except AgentMoved as error:
+            raise AgentBusy(str(error)) from error
+        del self.owners[agent]
+
+    def migrate(self, agent: AgentId, target: str) -> Migration:
+        self._may_fail("migrate")
+        source = self._known(agent)
+        if target not in self.replicas:
+            raise UnknownNode(f"no node {target!r} with a replica")
+        self.owners[agent] = target
+        return Migration(source, target, 2, 0.0123456)
+
+    def ready(self) -> dict[str, Any]:
+        self._may_fail("ready")
+        return self.state
+
+    def cluster(self) -> dict[str, Any]:
+        self._may_fail("cluster")
+        nodes = [
+            {
+                "id": node,
+                "pid": 1,
+                "replica": "ready",
+                "bytes": {"engine": 1000, "pool": 20},
+                "waiting": 3,
+                "running": 2,
+                "faults": {"corrupt": 5, "incompatible": 1},
+            }
+            for node in self.replicas
+        ]
+        nodes.append({"id": "head", "pid": None, "replica": "none"})
+        return {"agents": 7, "migrations": 4, "replica_losses": 2, "nodes": nodes}
+
+
+def lost() -> Exception:
+    """As Ray reports a dead actor."""
+    return ActorDiedError()

@@ -1,0 +1,184 @@
+"""Settings: where they come from, who wins, and what is refused by name."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.config import ClusterConfig, load_config
+from cluster.errors import ConfigError
+
+
+def toml(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "kvferry.toml"
+    path.write_text(text)
+    return path
+
+
+def test_defaults() -> None:
+    config = load_config()
+    assert config.nodes == 2
+    assert config.http == ClusterConfig().http
+    assert (config.replica.codec, config.replica.slots) == ("q4", 4)
+    assert config.replica.model == ClusterConfig().replica.model
+    assert config.http.host == "127.0.0.1"
+
+
+def test_later_sources_win(tmp_path: Path) -> None:
+    path = toml(tmp_path, 'slots = 1\nnodes = 1\nport = 1001\ncodec = "f16"\n')
+    environment = {"KVFERRY_SLOTS": "2", "KVFERRY_NODES": "3"}
+    config = load_config(path, environment, {"slots": 5, "model": None})
+    assert config.replica.slots == 5  # a flag
+    assert config.nodes == 3  # the environment
+    assert config.http.port == 1001  # the file
+    assert config.replica.codec == "f16"
+    assert config.replica.n_ctx == 8192  # a default
+
+
+def test_the_environment_names_the_file(tmp_path: Path) -> None:
+    path = toml(tmp_path, "slots = 7")
+    assert load_config(None, {"KVFERRY_CONFIG": str(path)}).replica.slots == 7
+    other = tmp_path / "other.toml"
+    other.write_text("slots = 8")
+    assert load_config(other, {"KVFERRY_CONFIG": str(path)}).replica.slots == 8
+
+
+def test_variables_that_are_no_settings_are_left_alone() -> None:
+    environment = {"KVFERRY_URL": "x", "KVFERRY_DATA": "x", "KVFERRY_REQUIRE": "x", "SLOTS": "9"}
+    assert load_config(None, environment) == load_config()
+
+
+@pytest.mark.parametrize(
+    ("environment", "flags", "source"),
+    [
+        ({"KVFERRY_SLOT": "2"}, {}, "environment"),
+        ({}, {"slot": 2}, "flags"),
+    ],
+)
+def test_an_unknown_setting_is_refused(
+    environment: dict[str, str], flags: dict[str, Any], source: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"{source}: unknown setting 'slot'.*slots"):
+        load_config(None, environment, flags)
+
+
+def test_an_unknown_setting_of_a_file_names_the_file(tmp_path: Path) -> None:
+    path = toml(tmp_path, "slot = 2")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert str(path) in str(caught.value)
+    assert "'slot'" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["slots = ", "slots = 1\nslots = 2", "\x00"])
+def test_a_broken_file_is_named(tmp_path: Path, text: str) -> None:
+    path = toml(tmp_path, text)
+    with pytest.raises(ConfigError, match=r"kvferry\.toml"):
+        load_config(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nothing\.toml"):
+        load_config(tmp_path / "nothing.toml")
+    latin = tmp_path / "latin.toml"
+    latin.write_bytes(b'model = "\xe9"')
+    with pytest.raises(ConfigError, match=r"latin\.toml"):
+        load_config(latin)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("slots", "0"),
+        ("slots", "256"),
+        ("slots", "two"),
+        ("slots", "1.5"),
+        ("slots", "-1"),
+        ("nodes", "0"),
+        ("nodes", "65"),
+        ("port", "0"),
+        ("port", "65536"),
+        ("n_ctx", "8"),
+        ("max_waiting", "0"),
+        ("max_tokens", "0"),
+        ("prefill_chunk", "0"),
+        ("prefill_chunk", "513"),
+        ("codec", "q3"),
+        ("codec", ""),
+        ("pool_bytes", "many"),
+        ("pool_bytes", "1XB"),
+        ("temperature", "hot"),
+        ("store", "s3://bucket/prefix"),
+        ("store", "memory://"),
+        ("api_keys", "key-without-a-tenant"),
+        ("api_keys", "key:Not A Tenant"),
+        ("api_keys", "key:../up"),
+    ],
+)
+def test_a_bad_value_is_refused_by_name(name: str, value: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, {f"KVFERRY_{name.upper()}": value})
+    message = str(caught.value)
+    assert name in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("value", [True, ["a"], {"a": 1}, 5])
+def test_a_string_setting_wants_a_string(tmp_path: Path, value: Any) -> None:
+    with pytest.raises(ConfigError, match="codec"):
+        load_config(None, {}, {"codec": value})
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("0", 0),
+        ("512", 512),
+        ("64k", 64 << 10),
+        ("64KB", 64 << 10),
+        ("64MB", 64 << 20),
+        (" 64 MiB ", 64 << 20),
+        ("2GiB", 2 << 30),
+        ("2g", 2 << 30),
+        ("1TB", 1 << 40),
+    ],
+)
+def test_sizes_in_bytes(text: str, count: int) -> None:
+    assert load_config(None, {"KVFERRY_POOL_BYTES": text}).replica.pool_bytes == count
+
+
+def test_relative_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    config = load_config(None, {}, {"store": "some/store", "model": "models/a.gguf"})
+    assert config.replica.store == f"file://{tmp_path}/some/store"
+    assert config.replica.model == str(tmp_path / "models/a.gguf")
+    assert load_config().replica.store == f"file://{tmp_path}/.kvferry/store"
+    home = load_config(None, {}, {"store": "~/store", "model": "~/a.gguf"})
+    assert home.replica.store == f"file://{tmp_path}/home/store"
+    assert home.replica.model == str(tmp_path / "home/a.gguf")
+
+
+def test_references_with_a_scheme_stay_as_they_are() -> None:
+    for model in ("pkg://package/file.gguf", "hf://owner/repo/file.gguf", "fake://"):
+        assert load_config(None, {}, {"model": model}).replica.model == model
+    assert load_config(None, {}, {"store": "file:///x/y"}).replica.store == "file:///x/y"
+
+
+def test_api_keys_from_everywhere(tmp_path: Path) -> None:
+    keys = {"k1": "alice", "k2": "bob_2"}
+    path = toml(tmp_path, '[api_keys]\nk1 = "alice"\nk2 = "bob_2"\n')
+    assert load_config(path).http.api_keys == keys
+    environment = {"KVFERRY_API_KEYS": "k1:alice,k2:bob_2,"}
+    assert load_config(None, environment).http.api_keys == keys
+    assert load_config(None, {}, {"api_keys": keys}).http.api_keys == keys
+
+
+def test_a_store_whose_path_has_odd_letters_keeps_them(tmp_path: Path) -> None:
+    """What the store opens is the directory that was named."""
+    from storage.store import CacheStore
+
+    folder = tmp_path / "my store 100%"
+    config = load_config(None, {}, {"store": str(folder)})
+    CacheStore(config.replica.store).probe()
+    assert folder.is_dir()

@@ -1,0 +1,164 @@
+"""The registry repeats what cards and replicas claim: the newest epoch wins."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from actors.engines.fake_engine import FakeEngine
+from actors.report import AgentReport
+from cluster.placement import Location
+from cluster.registry import Registry
+from storage.card import AgentId, BranchCard, Owner
+from storage.store import CacheStore, LoadedCard, new_card
+
+A, B = AgentId("t", "a"), AgentId("t", "b")
+
+
+def report(agent: AgentId = A, epoch: int = 1, **values: object) -> AgentReport:
+    fields: dict[str, object] = {
+        "generation": 1, "branches": 1, "tokens": 10, "rows": 9, "in_ram": True,
+        "ram_bytes": 100, "stored_bytes": 200, "last_used": 5.0,
+    }  # fmt: skip
+    return AgentReport(agent=agent, epoch=epoch, **(fields | values))  # type: ignore[arg-type]
+
+
+def test_an_unknown_agent_is_nowhere() -> None:
+    registry = Registry()
+    assert registry.get(A) is None
+    assert registry.location(A) == Location()
+    assert registry.count("n1") == len(registry) == 0
+    registry.forget(A)
+    registry.node_lost("n1")
+
+
+def test_the_newest_epoch_wins_in_any_order() -> None:
+    for order in ((("n1", 1), ("n2", 2)), (("n2", 2), ("n1", 1))):
+        registry = Registry()
+        for node, epoch in order:
+            registry.reported(node, [report(epoch=epoch)])
+        record = registry.get(A)
+        assert record is not None
+        assert (record.node, record.epoch) == ("n2", 2)
+        assert (registry.count("n1"), registry.count("n2")) == (0, 1)
+
+
+def test_the_owners_later_word_replaces_its_earlier_one() -> None:
+    registry = Registry()
+    registry.reported("n1", [report(rows=9)])
+    registry.reported("n1", [report(rows=20, in_ram=False)])
+    assert registry.location(A) == Location("n1", 20, False)
+    assert registry.count("n1") == 1
+
+
+def test_a_decision_counts_until_the_next_report() -> None:
+    registry = Registry()
+    registry.reported("n1", [report()])
+    registry.assign(A, "n2")
+    assert registry.location(A) == Location("n2", 9, False)
+    record = registry.get(A)
+    assert record is not None
+    assert record.ram_bytes == 0
+    registry.assign(B, "n2")
+    assert registry.location(B) == Location("n2", 0, False)
+    assert (registry.count("n1"), registry.count("n2")) == (0, 2)
+
+
+def test_assigning_an_agent_where_it_is_keeps_what_is_known() -> None:
+    registry = Registry()
+    registry.reported("n1", [report()])
+    registry.assign(A, "n1")
+    assert registry.location(A) == Location("n1", 9, True)
+
+
+def test_the_agents_of_a_lost_node_are_in_the_store() -> None:
+    registry = Registry()
+    registry.reported("n1", [report(A)])
+    registry.reported("n2", [report(B)])
+    registry.node_lost("n1")
+    assert registry.location(A) == Location(None, 9, False)
+    record = registry.get(A)
+    assert record is not None
+    assert (record.state, record.ram_bytes, record.stored_bytes) == ("warm", 0, 200)
+    assert registry.location(B).node == "n2"
+    assert (registry.count("n1"), registry.count("n2")) == (0, 1)
+
+
+def test_states() -> None:
+    registry = Registry()
+    for values, state in (
+        ({"in_ram": True}, "hot"),
+        ({"in_ram": False}, "warm"),
+        ({"in_ram": False, "rows": 0}, "cold"),
+    ):
+        registry.reported("n1", [report(**values)])
+        record = registry.get(A)
+        assert record is not None
+        assert record.state == state
+
+
+def test_agents_are_listed_per_tenant_latest_first() -> None:
+    registry = Registry()
+    other = AgentId("someone-else", "a")
+    registry.reported("n1", [report(A, last_used=1), report(B, last_used=2), report(other)])
+    assert [record.agent for record in registry.all("t")] == [B, A]
+    assert [record.agent for record in registry.all("someone-else")] == [other]
+    registry.forget(A)
+    assert [record.agent for record in registry.all("t")] == [B]
+    assert registry.count("n1") == 2
+
+
+def test_a_card_of_the_store_counts_where_nobody_has_reported(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    store = CacheStore(str(tmp_path))
+    template = new_card(A, engine.key, "f16", Owner("n9", "life"))
+    claimed = store.claim(template).card
+    branches = (
+        BranchCard(0, tuple(range(30)), last_used=1.0),
+        BranchCard(1, tuple(range(40)), last_used=2.0),
+    )
+    loaded: LoadedCard = store.commit(replace(claimed, generation=1, branches=branches))
+    registry = Registry()
+    registry.found_in_store(loaded)
+    record = registry.get(A)
+    assert record is not None
+    assert (record.node, record.epoch, record.generation) == (None, 1, 1)
+    assert (record.tokens, record.branches, record.rows) == (40, 2, 0)
+    registry.reported("n1", [report(epoch=1)])
+    registry.found_in_store(loaded)
+    assert registry.location(A).node == "n1"
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.tuples(st.just("report"), st.integers(0, 3), st.integers(0, 2), st.integers(1, 5)),
+            st.tuples(st.just("assign"), st.integers(0, 3), st.integers(0, 2), st.just(0)),
+            st.tuples(st.just("lost"), st.just(0), st.integers(0, 2), st.just(0)),
+            st.tuples(st.just("forget"), st.integers(0, 3), st.just(0), st.just(0)),
+        )
+    )
+)
+def test_counts_are_those_of_the_records(steps: list[tuple[str, int, int, int]]) -> None:
+    registry = Registry()
+    epochs: dict[AgentId, int] = {}
+    for what, number, node, epoch in steps:
+        agent, name = AgentId("t", f"s{number}"), f"n{node}"
+        if what == "report":
+            registry.reported(name, [report(agent, epoch)])
+        elif what == "assign":
+            registry.assign(agent, name)
+        elif what == "lost":
+            registry.node_lost(name)
+            assert registry.count(name) == 0
+        else:
+            registry.forget(agent)
+            epochs.pop(agent, None)
+        records = registry.all("t")
+        assert len(records) == len(registry)
+        for name in ("n0", "n1", "n2"):
+            assert registry.count(name) == sum(record.node == name for record in records)
+        for record in records:
+            assert record.epoch >= epochs.get(record.agent, 0)
+            epochs[record.agent] = record.epoch
