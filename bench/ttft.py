@@ -93,7 +93,7 @@ def run(settings: ClusterConfig, lengths: list[int], runs: int, text: Path | Non
     try:
         with tempfile.TemporaryDirectory(prefix="kvferry-bench-") as directory:
             store = Path(directory)
-            replica = replace(settings.replica, store=store.as_uri())
+            replica = replace(settings.replica, store=f"file://{store}")
             figures = _measure(replace(settings, replica=replica), store, lengths, runs, text)
     except (BenchFailed, EndpointError) as error:
         print(f"kvferry bench: {error}", file=sys.stderr)

@@ -99,14 +99,18 @@ def _checked(values: Mapping[str, Any], source: str) -> dict[str, Any]:
         try:
             checked[name] = _convert(value, known[name])
         except (ValueError, TypeError) as error:
-            raise ConfigError(f"{source}: {name} = {value!r}: {error}") from error
+            shown = "…" if name == "api_keys" else repr(value)  # keys are no business of a log
+            raise ConfigError(f"{source}: {name} = {shown}: {error}") from error
     return checked
 
 
 def _convert(value: Any, default: Any) -> Any:
     if isinstance(default, Mapping):
         if isinstance(value, str):  # "key:tenant,key:tenant"
-            value = dict(entry.split(":", 1) for entry in value.split(",") if entry)
+            pairs = [entry.split(":", 1) for entry in value.split(",") if entry]
+            if not all(len(pair) == 2 for pair in pairs):
+                raise ValueError("wants key:tenant,key:tenant")
+            value = dict(pairs)
         if not isinstance(value, Mapping):
             raise TypeError("wants a table of key = tenant")
         if not all(TENANT_PATTERN.match(tenant) for tenant in value.values()):
@@ -148,8 +152,8 @@ def _compose(values: Mapping[str, Any]) -> ClusterConfig:
 
 
 def _validate(config: ClusterConfig) -> None:
-    replica, http = config.replica, config.http
-    bounds = [
+    replica, http, placement = config.replica, config.http, config.placement
+    bounds: list[tuple[str, float, float, float]] = [
         ("nodes", config.nodes, 1, 64),
         ("port", http.port, 1, 65535),
         ("slots", replica.slots, 1, 255),
@@ -158,6 +162,17 @@ def _validate(config: ClusterConfig) -> None:
         ("max_tokens", replica.max_tokens, 1, 1 << 20),
         ("prefill_chunk", replica.prefill_chunk, 1, 512),
         ("prefill_chunk_busy", replica.prefill_chunk_busy, 1, 512),
+        ("cells", replica.cells, 0, 1 << 24),
+        ("pool_bytes", replica.pool_bytes, 0, 1 << 50),
+        ("threads", replica.threads, 0, 1024),
+        ("temperature", http.temperature, 0, 2),
+        ("top_p", http.top_p, 1e-6, 1),
+        ("request_timeout_s", http.request_timeout_s, 1, 1e6),
+        ("item_timeout_s", http.item_timeout_s, 1, 1e6),
+        ("hysteresis_s", placement.hysteresis_s, 0, 1e9),
+        ("hysteresis", placement.hysteresis, 0, 1e9),
+        ("migrate_s", placement.migrate_s, 0, 1e9),
+        ("pressure_s", placement.pressure_s, 0, 1e9),
     ]
     for name, value, low, high in bounds:
         if not low <= value <= high:

@@ -182,3 +182,34 @@ def test_a_store_whose_path_has_odd_letters_keeps_them(tmp_path: Path) -> None:
     config = load_config(None, {}, {"store": str(folder)})
     CacheStore(config.replica.store).probe()
     assert folder.is_dir()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "slots = 'two'", "slots = 2.5", "slots = true", "slots = [2]", "temperature = 'warm'",
+        "temperature = true", "model = 3", "host = ['a']", "api_keys = ['a']", "api_keys = 1",
+        "api_keys = 'key'",
+    ],
+)  # fmt: skip
+def test_a_wrong_type_is_named(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "kvferry.toml"
+    path.write_text(line + "\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert str(caught.value).startswith(f"{path}: {line.split()[0]} = ")
+
+
+@pytest.mark.parametrize(
+    "line", ["request_timeout_s = -1", "temperature = nan", "top_p = 0", "cells = -1", "slots = 0"]
+)
+def test_a_value_out_of_bounds_is_named(line: str, tmp_path: Path) -> None:
+    name = line.split()[0]
+    with pytest.raises(ConfigError, match=f"^{name} = .*must be between"):
+        load_config(toml(tmp_path, line + "\n"))
+
+
+def test_an_api_key_is_not_printed() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(environment={"KVFERRY_API_KEYS": "sk-secret"})
+    assert "sk-secret" not in str(caught.value)
