@@ -44,6 +44,11 @@ def failovers(cluster: Up) -> float:
     return cluster.metric("kvferry_failovers_total")
 
 
+def running(cluster: Up) -> str | None:
+    """The node that runs a turn now."""
+    return next((name for name, node in cluster.nodes().items() if node["running"]), None)
+
+
 def check_next_turn(cluster: Up, session: str, stream: Stream, n_tokens: int) -> str:
     """The turn after the disturbed one, which had a reply of `n_tokens`, finds all its rows but
     that of the last token, which was never fed; returns the node it ran on."""
@@ -77,16 +82,16 @@ def test_the_replica_is_killed_while_it_speaks(healthy: Up, undisturbed: Stream)
 def test_both_replicas_are_killed_one_after_the_other(healthy: Up, undisturbed: Stream) -> None:
     before = failovers(healthy)
     question = recital(count=60)
-    with healthy.stream(question, "both", max_tokens=100) as stream:
+    with healthy.stream(question, "both", max_tokens=150) as stream:
         stream.take(10)
         kill(healthy.nodes()[stream.node]["pid"])
-        stream.take(40)
-        second = healthy.other(stream.node)
+        until(lambda: failovers(healthy) > before, "the loss to be noticed")
+        second = until(lambda: running(healthy), "the turn to go on elsewhere")
         kill(healthy.nodes()[second]["pid"])
         text = stream.rest()
-    assert failovers(healthy) >= before + 2
+    assert failovers(healthy) == before + 2
     assert undisturbed.text.startswith(text)
-    check_next_turn(healthy, "both", stream, 100)
+    check_next_turn(healthy, "both", stream, 150)
 
 
 @pytest.mark.model
@@ -109,13 +114,15 @@ def test_the_raylet_is_killed_and_its_node_comes_back(healthy: Up, undisturbed: 
         node = healthy.nodes()[stream.node]
         kill(node["raylet_pid"])
         text = stream.rest()
-    assert failovers(healthy) == before + 1, "the reply ended before the replica did"
+    assert failovers(healthy) > before, "the reply ended before the replica did"
     assert text == undisturbed.text
     assert stream.usage == undisturbed.usage
     assert check_next_turn(healthy, "raylet", stream, 300) != stream.node
 
     def revived() -> bool:
-        now = healthy.nodes().get(stream.node, {"raylet_pid": None})
+        nodes = healthy.nodes()
+        assert set(nodes) <= {"node-1", "node-2"}, "the old and the new one at the same time"
+        now = nodes.get(stream.node, {"raylet_pid": None})
         return now["raylet_pid"] not in (None, node["raylet_pid"])
 
     until(revived, f"{stream.node} to come back")

@@ -211,9 +211,9 @@ def test_an_idle_agent_migrates_with_its_memory(cluster: Up) -> None:
 
 def test_a_stream_goes_on_while_its_agent_migrates(cluster: Up) -> None:
     question = recital()
-    undisturbed = cluster.chat(question, max_tokens=120)
+    undisturbed = cluster.chat(question, max_tokens=90)
     lost = cluster.metric("kvferry_failovers_total")
-    with cluster.stream(question, "streaming-mover", max_tokens=120) as stream:
+    with cluster.stream(question, "streaming-mover", max_tokens=90) as stream:
         stream.take(10)
         target = cluster.other(stream.node)
         moved = cluster.migrate("streaming-mover", target)

@@ -51,7 +51,7 @@ def test_agents_outlive_the_cluster(store: Path) -> None:
         )
         rows = cluster.wait_stored("kept")
         cluster.kill_all()
-    with up(store, **SETTINGS) as cluster:
+    with up(store, nodes=1, **SETTINGS) as cluster:
         check_listed(cluster, "kept", rows["tokens"])
         following = [*question, assistant(again.text), user("And now?")]
         after = cluster.chat(following, "kept", max_tokens=4)
