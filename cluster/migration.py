@@ -50,7 +50,8 @@ async def migrate(
         except AgentMoved:
             frozen = False  # not its owner (any more): the claim decides
         except ReplicaLost as error:
-            if not error.dead:  # it may still be running the agent
+            if not error.dead:  # it may still be running the agent, or freeze it when it wakes
+                source[1].thaw.remote(agent)
                 raise MigrationFailed(f"{source[0]} does not answer: {error}") from error
     try:
         epoch = await call(target[1].adopt.remote(agent), timeout)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import weakref
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -31,6 +32,7 @@ ROUTER_NAME = "router"
 _CALL_TIMEOUT_S = 15.0
 _PLACE_TIMEOUT_S = 30.0  # to wait for a replica, when none is ready
 _CHARS_PER_TOKEN = 4.0  # nothing is tokenized before placement
+_STAY_S = 60.0  # after an operator's migration
 _MIN_NEW_TOKENS = 16  # the template's own, around a new message
 
 
@@ -57,6 +59,7 @@ class PlacementRouter:
         )
         self._key: CompatibilityKey | None = None
         self._scanned = asyncio.Event()
+        self._stay_until: dict[AgentId, float] = {}  # monotonic seconds
         self._migrations = 0
         self._tasks = [asyncio.create_task(self._pool.run())]
 
@@ -88,9 +91,11 @@ class PlacementRouter:
             new_tokens = max(_MIN_NEW_TOKENS, int(new_chars / _CHARS_PER_TOKEN))
             counted = [candidate(r, self._registry.count(n)) for n, r in replicas.items()]
             candidates = [c for c in counted if c is not None]
+            owner = location.node
+            if self._stays(agent, replicas.get(owner or ""), avoid):
+                candidates = [c for c in candidates if c.node == owner]
             decision = place(new_tokens, reply_tokens, location, candidates, self._config.placement)
             node = decision.node
-            owner = location.node
             if persist and owner is not None and owner != node and owner in replicas:
                 try:
                     await self._move(agent, replicas[owner], replicas[node])
@@ -99,6 +104,7 @@ class PlacementRouter:
                     node = owner
             if persist:
                 self._registry.assign(agent, node)
+                self._stay_until[agent] = time.monotonic() + self._config.http.request_timeout_s
             chosen = next(e for e in decision.estimates if e.node == node)
             replicas[node].promised_s += chosen.total_s - chosen.queue_s
             return _decision(replicas[node], decision)
@@ -119,6 +125,14 @@ class PlacementRouter:
     def spoken(self, agent: AgentId, n_chars: int) -> None:
         """A turn has ended: so long are its messages and its reply."""
         self._registry.spoken(agent, n_chars)
+        self._stay_until.pop(agent, None)
+
+    def _stays(self, agent: AgentId, owner: Replica | None, avoid: frozenset[str]) -> bool:
+        """While a turn of it runs, and at first after an operator moved it, an agent is not moved
+        for another turn's sake."""
+        if owner is None or _incarnation(owner) in avoid:
+            return False
+        return time.monotonic() < self._stay_until.get(agent, 0.0)
 
     def suspect(self, incarnation: str) -> None:
         """An ingress lost this replica in the middle of a turn."""
@@ -139,7 +153,9 @@ class PlacementRouter:
             source = self._pool.replicas.get(record.node) if record.node else None
             if source is replica:
                 return Migration(target, target, record.epoch, 0.0)
-            return await self._move(agent, source, replica)
+            done = await self._move(agent, source, replica)
+            self._stay_until[agent] = time.monotonic() + _STAY_S
+            return done
 
     async def _move(self, agent: AgentId, source: Replica | None, target: Replica) -> Migration:
         pair = (source.node.id, source.actor) if source is not None else None
@@ -163,6 +179,7 @@ class PlacementRouter:
             except ReplicaLost as error:
                 raise NoReplica(f"the replica on {replica.node.id} was lost: {error}") from error
             self._registry.forget(agent)
+            self._stay_until.pop(agent, None)
 
     async def agent(self, agent: AgentId) -> dict[str, Any]:
         """One agent's record. Raises UnknownAgent."""
