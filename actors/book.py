@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from actors.prepare import Prepared
 from actors.sequence import Sequence
-from actors.turn import CacheState, StreamItem, TurnRequest
+from actors.turn import CacheState, StreamItem, TurnFinished, TurnRequest
 from storage.card import AgentId
 from storage.spec import KVRows
 
@@ -42,6 +42,7 @@ class Turn:
     sequence: Sequence | None = None
     restore: Restore | None = None
     last_item: float = field(default_factory=time.monotonic)
+    last: TurnFinished | None = None  # held back until the turn's memory is stored
 
     def emit(self, item: StreamItem) -> None:
         self.last_item = time.monotonic()

@@ -20,6 +20,8 @@ from actors.config import ReplicaConfig
 from actors.engines.base import Engine
 from actors.errors import ModelUnavailable
 from storage.errors import StoreUnavailable
+from storage.local import LocalTier
+from storage.spec import CompatibilityKey
 from storage.store import CacheStore
 
 _GGUF_MAGIC = b"GGUF"
@@ -113,15 +115,29 @@ def open_engine(config: ReplicaConfig) -> Engine:
 
 def open_store(config: ReplicaConfig) -> CacheStore:
     """The configured store, with its signing key. Raises ValueError, StoreUnavailable."""
+    return _open(config.store, config)
+
+
+def _open(url: str, config: ReplicaConfig) -> CacheStore:
     if not config.signing_key_file:
-        return CacheStore(config.store)
+        return CacheStore(url)
     try:
         signing_key = Path(config.signing_key_file).read_bytes().strip()
     except OSError as error:
         raise StoreUnavailable(config.store, f"cannot read the signing key: {error}") from error
     if len(signing_key) < 16:
         raise ValueError(f"{config.signing_key_file}: a signing key has at least 16 bytes")
-    return CacheStore(config.store, signing_key=signing_key)
+    return CacheStore(url, signing_key=signing_key)
+
+
+def open_local(config: ReplicaConfig, node: str, key: CompatibilityKey) -> LocalTier | None:
+    """The node's own disk, where it pays: a store that is a directory needs none. Raises
+    StoreUnavailable."""
+    if not config.local_bytes or not config.local:
+        return None
+    folder = Path(config.local).expanduser().absolute() / node
+    store = _open(f"file://{folder}", config)
+    return LocalTier(store, key, config.local_bytes, config.daily_write_bytes)
 
 
 def _step_delay(model: str) -> float:

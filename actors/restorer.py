@@ -19,7 +19,7 @@ from actors.memory import Memory
 from actors.prepare import Prepared
 from actors.rates import Rates
 from actors.turn import CacheState
-from storage.codec import decode_rows
+from storage.codec import decode_rows, merge_parts
 from storage.spec import KVRows
 
 logger = logging.getLogger(__name__)
@@ -89,8 +89,12 @@ class Restorer:
             memory.persister.flush().result(self._timeout_s)
             if not memory.rows.in_ram(ready.match.branch, keep):  # what was pinned may be gone
                 restore.cache = ready.memory.origin
-            for tensors in memory.rows.read(ready.memory, ready.match.branch, keep):
-                if not self._offer(restore, decode_rows(memory.key.spec, memory.codec, tensors)):
+            for full, sliding in memory.rows.read(ready.memory, ready.match.branch, keep):
+                rows = decode_rows(memory.key.spec, memory.codec, full)
+                if sliding is not None:
+                    window = decode_rows(memory.key.spec, memory.codec, sliding, "sliding")
+                    rows = merge_parts(memory.key.spec, rows, window)
+                if not self._offer(restore, rows):
                     return
         except Exception:
             logger.exception("restoring %s failed; the rest is prefilled", ready.memory.agent)

@@ -47,6 +47,7 @@ class Started:
     cache: str
     prompt_tokens: int
     cached_tokens: int
+    durable_tokens: int  # of the agent's memory so far, in the shared store
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,15 @@ class Turns:
             if not log.accept_start(item):
                 return []
             self._metrics.cache.labels(item.cache).inc()
-            return [Started(item.node, item.cache, len(item.prompt_ids), item.cached_tokens)]
+            return [
+                Started(
+                    item.node,
+                    item.cache,
+                    len(item.prompt_ids),
+                    item.cached_tokens,
+                    item.durable_tokens,
+                )
+            ]
         if isinstance(item, Tokens) and log.accept(item):
             return [Text(item.text, len(item.ids))]
         if isinstance(item, TurnFinished) and log.accept(item):

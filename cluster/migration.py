@@ -41,6 +41,8 @@ async def migrate(
 
     Raises MigrationFailed; the agent is then served where its next claim succeeds.
     """
+    # Before anything stops: most of what the target will need.
+    await _quietly(call(target[1].prefetch.remote(agent), timeout))
     began = time.monotonic()
     frozen = False
     if source is not None:

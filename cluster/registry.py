@@ -28,6 +28,7 @@ class AgentRecord:
     tokens: int = 0
     rows: int = 0
     in_ram: bool = False
+    durable_rows: int = 0
     ram_bytes: int = 0
     stored_bytes: int = 0
     last_used: float = 0.0
@@ -113,6 +114,7 @@ class Registry:
                 branches=len(card.branches),
                 tokens=len(latest.tokens) if latest else 0,
                 rows=latest.rows if latest else 0,
+                durable_rows=latest.rows if latest else 0,
                 stored_bytes=card.bytes_stored,
                 last_used=card.updated,
             )

@@ -284,6 +284,7 @@ def _record(record: AgentRecord) -> dict[str, Any]:
         "generation": record.generation,
         "branches": record.branches,
         "tokens": record.tokens,
+        "durable_tokens": record.durable_rows,
         "bytes": {"ram": record.ram_bytes, "store": record.stored_bytes},
         "last_used": record.last_used,
     }
@@ -310,7 +311,9 @@ def _node(node: str, address: str, has_device: bool, replica: Replica | None) ->
         "bytes": {
             "engine": info.kv_bytes if info else 0,
             "pool": status.pool_bytes if status else 0,
+            "local": status.local.used_bytes if status and status.local else 0,
         },
+        "local": asdict(status.local) if status and status.local else None,
         "rates": asdict(status.rates) if status else {},
         "faults": status.faults if status else {},
         "served": status.served if status else {},

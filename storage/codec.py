@@ -229,6 +229,14 @@ def decode_rows(
     return tuple(groups)
 
 
+def merge_parts(spec: ModelCacheSpec, full: KVRows, sliding: KVRows) -> KVRows:
+    """One KVRows from the groups of both parts."""
+    return tuple(
+        s if group.part == "sliding" else f
+        for group, f, s in zip(spec.groups, full, sliding, strict=True)
+    )
+
+
 def count_rows(tensors: Tensors) -> int:
     """T, the length of the token axis."""
     return int(next(iter(tensors.values())).shape[1]) if tensors else 0

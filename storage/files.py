@@ -22,6 +22,11 @@ SCHEMES = ("file", "memory")
 _memory_lock = threading.Lock()  # fsspec's memory:// looks first and writes then
 
 
+def is_remote(url: str) -> bool:
+    """Whether a store lies elsewhere than in a directory or in this process."""
+    return "://" in url and url.split("://", 1)[0] not in ("file", "memory")
+
+
 class Files:
     """One root on one file system; safe to use from several threads."""
 
@@ -78,6 +83,9 @@ class Files:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
         _sync_folder(folder)
+
+    def map(self, function: Any, items: Any) -> Any:
+        return map(function, items)
 
     def set_aside(self, path: str) -> None:
         """Rename a file that cannot be trusted, out of the way of a sound one."""

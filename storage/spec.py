@@ -96,6 +96,12 @@ class ModelCacheSpec:
         """Bytes of one token's KV in float16 over all layers."""
         return sum(2 * x.n_kv_heads * (x.key_dim + x.value_dim) for x in self.layers)
 
+    @cached_property
+    def window(self) -> int:
+        """The longest sliding window in tokens, 0 if no layer has one. A token attends to itself
+        and the window - 1 tokens before it."""
+        return max((x.window for x in self.layers if x.kind == "sliding"), default=0)
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 

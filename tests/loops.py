@@ -208,7 +208,7 @@ def evict(loop: ReplicaLoop, *, pool: bool = False) -> None:
     settle(loop)
     loop.call(loop.residency.evict_idle).result(WAIT)
     if pool:
-        loop.memory.tiers.evict_all()
+        loop.memory.tiers.pool.evict_all()
 
 
 def block_files(store: Path) -> dict[str, bytes]:

@@ -701,6 +701,9 @@ def test_metrics_parse_and_count(http: Http) -> None:
     assert http.metric("kvferry_tokens_total", kind="prefilled") == 2 * 9
     assert http.metric("kvferry_time_to_first_token_seconds_count") == 2
     assert http.metric("kvferry_kv_bytes", node="a", tier="pool") == 20
+    assert http.metric("kvferry_kv_bytes", node="a", tier="local") == 30
+    assert http.metric("kvferry_lagging_bytes", node="a") == 7
+    assert http.metric("kvferry_local_written_bytes_total", node="a") == 40
     assert http.metric("kvferry_replica_losses_total") == 2
     assert http.metric("kvferry_turns_waiting", node="a") == 3
 
