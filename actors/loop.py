@@ -141,6 +141,11 @@ class ReplicaLoop:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
+    @property
+    def draining(self) -> int:
+        """Finished turns whose rows the engine still has to hand over."""
+        return len(self._book.draining)
+
     def queue_seconds(self) -> float:
         """Estimate of the time until a new turn could begin."""
         missing = sum(len(s.tokens) - s.n_rows for s in self.scheduler.running if s.is_prefill)

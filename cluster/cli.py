@@ -216,6 +216,23 @@ def ttft(
     raise typer.Exit(code)
 
 
+@bench.command()
+def storage(
+    model: Annotated[str | None, typer.Option(help="Path to a GGUF, pkg:// or hf://.")] = None,
+    codec: Annotated[str | None, typer.Option(help="One of the codecs.")] = None,
+    tokens: Annotated[int, typer.Option(min=256, help="Tokens of the restored agent.")] = 4096,
+    runs: Annotated[int, typer.Option(min=1, help="Restores.")] = 5,
+    agents: Annotated[bool, typer.Option(help="Measure a store of 10,000 agents, too.")] = True,
+) -> None:
+    """Codecs, restore, bytes per turn, many agents; in this process, without a cluster."""
+    try:
+        settings = load_config(None, os.environ, {"model": model, "codec": codec})
+        code = importlib.import_module("bench.storage").run(settings, tokens, runs, agents)
+    except (ConfigError, ModelUnavailable) as error:
+        _fail(str(error))
+    raise typer.Exit(code)
+
+
 def _get(url: str, path: str, api_key: str) -> Any:
     return _request("GET", url, path, api_key, None)
 

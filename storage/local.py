@@ -158,13 +158,17 @@ class LocalTier:
     def _evict(self, size: int) -> bool:
         if size > self.budget_bytes:
             return False
-        for path in list(self._sizes) if self.used_bytes + size > self.budget_bytes else ():
-            if self.used_bytes + size <= self.budget_bytes:
+        victims, excess = [], self.used_bytes + size - self.budget_bytes
+        for path, stored in self._sizes.items():
+            if excess <= 0:
                 break
-            if not self._pins[path]:
-                self.used_bytes -= self._sizes.pop(path)
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path)
+            if path not in self._pins:
+                victims.append(path)
+                excess -= stored
+        for path in victims:
+            self.used_bytes -= self._sizes.pop(path)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
         return self.used_bytes + size <= self.budget_bytes
 
     @property

@@ -49,11 +49,15 @@ class Pool:
                 self._evict()
 
     def _evict(self) -> None:
-        for key in list(self._entries) if self.used_bytes > self.budget_bytes else ():
-            if self.used_bytes <= self.budget_bytes:
-                return
-            if not self._entries[key].pins:
-                self.used_bytes -= self._entries.pop(key).size
+        victims, excess = [], self.used_bytes - self.budget_bytes
+        for key, entry in self._entries.items():
+            if excess <= 0:
+                break
+            if not entry.pins:
+                victims.append(key)
+                excess -= entry.size
+        for key in victims:
+            self.used_bytes -= self._entries.pop(key).size
 
     def evict_all(self) -> None:
         """Drop everything that is not pinned."""
