@@ -15,6 +15,9 @@ from cluster.placement import Location
 from storage.card import AgentId
 from storage.store import LoadedCard
 
+_CHARS_PER_TOKEN = 4.0  # nothing is tokenized before placement
+_MIN_NEW_TOKENS = 16  # the template's own, around a new message
+
 
 @dataclass(frozen=True)
 class AgentRecord:
@@ -46,6 +49,7 @@ class Registry:
         self._records: dict[AgentId, AgentRecord] = {}
         self._per_node: Counter[str | None] = Counter()
         self._chars: dict[AgentId, int] = {}  # of the messages and the reply of its last turn
+        self._kept: dict[AgentId, float] = {}  # until when, by the caller's clock
 
     def __len__(self) -> int:
         return len(self._records)
@@ -66,12 +70,24 @@ class Registry:
         """A turn has ended: so long are its messages and its reply."""
         if agent in self._records:
             self._chars[agent] = n_chars
+        self._kept.pop(agent, None)
 
-    def new_chars(self, agent: AgentId, n_chars: int) -> int:
-        """How much of a prompt's text the agent has not seen: all of it, if it goes on elsewhere
-        than where its last turn ended."""
+    def new_tokens(self, agent: AgentId, n_chars: int) -> int:
+        """Roughly how much of a prompt the agent has not seen. Where its last turn does not say,
+        because the prompt does not go on where that ended, its rows do."""
         known = self._chars.get(agent, 0)
-        return n_chars - known if n_chars >= known else n_chars
+        if not 0 < known <= n_chars:
+            known = int(self.location(agent).tokens * _CHARS_PER_TOKEN)
+        return max(_MIN_NEW_TOKENS, int((n_chars - known) / _CHARS_PER_TOKEN))
+
+    def keep(self, agent: AgentId, until: float) -> None:
+        """A turn of it has begun, or an operator has moved it."""
+        self._kept[agent] = until
+
+    def stays(self, agent: AgentId, now: float) -> bool:
+        """While a turn of it runs, and at first after an operator moved it, an agent is not moved
+        for another turn's sake."""
+        return now < self._kept.get(agent, 0.0)
 
     def location(self, agent: AgentId) -> Location:
         record = self._records.get(agent)
@@ -128,6 +144,7 @@ class Registry:
 
     def forget(self, agent: AgentId) -> None:
         self._chars.pop(agent, None)
+        self._kept.pop(agent, None)
         self._remove(agent)
 
     def _remove(self, agent: AgentId) -> None:

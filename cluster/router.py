@@ -31,9 +31,7 @@ logger = logging.getLogger(__name__)
 ROUTER_NAME = "router"
 _CALL_TIMEOUT_S = 15.0
 _PLACE_TIMEOUT_S = 30.0  # to wait for a replica, when none is ready
-_CHARS_PER_TOKEN = 4.0  # nothing is tokenized before placement
 _STAY_S = 60.0  # after an operator's migration
-_MIN_NEW_TOKENS = 16  # the template's own, around a new message
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,6 @@ class PlacementRouter:
         )
         self._key: CompatibilityKey | None = None
         self._scanned = asyncio.Event()
-        self._stay_until: dict[AgentId, float] = {}  # monotonic seconds
         self._migrations = 0
         self._tasks = [asyncio.create_task(self._pool.run())]
 
@@ -85,14 +82,12 @@ class PlacementRouter:
             if location.node is not None and location.node not in self._pool.replicas:
                 self._registry.node_lost(location.node)
                 location = self._registry.location(agent)
-            new_chars = self._registry.new_chars(agent, n_chars)
-            if new_chars == n_chars:  # not known from its last turn: its rows say how much is
-                new_chars -= int(location.tokens * _CHARS_PER_TOKEN)
-            new_tokens = max(_MIN_NEW_TOKENS, int(new_chars / _CHARS_PER_TOKEN))
-            counted = [candidate(r, self._registry.count(n)) for n, r in replicas.items()]
-            candidates = [c for c in counted if c is not None]
+            new_tokens = self._registry.new_tokens(agent, n_chars)
+            counts = self._registry.count
+            candidates = [c for n, r in replicas.items() if (c := candidate(r, counts(n)))]
             owner = location.node
-            if self._stays(agent, replicas.get(owner or ""), avoid):
+            able = owner in replicas and _incarnation(replicas[owner]) not in avoid
+            if able and self._registry.stays(agent, time.monotonic()):
                 candidates = [c for c in candidates if c.node == owner]
             decision = place(new_tokens, reply_tokens, location, candidates, self._config.placement)
             node = decision.node
@@ -104,10 +99,10 @@ class PlacementRouter:
                     node = owner
             if persist:
                 self._registry.assign(agent, node)
-                self._stay_until[agent] = time.monotonic() + self._config.http.request_timeout_s
+                self._registry.keep(agent, time.monotonic() + self._config.http.request_timeout_s)
             chosen = next(e for e in decision.estimates if e.node == node)
             replicas[node].promised_s += chosen.total_s - chosen.queue_s
-            return _decision(replicas[node], decision)
+            return Decision(node, _incarnation(replicas[node]), replicas[node].actor, decision)
 
     async def _ready(self, avoid: frozenset[str]) -> dict[str, Replica]:
         """Replicas that can take a turn, waiting for one if need be."""
@@ -125,14 +120,6 @@ class PlacementRouter:
     def spoken(self, agent: AgentId, n_chars: int) -> None:
         """A turn has ended: so long are its messages and its reply."""
         self._registry.spoken(agent, n_chars)
-        self._stay_until.pop(agent, None)
-
-    def _stays(self, agent: AgentId, owner: Replica | None, avoid: frozenset[str]) -> bool:
-        """While a turn of it runs, and at first after an operator moved it, an agent is not moved
-        for another turn's sake."""
-        if owner is None or _incarnation(owner) in avoid:
-            return False
-        return time.monotonic() < self._stay_until.get(agent, 0.0)
 
     def suspect(self, incarnation: str) -> None:
         """An ingress lost this replica in the middle of a turn."""
@@ -154,7 +141,7 @@ class PlacementRouter:
             if source is replica:
                 return Migration(target, target, record.epoch, 0.0)
             done = await self._move(agent, source, replica)
-            self._stay_until[agent] = time.monotonic() + _STAY_S
+            self._registry.keep(agent, time.monotonic() + _STAY_S)
             return done
 
     async def _move(self, agent: AgentId, source: Replica | None, target: Replica) -> Migration:
@@ -179,7 +166,6 @@ class PlacementRouter:
             except ReplicaLost as error:
                 raise NoReplica(f"the replica on {replica.node.id} was lost: {error}") from error
             self._registry.forget(agent)
-            self._stay_until.pop(agent, None)
 
     async def agent(self, agent: AgentId) -> dict[str, Any]:
         """One agent's record. Raises UnknownAgent."""
@@ -265,10 +251,6 @@ class PlacementRouter:
 
     def _lock(self, agent: AgentId) -> asyncio.Lock:
         return self._locks.setdefault(agent, asyncio.Lock())
-
-
-def _decision(replica: Replica, placement: Placement) -> Decision:
-    return Decision(replica.node.id, _incarnation(replica), replica.actor, placement)
 
 
 def _incarnation(replica: Replica) -> str:
