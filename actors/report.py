@@ -66,10 +66,10 @@ class ReplicaStatus:
     queue_s: float
     rates: Rates
     pool_bytes: int
-    local: LocalStatus | None
     cells_used: int
     n_agents: int
     agents: tuple[AgentReport, ...]
+    local: LocalStatus | None = None
     faults: dict[str, int] = field(default_factory=dict)
     served: dict[str, int] = field(default_factory=dict)
 

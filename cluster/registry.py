@@ -49,7 +49,9 @@ class Registry:
         self._records: dict[AgentId, AgentRecord] = {}
         self._per_node: Counter[str | None] = Counter()
         self._chars: dict[AgentId, int] = {}  # of the messages and the reply of its last turn
-        self._kept: dict[AgentId, float] = {}  # until when, by the caller's clock
+        # Until when, by the caller's clock: an operator's migrations, and turns that run.
+        self._settled: dict[AgentId, float] = {}
+        self._turns: dict[AgentId, dict[str, float]] = {}
 
     def __len__(self) -> int:
         return len(self._records)
@@ -67,10 +69,9 @@ class Registry:
         return self._per_node[node]
 
     def spoken(self, agent: AgentId, n_chars: int) -> None:
-        """A turn has ended: so long are its messages and its reply."""
+        """A turn was answered: so long are its messages and its reply."""
         if agent in self._records:
             self._chars[agent] = n_chars
-        self._kept.pop(agent, None)
 
     def new_tokens(self, agent: AgentId, n_chars: int) -> int:
         """Roughly how much of a prompt the agent has not seen. Where its last turn does not say,
@@ -80,14 +81,25 @@ class Registry:
             known = int(self.location(agent).tokens * _CHARS_PER_TOKEN)
         return max(_MIN_NEW_TOKENS, int((n_chars - known) / _CHARS_PER_TOKEN))
 
-    def keep(self, agent: AgentId, until: float) -> None:
-        """A turn of it has begun, or an operator has moved it."""
-        self._kept[agent] = until
+    def settled(self, agent: AgentId, until: float) -> None:
+        """An operator said where it lives."""
+        self._settled[agent] = until
+
+    def turn_began(self, agent: AgentId, turn_id: str, until: float) -> None:
+        """Each attempt says so again; `until` bounds a turn whose end nobody tells."""
+        self._turns.setdefault(agent, {})[turn_id] = until
+
+    def turn_ended(self, agent: AgentId, turn_id: str) -> None:
+        turns = self._turns.get(agent, {})
+        turns.pop(turn_id, None)
+        if not turns:
+            self._turns.pop(agent, None)
 
     def stays(self, agent: AgentId, now: float) -> bool:
         """While a turn of it runs, and at first after an operator moved it, an agent is not moved
         for another turn's sake."""
-        return now < self._kept.get(agent, 0.0)
+        untils = [self._settled.get(agent, 0.0), *self._turns.get(agent, {}).values()]
+        return now < max(untils)
 
     def location(self, agent: AgentId) -> Location:
         record = self._records.get(agent)
@@ -144,7 +156,8 @@ class Registry:
 
     def forget(self, agent: AgentId) -> None:
         self._chars.pop(agent, None)
-        self._kept.pop(agent, None)
+        self._settled.pop(agent, None)
+        self._turns.pop(agent, None)
         self._remove(agent)
 
     def _remove(self, agent: AgentId) -> None:

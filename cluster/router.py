@@ -68,6 +68,7 @@ class PlacementRouter:
         n_chars: int,
         reply_tokens: int,
         *,
+        turn_id: str = "",
         persist: bool = True,
         avoid: frozenset[str] = frozenset(),
     ) -> Decision:
@@ -99,7 +100,8 @@ class PlacementRouter:
                     node = owner
             if persist:
                 self._registry.assign(agent, node)
-                self._registry.keep(agent, time.monotonic() + self._config.http.request_timeout_s)
+                until = time.monotonic() + self._config.http.request_timeout_s
+                self._registry.turn_began(agent, turn_id, until)
             chosen = next(e for e in decision.estimates if e.node == node)
             replicas[node].promised_s += chosen.total_s - chosen.queue_s
             return Decision(node, _incarnation(replicas[node]), replicas[node].actor, decision)
@@ -117,9 +119,11 @@ class PlacementRouter:
                 raise NoReplica(f"no replica is ready{f' ({reasons})' if reasons else ''}")
             await asyncio.sleep(0.05)
 
-    def spoken(self, agent: AgentId, n_chars: int) -> None:
-        """A turn has ended: so long are its messages and its reply."""
-        self._registry.spoken(agent, n_chars)
+    def ended(self, agent: AgentId, turn_id: str, n_chars: int | None) -> None:
+        """A turn is over; n_chars: of its messages and its reply, None if it was not answered."""
+        self._registry.turn_ended(agent, turn_id)
+        if n_chars is not None:
+            self._registry.spoken(agent, n_chars)
 
     def suspect(self, incarnation: str) -> None:
         """An ingress lost this replica in the middle of a turn."""
@@ -139,9 +143,10 @@ class PlacementRouter:
                 raise NoReplica(f"the replica on {target} is not ready")
             source = self._pool.replicas.get(record.node) if record.node else None
             if source is replica:
-                return Migration(target, target, record.epoch, 0.0)
-            done = await self._move(agent, source, replica)
-            self._registry.keep(agent, time.monotonic() + _STAY_S)
+                done = Migration(target, target, record.epoch, 0.0)
+            else:
+                done = await self._move(agent, source, replica)
+            self._registry.settled(agent, time.monotonic() + _STAY_S)
             return done
 
     async def _move(self, agent: AgentId, source: Replica | None, target: Replica) -> Migration:

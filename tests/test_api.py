@@ -805,7 +805,7 @@ async def _until(condition: Callable[[], object]) -> None:
 def test_a_client_that_goes_away_cancels_its_turn(http: Http, writes_fail: bool, then: Any) -> None:
     async def go() -> None:
         http.a.fails(then, after=3)
-        body = {"messages": HELLO, "stream": True}
+        body = {"messages": HELLO, "stream": True, "session_id": "s"}
         leaves = None if writes_fail else asyncio.Event()
         gone = asgi(http, body=body, leaves=leaves, refuses_after=5 if writes_fail else None)
         try:
@@ -816,6 +816,7 @@ def test_a_client_that_goes_away_cancels_its_turn(http: Http, writes_fail: bool,
             assert writes_fail, error  # noqa: PT017
             assert type(error).__name__ == "ClientDisconnect"  # noqa: PT017
         await _until(lambda: http.a.cancelled == [http.a.requests[0].id])
+        await _until(lambda: http.router.over == [http.a.requests[0].id])
         assert len(http.a.requests) == 1
         assert http.b.requests == []
 

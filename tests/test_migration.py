@@ -49,6 +49,9 @@ class Side:
         if error is not None:
             raise error
 
+    def prefetch(self, agent: AgentId) -> Any:
+        return self._call("prefetch", agent)
+
     def freeze(self, agent: AgentId) -> Any:
         return self._call("freeze", agent)
 
@@ -97,15 +100,29 @@ class Pair:
 def test_the_source_freezes_the_target_adopts_the_source_releases() -> None:
     pair = Pair()
     done = pair.migrate()
-    assert pair.calls == ["a freeze", "b adopt", "a release"]
+    assert pair.calls == ["b prefetch", "a freeze", "b adopt", "a release"]
     assert (done.source, done.target, done.epoch) == ("a", "b", 7)
     assert 0 <= done.freeze_s < WAIT
+
+
+def test_rows_that_cannot_be_fetched_ahead_are_read_later() -> None:
+    pair = Pair()
+    pair.b.instead["prefetch"] = StoreUnavailable("file:///s", "gone")
+    assert pair.migrate().epoch == 7
+    assert pair.calls == ["b prefetch", "a freeze", "b adopt", "a release"]
+
+
+def test_a_source_whose_engine_died_is_asked_no_more() -> None:
+    pair = Pair()
+    pair.a.instead["freeze"] = EngineFault("the replica's loop has ended")
+    assert pair.migrate().epoch == 7
+    assert pair.calls == ["b prefetch", "a freeze", "b adopt"]
 
 
 def test_without_a_source_the_target_takes_what_the_store_has() -> None:
     pair = Pair()
     done = pair.migrate(source=False)
-    assert pair.calls == ["b adopt"]
+    assert pair.calls == ["b prefetch", "b adopt"]
     assert (done.source, done.target, done.epoch) == (None, "b", 7)
 
 
@@ -115,7 +132,7 @@ def test_a_source_that_is_silent_is_thawed_and_the_target_not_asked() -> None:
     pair.a.instead["freeze"] = Silence()
     pair.timeout_s = 0.05
     pair.fails(r"^a does not answer: no answer in 0\.05 s$")
-    assert pair.calls == ["a freeze", "a thaw"]
+    assert pair.calls == ["b prefetch", "a freeze", "a thaw"]
 
 
 @pytest.mark.parametrize("error", [lost(), AgentMoved("not owned here")])
@@ -123,7 +140,7 @@ def test_a_source_that_is_dead_or_not_the_owner_is_asked_no_more(error: Exceptio
     pair = Pair()
     pair.a.instead["freeze"] = error
     assert pair.migrate().epoch == 7
-    assert pair.calls == ["a freeze", "b adopt"]
+    assert pair.calls == ["b prefetch", "a freeze", "b adopt"]
 
 
 @pytest.mark.parametrize(
@@ -141,7 +158,7 @@ def test_the_source_is_thawed_when_the_target_cannot_adopt(error: Exception) -> 
     pair.b.instead["adopt"] = error
     pair.timeout_s = 0.3
     pair.fails(f"^b could not take agent {AGENT}: ")
-    assert pair.calls == ["a freeze", "b adopt", "a thaw"]
+    assert pair.calls == ["b prefetch", "a freeze", "b adopt", "a thaw"]
 
 
 def test_a_source_that_did_not_freeze_is_not_thawed() -> None:
@@ -149,7 +166,7 @@ def test_a_source_that_did_not_freeze_is_not_thawed() -> None:
     pair.a.instead["freeze"] = lost()
     pair.b.instead["adopt"] = lost()
     pair.fails("^b could not take agent")
-    assert pair.calls == ["a freeze", "b adopt"]
+    assert pair.calls == ["b prefetch", "a freeze", "b adopt"]
 
 
 def test_the_operator_hears_of_the_target_when_the_thaw_fails_too() -> None:
@@ -165,7 +182,7 @@ def test_a_release_that_is_lost_does_not_undo_the_move(error: Exception) -> None
     pair.a.instead["release"] = error
     pair.timeout_s = 0.3
     assert pair.migrate().epoch == 7
-    assert pair.calls == ["a freeze", "b adopt", "a release"]
+    assert pair.calls == ["b prefetch", "a freeze", "b adopt", "a release"]
 
 
 # ---- the owner, on real replicas that run a turn

@@ -112,20 +112,34 @@ def test_agents_are_listed_per_tenant_latest_first() -> None:
 def test_an_agent_stays_until_its_turn_ends_or_its_time_is_up() -> None:
     registry = Registry()
     assert not registry.stays(A, 0.0)
-    registry.keep(A, 100.0)
+    registry.turn_began(A, "t1", 100.0)
     assert registry.stays(A, 99.9)
     assert not registry.stays(A, 100.0)
     assert not registry.stays(B, 99.9)
-    registry.keep(A, 200.0)
-    assert registry.stays(A, 199.9)
-    registry.spoken(A, 40)
+    registry.turn_began(A, "t1", 200.0)
+    registry.turn_began(A, "t2", 150.0)
+    registry.turn_ended(A, "t1")
+    assert registry.stays(A, 149.9)
+    registry.turn_ended(A, "t1")
+    assert registry.stays(A, 149.9)
+    registry.turn_ended(A, "t2")
     assert not registry.stays(A, 0.0)
+
+
+def test_where_an_operator_settled_an_agent_outlives_its_turns() -> None:
+    registry = Registry()
+    registry.settled(A, 60.0)
+    registry.turn_began(A, "t1", 600.0)
+    registry.turn_ended(A, "t1")
+    assert registry.stays(A, 59.9)
+    assert not registry.stays(A, 60.0)
 
 
 def test_a_forgotten_agent_does_not_stay() -> None:
     registry = Registry()
     registry.assign(A, "n1")
-    registry.keep(A, 100.0)
+    registry.settled(A, 100.0)
+    registry.turn_began(A, "t1", 100.0)
     registry.forget(A)
     assert not registry.stays(A, 0.0)
 

@@ -49,6 +49,9 @@ class Device:
         rates = Rates(200.0, 0.02, 10_000.0, 2.0)
         return ReplicaStatus(0.0, 0, 0, 0, self.queue_s, rates, 0, 0, len(reports), reports)
 
+    def prefetch(self, agent: AgentId) -> int:
+        return 0
+
     def freeze(self, agent: AgentId) -> None:
         self.asked.append("freeze")
 
@@ -145,7 +148,7 @@ def test_an_idle_agent_moves_for_a_large_gain_only(
 def test_an_agent_that_moved_is_at_home_there(cluster: Cluster) -> None:
     cluster.busy(a=30.0)
     assert cluster.place() == "b"
-    cluster.router.spoken(AGENT, 80)
+    cluster.router.ended(AGENT, "", 80)
     cluster.busy(b=0.9)
     assert cluster.place() == "b"
     assert cluster.asked == MOVED
@@ -177,7 +180,7 @@ def test_a_running_agent_is_not_moved_for_another_turn(cluster: Cluster) -> None
 
 def test_an_agent_may_move_when_its_turn_has_ended(cluster: Cluster) -> None:
     assert cluster.place() == "a"
-    cluster.router.spoken(AGENT, 80)
+    cluster.router.ended(AGENT, "", 80)
     cluster.busy(a=30.0)
     assert cluster.place() == "b"
     assert cluster.asked == MOVED
