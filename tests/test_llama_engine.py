@@ -9,8 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from actors.config import ReplicaConfig
 from actors.engines.base import Chunk, Engine
 from actors.errors import EngineFault, ModelUnavailable
+from actors.replica import ModelReplica
+from storage.codec import decode_rows, encode_rows, get_codec
 from storage.spec import LayerSpec
 from tests.engine_contract import (
     EngineContract,
@@ -377,6 +380,31 @@ def test_a_digest_cache_that_cannot_be_written_costs_only_time(
     assert engine.key == again.key
     for each in (engine, again):
         each.close()
+
+
+@pytest.mark.parametrize(("codec", "exact"), [("f16", True), ("q4", False)])
+def test_latent_rows_are_stored_and_come_back(deepseek2: Engine, codec: str, exact: bool) -> None:
+    engine, spec, stored = emptied(deepseek2), deepseek2.key.spec, get_codec(codec)
+    ids = list(range(5, 105))
+    feed(engine, 0, ids)
+    tensors = encode_rows(spec, stored, engine.export(0, 0, 100))
+    assert not [name for name in tensors if ".v." in name]
+    expected = feed(engine, 0, [7])
+    engine.truncate(0, 0)
+    engine.load(0, 0, decode_rows(spec, stored, tensors))
+    again = feed(engine, 0, [7])
+    if exact:
+        np.testing.assert_array_equal(again, expected)
+    else:
+        assert np.corrcoef(again, expected)[0, 1] > 0.95
+
+
+def test_a_replica_refuses_what_its_memory_cannot_keep(
+    tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    config = ReplicaConfig(str(tiny_models["gemma3"]), str(tmp_path / "store"), n_ctx=512)
+    with pytest.raises(ModelUnavailable, match="sliding-window layers"):
+        ModelReplica(config, "here")
 
 
 @pytest.fixture(scope="module")
