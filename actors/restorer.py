@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from actors.book import Book, Restore, Turn
-from actors.engines.base import Engine
+from actors.engines.base import Engine, count_rows
 from actors.errors import EngineFault
 from actors.memory import Memory
 from actors.prepare import Prepared
@@ -78,7 +78,7 @@ class Restorer:
             self._memory.faults.count("engine_refused", error)
             self._engine.truncate(restore.seq_id, restore.loaded)
             return False
-        restore.loaded += rows[0].k.shape[1]
+        restore.loaded += count_rows(rows)
         return True
 
     # ---- on a worker
