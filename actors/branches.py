@@ -63,6 +63,7 @@ class Branch:
     checkpoints: list[int] = field(default_factory=list)
     turn: OpenTurn | None = None
     exported: int = 0
+    windowed: int = 0  # the last checkpoint handed over; 0 where that is not known
     last_used: float = 0.0
 
     @property

@@ -310,7 +310,8 @@ class ReplicaLoop:
             n, tail = visible_ids(self.engine.vocab, reply, sequence.text.text)
         del sequence.tokens[sequence.n_prompt + n :]
         sequence.n_rows = min(sequence.n_rows, len(sequence.tokens))
-        self.engine.truncate(sequence.seq_id, sequence.n_rows)
+        if self.engine.can_truncate(sequence.seq_id, sequence.n_rows):
+            self.engine.truncate(sequence.seq_id, sequence.n_rows)
         branch = ready.match.branch
         if branch.exported > len(sequence.tokens):
             self.memory.rows.cut(ready.memory, branch, len(sequence.tokens))

@@ -44,8 +44,8 @@ class ModelReplica:
         store.probe()
         codec = get_codec(config.codec)
         engine = open_engine(config)
-        if engine.window:
-            raise ModelUnavailable("sliding-window layers cannot be kept in memory and store yet")
+        if not any(group.part == "full" for group in engine.key.spec.groups):
+            raise ModelUnavailable("every layer of this model slides: nothing names its blocks")
         for group in engine.key.spec.groups:
             for dim in (group.key_dim, group.value_dim):
                 codec.fields(dim)  # refuses a head dim it cannot store, before we are ready

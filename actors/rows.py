@@ -38,21 +38,24 @@ class Rows:
 
     # ---- from the loop's thread
 
-    def append(self, memory: AgentMemory, branch: Branch, start: int, rows: KVRows) -> None:
-        """Hand over rows start, start + 1, …; returns at once. branch.exported moves on."""
-        branch.exported = start + rows[0].k.shape[1]
+    def append(
+        self, memory: AgentMemory, branch: Branch, start: int, stop: int, rows: KVRows
+    ) -> None:
+        """Hand over rows start..stop; returns at once. branch.exported moves on."""
+        branch.exported = stop
         ids = branch.tokens[: branch.exported]
         self._persister.submit(lambda: self._append(memory, branch, start, rows, ids))
 
     def checkpoint(self, memory: AgentMemory, branch: Branch, start: int, rows: KVRows) -> None:
         """Hand over the sliding rows of positions from `start` to the branch's end, where its
         window is kept from now on. All rows of the other layers have been handed over."""
-        at = branch.exported
-        self._persister.submit(lambda: self._checkpoint(memory, branch, start, at, rows))
+        at = branch.windowed = branch.exported
+        ends = {at for reply in branch.replies[-3:] for at in (reply.stop - 1, reply.stop)}
+        self._persister.submit(lambda: self._checkpoint(memory, branch, start, at, rows, ends))
 
     def cut(self, memory: AgentMemory, branch: Branch, keep: int) -> None:
         """Forget the rows after the first `keep`."""
-        branch.exported = min(branch.exported, keep)
+        branch.exported, branch.windowed = min(branch.exported, keep), 0
         ids = branch.tokens[:keep]
         self._persister.submit(lambda: self._take(memory, branch, branch, ids))
 
@@ -83,11 +86,11 @@ class Rows:
                 return
 
     def _checkpoint(
-        self, memory: AgentMemory, branch: Branch, start: int, at: int, rows: KVRows
+        self, memory: AgentMemory, branch: Branch, start: int, at: int, rows: KVRows, ends: set[int]
     ) -> None:
         if branch.rows == at:  # else rows were lost, and with them this position
             sliding = encode_rows(self._key.spec, self._codec, rows, "sliding")
-            self.windows.checkpoint(memory, branch, start, at, sliding)
+            self.windows.checkpoint(memory, branch, start, at, sliding, ends)
 
     def _seal(self, memory: AgentMemory, branch: Branch, piece: Tensors, ids: list[int]) -> bool:
         """Join the tail and the piece that fills it up to a block, code by code."""

@@ -15,7 +15,7 @@ from storage.codec import Tensors, concat_rows, count_rows, slice_rows
 from storage.pool import Key
 from storage.spec import ModelCacheSpec, Part
 
-_CHECKPOINTS = 3  # the branch's end and the starts of its last two turns
+_TURN_STARTS = 2  # checkpoints kept besides the branch's end
 
 Read = Callable[[AgentMemory, Run, Part], Tensors | None]
 Keep = Callable[[AgentMemory, Run, Part, Tensors], None]
@@ -32,26 +32,38 @@ class Windows:
 
     def first_needed(self, branch: Branch, at: int) -> int:
         """From where sliding rows must be handed over for a checkpoint at `at`."""
-        last = branch.checkpoints[-1] if branch.checkpoints else 0
-        return max(last, at - self.size + 1, 0)
+        return max(branch.windowed, at - self.size + 1, 0)
 
     def checkpoint(
-        self, memory: AgentMemory, branch: Branch, start: int, at: int, sliding: Tensors
+        self,
+        memory: AgentMemory,
+        branch: Branch,
+        start: int,
+        at: int,
+        sliding: Tensors,
+        ends: set[int],
     ) -> None:
-        """Add the sliding rows of positions start..at to the runs they belong to."""
-        joins = bool(branch.checkpoints) and start == branch.checkpoints[-1]
+        """Add the sliding rows of positions start..at to the runs they belong to. Kept with it:
+        the last two checkpoints that are ends of turns."""
+        needed = max(0, at - self.size + 1)
+        last = branch.checkpoints[-1] if branch.checkpoints else 0
+        if start > max(needed, last):
+            return  # what lies between was forgotten meanwhile: no checkpoint here
         for first, run in positions(branch):
             stop = first + run.rows
-            if stop <= start:
+            if stop <= needed or (run.has_window and stop <= last):
                 continue
-            piece = slice_rows(sliding, max(first - start, 0), stop - start)
-            if run.carried is not None and joins and first < start:
+            if stop <= start:
+                return
+            if run.carried is not None and first < last < stop and last >= needed:
+                piece = slice_rows(sliding, last - start, stop - start)
                 piece = concat_rows([run.carried, piece])
-            run.carried = None
-            run.has_window = True
+            else:
+                piece = slice_rows(sliding, max(first - start, 0), stop - start)
+            run.carried, run.has_window = None, True
             self._keep(memory, run, "sliding", piece)
-        if at not in branch.checkpoints:
-            branch.checkpoints = [*branch.checkpoints, at][-_CHECKPOINTS:]
+        before = [c for c in branch.checkpoints if c in ends and c != at]
+        branch.checkpoints = [*before[-_TURN_STARTS:], at]
         self._drop_unneeded(memory, branch)
 
     def _drop_unneeded(self, memory: AgentMemory, branch: Branch) -> None:

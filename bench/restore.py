@@ -95,7 +95,7 @@ class Bench:
         while start < len(branch.tokens):
             stop = min(len(branch.tokens), (start // size + 1) * size)
             rows = sample_rows(self.spec, stop - start, seed=start)
-            self.loop.memory.rows.append(memory, branch, start, rows)
+            self.loop.memory.rows.append(memory, branch, start, stop, rows)
             start = stop
         self.loop.memory.commit_later(memory)
         self.loop.memory.settle().result(_WAIT_S)
