@@ -28,7 +28,14 @@ from storage.card import (
     encode_card,
     parse_name,
 )
-from storage.errors import CorruptData, Fenced, Incompatible, StorageError, StoreUnavailable
+from storage.errors import (
+    CorruptData,
+    Fenced,
+    Incompatible,
+    StorageError,
+    StoreUnavailable,
+    Unsupported,
+)
 from storage.files import Files
 from storage.spec import CompatibilityKey
 
@@ -131,7 +138,8 @@ class CacheStore:
 
         Never a card of an older epoch, whose owner may have gone on writing after it lost the
         agent: the claim card of an epoch repeats what the epoch started from. None when the agent
-        is unknown or nothing verifies (on_fault then was told). A tombstone is returned.
+        is unknown or nothing verifies (on_fault then was told). A tombstone is returned. Raises
+        Unsupported for a card of a newer kvferry: an older card, or a claim, would bury it.
         """
         return self._newest(self._agent_folder(agent, key), key)
 
@@ -247,7 +255,11 @@ class CacheStore:
         for tenant in tenants:
             folder = self.files.path("agents", tenant)
             for name in self.files.names(folder):
-                loaded = self._newest(f"{folder}/{name}", None)
+                try:
+                    loaded = self._newest(f"{folder}/{name}", None)
+                except Unsupported as error:  # another node's to read
+                    self.on_fault(error)
+                    continue
                 if loaded and loaded.card.key == key and not loaded.card.tombstone:
                     yield loaded
 

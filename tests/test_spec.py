@@ -9,7 +9,15 @@ from dataclasses import replace
 
 import pytest
 
-from storage.errors import CorruptData, Fenced, Incompatible, StorageError, StoreUnavailable
+from storage.errors import (
+    AgentExists,
+    CorruptData,
+    Fenced,
+    Incompatible,
+    StorageError,
+    StoreUnavailable,
+    Unsupported,
+)
 from storage.spec import (
     CompatibilityKey,
     LayerSpec,
@@ -195,6 +203,8 @@ def test_canonical_json_has_one_form():
         (CorruptData("a/b", "torn"), "a/b: torn"),
         (Incompatible("a", ["x: 1 != 2", "y: 3 != 4"]), "x: 1 != 2; y: 3 != 4"),
         (Fenced("s/planner", 7), "agent s/planner: epoch 7"),
+        (Unsupported("a", "card.v9", "card.v1"), "a: written as card.v9, this kvferry reads up to"),
+        (AgentExists("s/planner", 7), "agent s/planner exists already, at epoch 7"),
         (StoreUnavailable("file:///x", "full"), "store file:///x: full"),
     ],
 )
