@@ -120,6 +120,28 @@ def save(tensors: Tensors, metadata: dict[str, Any], *, align: int = 8) -> bytes
     return b"".join((struct.pack("<Q", header + pad), raw[8:body], b" " * pad, raw[body:]))
 
 
+def header_bytes(
+    tensors: Sequence[tuple[str, np.dtype[Any], tuple[int, ...]]],
+    metadata: dict[str, Any],
+    *,
+    align: int = 8,
+) -> bytes:
+    """The header of a file whose tensors follow in this order, for files that are written piece by
+    piece. Raises ValueError for one that load would refuse."""
+    table: dict[str, Any] = {"__metadata__": {_METADATA_KEY: canonical_json(metadata).decode()}}
+    end = 0
+    for name, dtype, shape in tensors:
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        table[name] = {
+            "dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]
+        }  # fmt: skip
+    text = _compact_json(table)
+    text += b" " * (-(8 + len(text)) % align)
+    if len(text) > MAX_HEADER:
+        raise ValueError(f"header of {len(text)} bytes is above the limit of {MAX_HEADER}")
+    return struct.pack("<Q", len(text)) + text
+
+
 def load(raw: Buffer, path: str) -> tuple[Tensors, dict[str, Any]]:
     """Tensors and metadata of a whole file. Raises CorruptData, naming `path`.
 

@@ -165,12 +165,18 @@ class CacheStore:
         return names[-1][0] if names else 0
 
     def claim(
-        self, template: CacheCard, *, after: int | None = None, tombstone: bool = False
+        self,
+        template: CacheCard,
+        *,
+        after: int | None = None,
+        tombstone: bool = False,
+        inherit: bool = True,
     ) -> Claim:
         """Take the agent over: create `<epoch + 1>-0` with what its latest card holds.
 
         `template` names the agent, key, codec and the new owner. `after`: claim exactly the epoch
-        after this one, so that whoever claimed it before wins; default: after the newest. Raises
+        after this one, so that whoever claimed it before wins; default: after the newest.
+        `inherit=False`: the agent begins with the template's own branches, salt and parent. Raises
         Fenced when another claim wins, StoreUnavailable when the store gives no answer (then
         nothing is owned).
         """
@@ -188,11 +194,11 @@ class CacheStore:
             base=found.ref if found else None,
             nonce=secrets.token_hex(16),
             tombstone=tombstone,
-            branches=(),
+            branches=() if inherit else template.branches,
             created=now,
             updated=now,
         )
-        if found and not tombstone and not found.card.tombstone:
+        if found and inherit and not tombstone and not found.card.tombstone:
             card = self._inherit(card, found.card)
         raw = encode_card(card, self._signing_key)
         path = f"{self._agent_folder(agent, key)}/{card.name}"
@@ -249,9 +255,9 @@ class CacheStore:
             if epoch < claimed.epoch:
                 self.files.remove(f"{folder}/{card_name(epoch, generation)}")
 
-    def cards(self, tenants: list[str], key: CompatibilityKey) -> Iterator[LoadedCard]:
-        """The newest sound card under `key` of every agent that was not deleted; tenants in the
-        order given."""
+    def cards(self, tenants: list[str], key: CompatibilityKey | None) -> Iterator[LoadedCard]:
+        """The newest sound card under `key`, None for any, of every agent that was not deleted;
+        tenants in the order given."""
         for tenant in tenants:
             folder = self.files.path("agents", tenant)
             for name in self.files.names(folder):
@@ -260,7 +266,7 @@ class CacheStore:
                 except Unsupported as error:  # another node's to read
                     self.on_fault(error)
                     continue
-                if loaded and loaded.card.key == key and not loaded.card.tombstone:
+                if loaded and key in (None, loaded.card.key) and not loaded.card.tombstone:
                     yield loaded
 
     def tenants(self) -> list[str]:
