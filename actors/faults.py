@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 
-from storage.errors import Incompatible, StorageError
+from storage.errors import Incompatible, StorageError, Unsupported
 
 logger = logging.getLogger(__name__)
 
@@ -19,4 +19,5 @@ class Faults(Counter[str]):
 
     def card(self, error: StorageError) -> None:
         """A card that could not be used: CacheStore's on_fault."""
-        self.count("incompatible" if isinstance(error, Incompatible) else "corrupt", error)
+        foreign = isinstance(error, (Incompatible, Unsupported))
+        self.count("incompatible" if foreign else "corrupt", error)

@@ -92,7 +92,13 @@ def _from_hub(model: str) -> Path:
 
 
 def open_engine(config: ReplicaConfig) -> Engine:
-    """Load the model. Raises ModelUnavailable."""
+    """Load the model, declared-equivalent digests in its key as one. Raises ModelUnavailable."""
+    engine = _load(config)
+    engine.key = engine.key.canonical(config.equivalent_digests)
+    return engine
+
+
+def _load(config: ReplicaConfig) -> Engine:
     if is_fake(config.model):
         from actors.engines.fake_engine import FakeEngine
 

@@ -19,6 +19,7 @@ from cluster.placement import PlacementConfig
 from storage.card import TENANT_PATTERN
 from storage.codec import CODECS
 from storage.files import is_remote
+from storage.spec import check_equivalent_digests
 from storage.store import CacheStore
 
 PREFIX = "KVFERRY_"
@@ -91,6 +92,15 @@ def _known() -> dict[str, Any]:
     return known
 
 
+def _check_tenants(api_keys: Mapping[str, str]) -> None:
+    if not all(TENANT_PATTERN.match(tenant) for tenant in api_keys.values()):
+        raise ValueError("a tenant is lower-case letters, digits, - and _, at most 64")
+
+
+# Tables, whose values have a form.
+_CHECKS = {"api_keys": _check_tenants, "equivalent_digests": check_equivalent_digests}
+
+
 def _checked(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     known = _known()
     checked = {}
@@ -99,6 +109,8 @@ def _checked(values: Mapping[str, Any], source: str) -> dict[str, Any]:
             raise ConfigError(f"{source}: unknown setting {name!r}; known: {', '.join(known)}")
         try:
             checked[name] = _convert(value, known[name])
+            if name in _CHECKS:
+                _CHECKS[name](checked[name])
         except (ValueError, TypeError) as error:
             shown = "…" if name == "api_keys" else repr(value)  # keys are no business of a log
             raise ConfigError(f"{source}: {name} = {shown}: {error}") from error
@@ -107,15 +119,13 @@ def _checked(values: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 def _convert(value: Any, default: Any) -> Any:
     if isinstance(default, Mapping):
-        if isinstance(value, str):  # "key:tenant,key:tenant"
+        if isinstance(value, str):  # "key:value,key:value"
             pairs = [entry.split(":", 1) for entry in value.split(",") if entry]
             if not all(len(pair) == 2 for pair in pairs):
-                raise ValueError("wants key:tenant,key:tenant")
+                raise ValueError("wants key:value,key:value")
             value = dict(pairs)
         if not isinstance(value, Mapping):
-            raise TypeError("wants a table of key = tenant")
-        if not all(TENANT_PATTERN.match(tenant) for tenant in value.values()):
-            raise ValueError("a tenant is lower-case letters, digits, - and _, at most 64")
+            raise TypeError("wants a table of key = value")
         return dict(value)
     if isinstance(value, bool):
         raise TypeError("wants no true or false")

@@ -16,15 +16,16 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from storage import cache_file
-from storage.errors import CorruptData, Incompatible
+from storage.card_json import SCHEMA, VERSION, check, upgraded, version_of
+from storage.codec import Tensors
+from storage.errors import CorruptData, Incompatible, Unsupported
 from storage.spec import CompatibilityKey, canonical_json
 
-SCHEMA = "kvferry.card.v1"
 # \Z, not $: that also matches before a line break at the end.
 _NAME = re.compile(r"([0-9]{8})-([0-9]{8})\.safetensors\Z")
-_DIGEST = re.compile(r"[0-9a-f]{64}\Z")
 TENANT_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}\Z")
 
 
@@ -59,7 +60,8 @@ class BlockRef:
 
     id: str
     rows: int
-    parts: Mapping[str, PartRef]  # "full", and "sliding" where a checkpoint keeps it
+    # "full", and "sliding" where a checkpoint needs it: there perhaps only the last of the rows
+    parts: Mapping[str, PartRef]
 
     @property
     def size(self) -> int:
@@ -163,14 +165,10 @@ def parse_name(name: str) -> tuple[int, int] | None:
 
 
 def encode_card(card: CacheCard, signing_key: bytes | None = None) -> bytes:
-    """The card's file."""
-    bare = replace(card, branches=tuple(replace(b, tokens=()) for b in card.branches))
-    description = asdict(bare)
-    description["key"] = card.key.to_json()
-    for entry in description["branches"]:
-        del entry["tokens"]
-    tensors = {f"tokens.{b.id}": np.asarray(b.tokens, dtype=np.uint32) for b in card.branches}
-    seal = _seal(description, tensors, signing_key)
+    """The card's file. Raises ValueError for a card that decode_card would refuse."""
+    description, tensors = to_json(card), token_tensors(card)
+    check(description, {name: x.size for name, x in tensors.items()})
+    seal = _seal(SCHEMA, description, tensors, signing_key)
     return cache_file.save(tensors, {"schema": SCHEMA, "card": description, "seal": seal})
 
 
@@ -181,23 +179,25 @@ def decode_card(
     key: CompatibilityKey | None = None,
     signing_key: bytes | None = None,
 ) -> CacheCard:
-    """Read and verify. Raises CorruptData, or Incompatible when `key` is given and differs."""
+    """Read and verify. Raises CorruptData, Unsupported for a sound card of a newer version, or
+    Incompatible when `key` is given and differs."""
     tensors, metadata = cache_file.load(raw, path)
-    if metadata.get("schema") != SCHEMA:
-        raise CorruptData(path, f"schema {metadata.get('schema')!r} is not {SCHEMA}")
-    for name, array in tensors.items():
-        if array.dtype != np.dtype("<u4") or array.ndim != 1:
-            raise CorruptData(path, f"tensor {name} is {array.dtype}{array.shape}, no token ids")
-    description, seal = metadata.get("card"), metadata.get("seal")
+    schema, description, seal = (metadata.get(name) for name in ("schema", "card", "seal"))
     if not isinstance(description, dict) or not isinstance(seal, dict):
         raise CorruptData(path, "card or seal is missing")
-    expected = _seal(description, tensors, signing_key)
+    try:
+        version = version_of(schema)
+    except ValueError as error:
+        raise CorruptData(path, str(error)) from error
+    expected = _seal(str(schema), description, tensors, signing_key)
     if seal.get("kind") != expected["kind"]:
         raise CorruptData(path, f"sealed by {seal.get('kind')}, wanted {expected['kind']}")
     if not hmac.compare_digest(str(seal.get("value")), expected["value"]):
         raise CorruptData(path, f"{expected['kind']} does not match")
+    if version > VERSION:
+        raise Unsupported(path, str(schema), SCHEMA)
     try:
-        card = _from_json(description, tensors)
+        card = from_json(description, tensors, version)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CorruptData(path, f"malformed card ({error!r})") from error
     if key is not None and key != card.key:
@@ -206,18 +206,51 @@ def decode_card(
 
 
 def _seal(
-    description: dict[str, Any], tensors: Mapping[str, Any], signing_key: bytes | None
+    schema: str,
+    description: dict[str, Any],
+    tensors: Mapping[str, Any],
+    signing_key: bytes | None,
 ) -> dict[str, str]:
+    """The rule is the same in every version, so that a newer card is told from a damaged one. Only
+    version 1 leaves its own name out."""
     digest = hmac.new(signing_key, digestmod=hashlib.sha256) if signing_key else hashlib.sha256()
+    if version_of(schema) > 1:
+        digest.update(canonical_json(schema))
     digest.update(canonical_json(description))
     for name in sorted(tensors):
-        array = np.ascontiguousarray(tensors[name], dtype="<u4")
-        digest.update(canonical_json([name, array.size]))
-        digest.update(array.tobytes())
+        digest.update(canonical_json([name, tensors[name].size]))
+        digest.update(tensors[name].tobytes())
     return {"kind": "hmac-sha256" if signing_key else "sha256", "value": digest.hexdigest()}
 
 
-def _from_json(data: Mapping[str, Any], tensors: Mapping[str, Any]) -> CacheCard:
+# ---- JSON and tensors
+
+
+def to_json(card: CacheCard) -> dict[str, Any]:
+    """Everything but the token ids."""
+    bare = replace(card, branches=tuple(replace(b, tokens=()) for b in card.branches))
+    description = asdict(bare)
+    description["key"] = card.key.to_json()
+    for entry in description["branches"]:
+        del entry["tokens"]
+    return description
+
+
+def token_tensors(card: CacheCard) -> Tensors:
+    """`tokens.<branch>` -> uint32. Raises OverflowError for an id that is none."""
+    return {f"tokens.{b.id}": np.asarray(b.tokens, dtype=np.uint32) for b in card.branches}
+
+
+def from_json(
+    description: dict[str, Any], tensors: Mapping[str, NDArray[Any]], version: int = VERSION
+) -> CacheCard:
+    """A card from a description of `version`, which may be an older one, and its token_tensors.
+    Raises ValueError, TypeError, KeyError or AttributeError for what describes no card."""
+    for name, array in tensors.items():
+        if array.dtype != np.dtype("<u4") or array.ndim != 1:
+            raise TypeError(f"tensor {name} is {array.dtype}{array.shape}, no token ids")
+    data = upgraded(description, version)
+    check(data, {name: x.size for name, x in tensors.items()})
     simple = {
         name: data[name]
         for name in (
@@ -225,8 +258,6 @@ def _from_json(data: Mapping[str, Any], tensors: Mapping[str, Any]) -> CacheCard
             "tombstone", "provenance", "created", "updated",
         )
     }  # fmt: skip
-    for name in ("epoch", "generation"):
-        _count(data[name])
     return CacheCard(
         agent=AgentId(**data["agent"]),
         base=CardRef(**data["base"]) if data["base"] else None,
@@ -253,16 +284,4 @@ def _branch(data: Mapping[str, Any], tensors: Mapping[str, Any]) -> BranchCard:
 
 def _block_ref(data: Mapping[str, Any]) -> BlockRef:
     parts = {name: PartRef(**part) for name, part in data["parts"].items()}
-    if not parts or not parts.keys() <= {"full", "sliding"}:
-        raise ValueError(f"unknown parts {sorted(parts)}")
-    for number in (data["rows"], *(part.size for part in parts.values())):
-        _count(number)
-    for digest in (data["id"], *(part.sha256 for part in parts.values())):
-        if not _DIGEST.match(digest):  # it becomes a file name
-            raise ValueError(f"{digest!r} is no digest")
     return BlockRef(id=data["id"], rows=data["rows"], parts=parts)
-
-
-def _count(value: object) -> None:
-    if type(value) is not int or value < 0:  # True is an int, too
-        raise ValueError(f"{value!r} is no count")

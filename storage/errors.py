@@ -3,7 +3,9 @@
     StorageError
     ├── CorruptData        bytes that fail a checksum, a shape or the format; names file and reason
     ├── Incompatible       a sound card or block, made for another model; names the fields
+    ├── Unsupported        a sound card of a newer kvferry: not to be set aside or claimed past
     ├── Fenced             a newer claim exists: the caller no longer owns the agent
+    ├── AgentExists        a fork or import would overwrite an agent that lives
     └── StoreUnavailable   the store cannot be reached, or refuses what kvferry needs of it
 
 A miss (no such block, no such agent) is None, never one of these.
@@ -41,6 +43,19 @@ class Incompatible(StorageError):
         return f"{self.path}: made for another model ({'; '.join(self.fields)})"
 
 
+class Unsupported(StorageError):
+    """A file of a schema that is newer than this reader, which knows those up to `known`."""
+
+    def __init__(self, path: str, schema: str, known: str) -> None:
+        super().__init__(path, schema, known)
+        self.path = path
+        self.schema = schema
+        self.known = known
+
+    def __str__(self) -> str:
+        return f"{self.path}: written as {self.schema}, this kvferry reads up to {self.known}"
+
+
 class Fenced(StorageError):
     """Another owner holds `epoch` of this agent."""
 
@@ -51,6 +66,18 @@ class Fenced(StorageError):
 
     def __str__(self) -> str:
         return f"agent {self.agent}: epoch {self.epoch} belongs to another owner"
+
+
+class AgentExists(StorageError):
+    """`epoch` is the newest of the agent that is there."""
+
+    def __init__(self, agent: str, epoch: int) -> None:
+        super().__init__(agent, epoch)
+        self.agent = agent
+        self.epoch = epoch
+
+    def __str__(self) -> str:
+        return f"agent {self.agent} exists already, at epoch {self.epoch}"
 
 
 class StoreUnavailable(StorageError):

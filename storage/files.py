@@ -56,9 +56,10 @@ class Files:
                 return []
         return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in paths)
 
-    def read(self, path: str) -> bytes:
+    def read(self, path: str, start: int | None = None, stop: int | None = None) -> bytes:
+        """A file, or a range of it, cut off at its end."""
         with self.translated():
-            raw: bytes = self.fs.cat_file(path)
+            raw: bytes = self.fs.cat_file(path, start=start, end=stop)
         return raw
 
     def create(self, path: str, raw: bytes) -> None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ BLOCK_TOKENS = 256
 
 LayerKind = Literal["full", "sliding", "latent"]
 Part = Literal["full", "sliding"]
+DIGEST = re.compile(r"[0-9a-f]{64}\Z")  # \Z, not $: that also matches before a line break
 
 
 def canonical_json(value: Any) -> bytes:
@@ -107,26 +109,42 @@ class ModelCacheSpec:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ModelCacheSpec:
-        """Raises KeyError or TypeError on a malformed mapping."""
-        return cls(
-            architecture=data["architecture"],
+        """Raises KeyError, TypeError or ValueError for what describes no model."""
+        spec = cls(
+            architecture=_text(data["architecture"]),
             layers=tuple(LayerSpec(**layer) for layer in data["layers"]),
             block_tokens=data["block_tokens"],
         )
+        _within("block_tokens", spec.block_tokens, 1, 1 << 16)
+        _within("layers", len(spec.layers), 0, 1 << 12)
+        for layer in spec.layers:
+            if layer.kind not in get_args(LayerKind):
+                raise ValueError(f"unknown kind of layer {layer.kind!r}")
+            _within("n_kv_heads", layer.n_kv_heads, 1, 1 << 12)
+            _within("key_dim", layer.key_dim, 1, 1 << 16)
+            _within("value_dim", layer.value_dim, 0, 1 << 16)
+            _within("window", layer.window, 0, 1 << 32)
+        return spec
 
 
 @dataclass(frozen=True)
 class CompatibilityKey:
     """What must be equal for one model's cache to mean the same to another process.
 
-    weights and tokenizer are hex sha256 digests; rope holds the model's rope parameters, sorted.
-    Codec, engine and build are provenance and not part of the key: the stored form is neutral.
+    weights and tokenizer are hex sha256 digests; rope holds the model's rope parameters, kept
+    sorted by name whatever order they come in (ValueError for one that is named twice). Codec,
+    engine and build are provenance and not part of the key: the stored form is neutral.
     """
 
     weights: str
     tokenizer: str
     rope: tuple[tuple[str, float | str], ...]
     spec: ModelCacheSpec
+
+    def __post_init__(self) -> None:
+        if len(dict(self.rope)) != len(self.rope):
+            raise ValueError(f"a rope parameter is named twice: {self.rope}")
+        object.__setattr__(self, "rope", tuple(sorted(self.rope, key=lambda item: item[0])))
 
     @cached_property
     def digest(self) -> str:
@@ -143,12 +161,25 @@ class CompatibilityKey:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> CompatibilityKey:
-        """Raises KeyError or TypeError on a malformed mapping."""
+        """Raises KeyError, TypeError or ValueError for what is no key."""
+        rope = data["rope"]
+        if not isinstance(rope, dict) or not all(
+            type(value) in (int, float, str) for value in rope.values()
+        ):
+            raise TypeError(f"rope parameters are numbers and words, not {rope}")
         return cls(
-            weights=data["weights"],
-            tokenizer=data["tokenizer"],
-            rope=tuple(sorted(data["rope"].items())),
+            weights=_text(data["weights"]),
+            tokenizer=_text(data["tokenizer"]),
+            rope=tuple(rope.items()),
             spec=ModelCacheSpec.from_json(data["spec"]),
+        )
+
+    def canonical(self, equivalent_digests: Mapping[str, str]) -> CompatibilityKey:
+        """The key that all models declared equivalent share; see check_equivalent_digests."""
+        return replace(
+            self,
+            weights=equivalent_digests.get(self.weights, self.weights),
+            tokenizer=equivalent_digests.get(self.tokenizer, self.tokenizer),
         )
 
     def mismatches(self, other: CompatibilityKey) -> list[str]:
@@ -160,6 +191,32 @@ class CompatibilityKey:
             for name in names
             if ours.get(name) != theirs.get(name)
         ]
+
+
+def check_equivalent_digests(table: Mapping[str, str]) -> None:
+    """`table` maps digests of weights or tokenizers that an operator declares equivalent to one
+    canonical digest. Raises ValueError for what is no digest, and for chains and cycles: where a
+    digest leads must not depend on how often it is looked up."""
+    for digest, canonical in table.items():
+        for text in (digest, canonical):
+            if not isinstance(text, str) or not DIGEST.match(text):
+                raise ValueError(f"{text!r} is no sha256 in 64 lower-case hex digits")
+        if canonical in table:
+            raise ValueError(
+                f"{digest} leads to {canonical}, which itself leads to {table[canonical]}: "
+                "name the canonical digest directly"
+            )
+
+
+def _within(name: str, value: object, low: int, high: int) -> None:
+    if type(value) is not int or not low <= value <= high:  # True is an int, too
+        raise ValueError(f"{name} {value!r} is not between {low} and {high}")
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

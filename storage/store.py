@@ -28,7 +28,14 @@ from storage.card import (
     encode_card,
     parse_name,
 )
-from storage.errors import CorruptData, Fenced, Incompatible, StorageError, StoreUnavailable
+from storage.errors import (
+    CorruptData,
+    Fenced,
+    Incompatible,
+    StorageError,
+    StoreUnavailable,
+    Unsupported,
+)
 from storage.files import Files
 from storage.spec import CompatibilityKey
 
@@ -131,7 +138,8 @@ class CacheStore:
 
         Never a card of an older epoch, whose owner may have gone on writing after it lost the
         agent: the claim card of an epoch repeats what the epoch started from. None when the agent
-        is unknown or nothing verifies (on_fault then was told). A tombstone is returned.
+        is unknown or nothing verifies (on_fault then was told). A tombstone is returned. Raises
+        Unsupported for a card of a newer kvferry: an older card, or a claim, would bury it.
         """
         return self._newest(self.agent_folder(agent, key), key)
 
@@ -157,12 +165,18 @@ class CacheStore:
         return names[-1][0] if names else 0
 
     def claim(
-        self, template: CacheCard, *, after: int | None = None, tombstone: bool = False
+        self,
+        template: CacheCard,
+        *,
+        after: int | None = None,
+        tombstone: bool = False,
+        inherit: bool = True,
     ) -> Claim:
         """Take the agent over: create `<epoch + 1>-0` with what its latest card holds.
 
         `template` names the agent, key, codec and the new owner. `after`: claim exactly the epoch
-        after this one, so that whoever claimed it before wins; default: after the newest. Raises
+        after this one, so that whoever claimed it before wins; default: after the newest.
+        `inherit=False`: the agent begins with the template's own branches, salt and parent. Raises
         Fenced when another claim wins, StoreUnavailable when the store gives no answer (then
         nothing is owned).
         """
@@ -180,11 +194,11 @@ class CacheStore:
             base=found.ref if found else None,
             nonce=secrets.token_hex(16),
             tombstone=tombstone,
-            branches=(),
+            branches=() if inherit else template.branches,
             created=now,
             updated=now,
         )
-        if found and not tombstone and not found.card.tombstone:
+        if found and inherit and not tombstone and not found.card.tombstone:
             card = self._inherit(card, found.card)
         raw = encode_card(card, self._signing_key)
         path = f"{self.agent_folder(agent, key)}/{card.name}"
@@ -259,14 +273,18 @@ class CacheStore:
             if epoch < claimed.epoch:
                 self.files.remove(f"{folder}/{card_name(epoch, generation)}")
 
-    def cards(self, tenants: list[str], key: CompatibilityKey) -> Iterator[LoadedCard]:
-        """The newest sound card under `key` of every agent that was not deleted; tenants in the
-        order given."""
+    def cards(self, tenants: list[str], key: CompatibilityKey | None) -> Iterator[LoadedCard]:
+        """The newest sound card under `key`, None for any, of every agent that was not deleted;
+        tenants in the order given."""
         for tenant in tenants:
             folder = self.files.path("agents", tenant)
             for name in self.files.names(folder):
-                loaded = self._newest(f"{folder}/{name}", None)
-                if loaded and loaded.card.key == key and not loaded.card.tombstone:
+                try:
+                    loaded = self._newest(f"{folder}/{name}", None)
+                except Unsupported as error:  # another node's to read
+                    self.on_fault(error)
+                    continue
+                if loaded and key in (None, loaded.card.key) and not loaded.card.tombstone:
                     yield loaded
 
     def tenants(self) -> list[str]:

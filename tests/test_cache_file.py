@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from storage import cache_file
-from storage.cache_file import MAX_HEADER, PAGE, Chain, load, load_metadata, save, sha256
+from storage.cache_file import (
+    MAX_HEADER,
+    PAGE,
+    Chain,
+    load,
+    load_metadata,
+    read_header,
+    save,
+    sha256,
+    view,
+)
 from storage.card import BlockRef, PartRef
 from storage.codec import encode_rows, get_codec, slice_rows
 from storage.errors import CorruptData
@@ -274,7 +286,8 @@ def test_a_huge_header_length_is_refused(size):
 @pytest.mark.parametrize("depth", [50, 127, 129, 500, 900, 990, 1000, 10_000, 500_000])
 def test_deep_nesting_is_refused_or_read(depth):
     nested = '{"x":' + "[" * depth + "]" * depth + "}"
-    inner = with_header(json.dumps({"__metadata__": {"kvferry": nested}}).encode())
+    inner = {"__metadata__": {"kvferry": nested}}
+    inner = with_header(json.dumps(inner, separators=(",", ":")).encode())
     outer = with_header(b'{"__metadata__":{"kvferry":"{}"},"x":' + nested.encode() + b"}")
     try:
         assert load(inner, "p")[1].keys() == {"x"}
@@ -296,6 +309,143 @@ def test_metadata_that_is_not_ours_is_refused(metadata):
     with pytest.raises(CorruptData) as caught:
         load(raw, "the/path")
     assert caught.value.path == "the/path"
+
+
+META = b'{"__metadata__":{"kvferry":"{}"}'
+
+
+def table(*entries: tuple[str, str, list[int], list[int]], metadata: bytes = META) -> bytes:
+    """A header in the library's form with these tensors: name, dtype, shape, offsets."""
+    text = b"".join(
+        b"," + json.dumps({n: {"dtype": d, "shape": s, "data_offsets": o}}, separators=(",", ":"))
+        .encode()[1:-1] for n, d, s, o in entries
+    )  # fmt: skip
+    return metadata + text + b"}"
+
+
+SOUND = [
+    [("a", "U32", [2], [0, 8]), ("b", "F16", [1, 2], [8, 12])],
+    [("b", "F16", [1, 2], [8, 12]), ("a", "U32", [2], [0, 8])],  # the table's order is free
+    [("a", "U8", [3], [0, 3]), ("b", "U32", [1], [3, 7]), ("c", "U8", [5], [7, 12])],  # unaligned
+    [("a", "U32", [0, 9], [0, 0]), ("b", "F32", [3], [0, 12]), ("c", "I8", [0], [12, 12])],
+]
+
+
+@pytest.mark.parametrize("entries", SOUND)
+def test_the_library_and_we_read_the_same(entries):
+    raw = with_header(table(*entries), bytes(range(12)))
+    theirs, (ours, _) = safetensors.numpy.load(raw), load(raw, "p")
+    assert {k: (x.dtype, x.tolist()) for k, x in theirs.items()} == {
+        k: (x.dtype, x.tolist()) for k, x in ours.items()
+    }
+    assert all(x.flags.aligned and not x.flags.writeable for x in ours.values())
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        [("a", "U32", [2], [0, 8]), ("b", "U32", [2], [4, 12])],  # overlap
+        [("a", "U32", [1], [0, 4]), ("b", "U32", [1], [8, 12])],  # a hole
+        [("a", "U32", [2], [4, 12])],  # a hole at the start
+        [("a", "U32", [2], [0, 8])],  # bytes that belong to nothing
+        [("a", "U32", [4], [0, 16])],  # past the end
+        [("a", "U32", [2], [0, 12])],  # more bytes than the shape
+        [("a", "U32", [4], [0, 12])],  # fewer
+        [("a", "U32", [3], [12, 0])],
+        [("a", "U32", [3], [0, 12]), ("b", "U32", [3], [0, 12])],  # the same twice
+        [("a", "U32", [3], [0, 12, 12])],
+        [("a", "U32", [True, 3], [0, 12])],
+        [("a", "U32", [3], [False, 12])],
+        [("a", "U32", [-1, -3], [0, 12])],
+        [("a", "U32", "3", [0, 12])],
+        [("a", "U32", [3.0], [0, 12])],
+        [("a", "BOOL", [12], [0, 12])],
+        [("a", "BF16", [6], [0, 12])],
+        [("a", ["U32"], [3], [0, 12])],
+        [("a", "U32", [3], [0, 12]), ("b", "U8", [0, 2**48, 2**48], [12, 12])],
+        [("a", "U32", [3], [0, 12]), ("b", "U8", [0, 2**80], [12, 12])],
+        [("a", "U32", [3] + [1] * 70, [0, 12])],
+        [("a", "U32", [3], [0, 12]), ("a", "U32", [3], [0, 12])],  # one name twice
+    ],
+)
+def test_a_table_that_breaks_the_formats_rules_is_refused(entries):
+    with pytest.raises(CorruptData) as caught:
+        load(with_header(table(*entries), bytes(12)), "the/path")
+    assert caught.value.path == "the/path"
+
+
+@pytest.mark.parametrize("shape", [[2**30, 2**10], [2**40], [1, 2**48]])
+def test_a_declared_shape_allocates_nothing(shape):
+    """The offsets agree with the shape; only the file is shorter."""
+    size = 2**40 if len(shape) == 2 and shape[0] > 1 else shape[-1]
+    raw = with_header(table(("a", "U8", shape, [0, size])), bytes(12))
+    tracemalloc.start()
+    with pytest.raises(CorruptData, match="the header says"):
+        load(raw, "p")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+def test_loading_copies_nothing():
+    raw = save({"a": np.zeros(1 << 22, np.uint8)}, {"schema": "x"}, align=PAGE)
+    tracemalloc.start()
+    tensors, _ = load(raw, "p")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 16
+    start = np.frombuffer(raw, np.uint8).ctypes.data
+    assert tensors["a"].ctypes.data == start + len(raw) - (1 << 22)
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+def test_tensors_cannot_be_written_to(kind):
+    tensors, _ = load(kind(SMALL), "p")
+    with pytest.raises(ValueError, match="read-only"):
+        tensors["a"][0, 0] = 1
+
+
+def ranges(raw: bytes) -> tuple[list[tuple[int, int]], Callable[[int, int], bytes]]:
+    asked: list[tuple[int, int]] = []
+
+    def read(start: int, stop: int) -> bytes:
+        asked.append((start, stop))
+        return raw[start:stop]
+
+    return asked, read
+
+
+def test_a_blocks_header_is_one_read_and_no_data():
+    raw = (GOLDEN / "block.q4.safetensors").read_bytes()
+    asked, read = ranges(raw)
+    header = read_header(read, "p")
+    assert asked == [(0, PAGE)]
+    assert (header.data, header.size) == (PAGE, len(raw))
+    assert header.metadata["rows"] == 16
+    tensors, _ = load(raw, "p")
+    assert {k: (x.dtype, x.shape) for k, x in header.tensors.items()} == {
+        k: (x.dtype, x.shape) for k, x in tensors.items()
+    }
+    for name, info in header.tensors.items():  # and one tensor of it is a range of the file
+        part = view(raw[info.start : info.stop], info, info.start)
+        assert part.tobytes() == tensors[name].tobytes() == raw[info.start : info.stop]
+
+
+def test_a_long_header_is_two_reads():
+    raw = save(TENSORS, {"schema": "x" * 3 * PAGE})
+    asked, read = ranges(raw)
+    header = read_header(read, "p")
+    assert asked == [(0, PAGE), (PAGE, header.data)]
+    assert (header.metadata, header.size) == ({"schema": "x" * 3 * PAGE}, len(raw))
+    with pytest.raises(CorruptData, match="does not fit"):
+        read_header(ranges(raw[: PAGE + 5])[1], "p")
+
+
+def test_a_huge_header_is_not_read():
+    asked, read = ranges(struct.pack("<Q", MAX_HEADER + 1) + SMALL)
+    with pytest.raises(CorruptData, match="does not fit"):
+        read_header(read, "p")
+    assert asked == [(0, PAGE)]
 
 
 @pytest.mark.parametrize("header", [

@@ -14,7 +14,9 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage import cache_file
+from actors.faults import Faults
+from storage import cache_file, card_json
+from storage import card as card_module
 from storage.card import (
     TENANT_PATTERN,
     AgentId,
@@ -31,9 +33,24 @@ from storage.card import (
     encode_card,
     parse_name,
 )
-from storage.errors import CorruptData, Incompatible
+from storage.card_json import MAX_BRANCHES
+from storage.errors import CorruptData, Incompatible, StorageError, Unsupported
 from storage.spec import CompatibilityKey, LayerSpec, ModelCacheSpec, canonical_json
-from tests.store_contract import FIXED, KEY, SPEC, flip, sample_card
+from storage.store import CacheStore
+from tests.store_contract import (
+    AGENT,
+    ALICE,
+    BOB,
+    FIXED,
+    KEY,
+    SPEC,
+    card_files,
+    card_path,
+    flip,
+    sample_card,
+    template,
+    with_tokens,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 SIGNING_KEY = b"a signing key"
@@ -92,24 +109,37 @@ digests = st.binary(min_size=32, max_size=32).map(bytes.hex)
 moments = st.floats(0, 4e9)
 words = st.text(max_size=8)
 part_refs = st.builds(PartRef, digests, counts)
-block_refs = st.builds(
-    BlockRef,
-    digests,
-    counts,
-    st.dictionaries(st.sampled_from(["full", "sliding"]), part_refs, min_size=1),
-)
+parts = st.dictionaries(st.sampled_from(["full", "sliding"]), part_refs, min_size=1)
 card_refs = st.none() | st.builds(CardRef, counts, counts, digests)
-branches = st.builds(
-    BranchCard,
-    id=counts,
-    tokens=st.lists(st.integers(0, 2**32 - 1), max_size=20).map(tuple),
-    blocks=st.lists(block_refs, max_size=3).map(tuple),
-    tail=st.lists(block_refs, max_size=2).map(tuple),
-    replies=st.lists(st.builds(Reply, counts, counts, words), max_size=2).map(tuple),
-    checkpoints=st.lists(counts, max_size=3).map(tuple),
-    turn=st.none() | st.builds(OpenTurn, words, counts),
-    last_used=moments,
-)
+BLOCK_TOKENS = 4
+
+
+@st.composite
+def branches(draw: st.DrawFn) -> BranchCard:
+    """Rows of whole blocks and a short tail, at least as many tokens, all positions inside."""
+
+    def refs(rows: list[int]) -> tuple[BlockRef, ...]:
+        return tuple(BlockRef(draw(digests), n, draw(parts)) for n in rows)
+
+    blocks = refs([BLOCK_TOKENS] * draw(st.integers(0, 3)))
+    tail = refs(draw(st.sampled_from([[], [1], [3], [1, 2], [1, 1, 1]])))
+    rows = sum(ref.rows for ref in (*blocks, *tail))
+    token = st.integers(0, 2**32 - 1)
+    tokens = tuple(draw(st.lists(token, min_size=rows, max_size=rows + 4)))
+    inside = st.integers(0, len(tokens))
+    spans = st.tuples(inside, inside).map(sorted)
+    return BranchCard(
+        id=draw(counts),
+        tokens=tokens,
+        blocks=blocks,
+        tail=tail,
+        replies=tuple(Reply(*span, draw(words)) for span in draw(st.lists(spans, max_size=2))),
+        checkpoints=tuple(draw(st.lists(inside, max_size=3))),
+        turn=draw(st.none() | st.builds(OpenTurn, words, inside)),
+        last_used=draw(moments),
+    )
+
+
 layers = st.builds(
     LayerSpec,
     st.sampled_from(["full", "sliding", "latent"]),
@@ -125,7 +155,9 @@ keys = st.builds(
     st.dictionaries(words, st.floats(-1e6, 1e6) | words, max_size=3).map(
         lambda rope: tuple(sorted(rope.items()))
     ),
-    st.builds(ModelCacheSpec, words, st.lists(layers, max_size=3).map(tuple), st.integers(1, 512)),
+    st.builds(
+        ModelCacheSpec, words, st.lists(layers, max_size=3).map(tuple), st.just(BLOCK_TOKENS)
+    ),
 )
 cards = st.builds(
     CacheCard,
@@ -138,7 +170,7 @@ cards = st.builds(
     codec_parameters=st.dictionaries(words, st.dictionaries(words, counts), max_size=2),
     owner=st.builds(Owner, words, words),
     nonce=words,
-    branches=st.lists(branches, max_size=3, unique_by=lambda b: b.id).map(tuple),
+    branches=st.lists(branches(), max_size=3, unique_by=lambda b: b.id).map(tuple),
     cache_salt=words,
     tombstone=st.booleans(),
     parent=card_refs,
@@ -199,7 +231,7 @@ RAW, SIGNED = encode_card(CARD), encode_card(CARD, SIGNING_KEY)
 SMALL_CARD = replace(
     CARD,
     key=replace(KEY, spec=replace(SPEC, layers=SPEC.layers[:1])),
-    branches=(replace(CARD.branches[0], tail=(), tokens=(1, 2, 2**32 - 1)),),
+    branches=(replace(CARD.branches[0], tail=(), tokens=(*range(18), 2**32 - 1)),),
 )
 SMALL, SMALL_SIGNED = encode_card(SMALL_CARD), encode_card(SMALL_CARD, SIGNING_KEY)
 
@@ -274,8 +306,12 @@ def test_resealed_is_what_it_says():
     assert resealed(lambda card: None) == RAW
 
 
+def branch_of(card: dict) -> dict:
+    return card["branches"][0]
+
+
 def block_of(card: dict) -> dict:
-    return card["branches"][0]["blocks"][0]
+    return branch_of(card)["blocks"][0]
 
 
 @pytest.mark.parametrize(
@@ -309,6 +345,40 @@ def test_an_id_that_is_no_digest_is_refused(bad):
         lambda card: block_of(card)["parts"]["full"].update(size=-1),
         lambda card: block_of(card)["parts"]["full"].pop("size"),
         lambda card: card.clear(),
+        lambda card: card.update(surprise=1),
+        lambda card: card.update(epoch=10**8),
+        lambda card: card.update(generation=10**8),
+        lambda card: card.update(tombstone=0),
+        lambda card: card.update(codec=["q4"]),
+        lambda card: card.update(cache_salt=None),
+        lambda card: card.update(created="now"),
+        lambda card: card.update(provenance={"engine": 7}),
+        lambda card: card.update(codec_parameters={"full.0.k": {"bits": "4"}}),
+        lambda card: card["agent"].update(session=7),
+        lambda card: card["owner"].update(node=None),
+        lambda card: card["base"].update(sha256="../x"),
+        lambda card: card["parent"].update(epoch=-1),
+        lambda card: card["key"]["spec"].update(block_tokens=8),
+        lambda card: card["branches"].append(card["branches"][1]),  # one id twice
+        lambda card: card["branches"].extend({**card["branches"][1], "id": n} for n in (6, 7)),
+        lambda card: branch_of(card).update(id="0"),
+        lambda card: branch_of(card).update(surprise=1),
+        lambda card: branch_of(card).update(last_used=None),
+        lambda card: branch_of(card).update(blocks=branch_of(card)["blocks"] * 2),
+        lambda card: block_of(card).update(rows=15),
+        lambda card: block_of(card).update(rows=17),
+        lambda card: branch_of(card)["tail"][0].update(rows=0),
+        lambda card: branch_of(card)["tail"][0].update(rows=5),  # 21 rows of 20 tokens
+        lambda card: branch_of(card).update(blocks=[], tail=branch_of(card)["tail"] * 6),
+        lambda card: branch_of(card)["replies"][0].update(stop=21),
+        lambda card: branch_of(card)["replies"][0].update(start=20),
+        lambda card: branch_of(card)["replies"][0].update(start=-1),
+        lambda card: branch_of(card)["replies"][0].update(tail=None),
+        lambda card: branch_of(card).update(checkpoints=[21]),
+        lambda card: branch_of(card).update(checkpoints=[-1]),
+        lambda card: branch_of(card).update(checkpoints=["8"]),
+        lambda card: branch_of(card)["turn"].update(prompt_tokens=21),
+        lambda card: branch_of(card)["turn"].update(id=7),
     ],
 )
 def test_a_malformed_card_is_corrupt_even_under_a_good_seal(change):
@@ -326,6 +396,145 @@ def test_a_malformed_card_is_corrupt_even_under_a_good_seal(change):
 )
 def test_token_ids_of_another_type_are_refused(tokens):
     assert_corrupt(resealed(lambda card: None, {"tokens.0": tokens}))
+
+
+def test_too_many_branches_are_refused():
+    branches = tuple(BranchCard(id=n, tokens=()) for n in range(MAX_BRANCHES))
+    full = replace(CARD, branches=branches)
+    assert decode_card(encode_card(full), "p") == full
+    with pytest.raises(ValueError, match=f"{MAX_BRANCHES + 1} branches"):
+        encode_card(replace(CARD, branches=(*branches, BranchCard(id=MAX_BRANCHES, tokens=()))))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"id": 5},
+        {"tokens": tuple(range(18))},
+        {"tail": (replace(CARD.branches[0].tail[0], rows=16),)},
+        {"replies": (Reply(8, 21),)},
+        {"checkpoints": (21,)},
+    ],
+)
+def test_a_card_that_would_be_refused_is_not_written(change):
+    branches = (replace(CARD.branches[0], **change), *CARD.branches[1:])
+    with pytest.raises(ValueError, match=r"."):
+        encode_card(replace(CARD, branches=branches))
+
+
+# ---- versions
+
+
+def written_as(version: int, change=lambda card: card, signing_key=None) -> bytes:
+    """The card as a later or an earlier kvferry would write it."""
+    tensors, metadata = cache_file.load(SIGNED if signing_key else RAW, "p")
+    description = change(metadata["card"])
+    schema = f"kvferry.card.v{version}"
+    seal = card_module._seal(schema, description, tensors, signing_key)
+    return cache_file.save(tensors, {"schema": schema, "card": description, "seal": seal})
+
+
+@pytest.fixture
+def later_reader(monkeypatch):
+    """A reader of version 3: v2 calls the salt `salt`, v3 counts generations from 1."""
+
+    def to_v2(card):
+        return {"salt": card.pop("cache_salt"), **card}
+
+    def to_v3(card):
+        return {"cache_salt": card.pop("salt"), **card, "generation": card["generation"] + 1}
+
+    monkeypatch.setattr(card_json, "UPGRADES", {1: to_v2, 2: to_v3})
+    monkeypatch.setattr(card_module, "VERSION", 3)
+    return to_v2
+
+
+def test_older_versions_are_read_through_the_chain_of_upgrades(later_reader):
+    """The golden v1 card, a v2 card, and what the reader itself writes, sealed as their writers
+    sealed them."""
+    expected = replace(CARD, generation=CARD.generation + 1)
+    for name, key in (("card", None), ("card.signed", SIGNING_KEY)):
+        raw = (GOLDEN / f"{name}.safetensors").read_bytes()
+        assert decode_card(raw, "p", key=KEY, signing_key=key) == expected
+    assert decode_card(written_as(2, later_reader), "p") == expected
+    assert decode_card(written_as(3), "p") == CARD
+
+
+def test_an_old_card_that_is_malformed_is_still_corrupt(later_reader):
+    """A v2 card without its salt, and one whose salt is no text."""
+    assert_corrupt(written_as(2))
+    assert_corrupt(written_as(2, lambda card: {"salt": 7, "cut": card.pop("cache_salt"), **card}))
+    assert_corrupt(written_as(2, lambda card: {**later_reader(card), "salt": 7}))
+
+
+@pytest.mark.parametrize("signing_key", [None, SIGNING_KEY])
+def test_a_newer_card_is_unsupported_and_not_corrupt(signing_key):
+    """Even one whose fields nobody here can read; but only under its seal."""
+    raw = written_as(2, lambda card: {"unheard": "of"}, signing_key)
+    with pytest.raises(Unsupported) as caught:
+        decode_card(raw, "the/path", key=KEY, signing_key=signing_key)
+    assert str(caught.value) == (
+        "the/path: written as kvferry.card.v2, this kvferry reads up to kvferry.card.v1"
+    )
+    assert not isinstance(caught.value, (CorruptData, Incompatible))
+    for position in range(len(raw)):
+        assert_corrupt(flip(raw, position), signing_key)
+
+
+def test_a_version_cannot_be_relabelled():
+    """Nobody without the key makes an old card look new, or a new one old."""
+    tensors, metadata = cache_file.load(SIGNED, "p")
+    metadata["schema"] = "kvferry.card.v2"
+    assert_corrupt(cache_file.save(tensors, metadata), SIGNING_KEY)
+    tensors, metadata = cache_file.load(written_as(2, signing_key=SIGNING_KEY), "p")
+    metadata["schema"] = "kvferry.card.v1"
+    assert_corrupt(cache_file.save(tensors, metadata), SIGNING_KEY)
+
+
+@pytest.mark.parametrize(
+    "schema", ["", "kvferry.card.v0", "kvferry.card.v01", "kvferry.card.v", "kvferry.card.v1\n",
+    "kvferry.card.v-1", "kvferry.card.v١", "kvferry.block.v1", 1, True],
+)  # fmt: skip
+def test_what_is_no_schema_is_corrupt(schema):
+    tensors, metadata = cache_file.load(RAW, "p")
+    assert_corrupt(cache_file.save(tensors, {**metadata, "schema": schema}))
+
+
+@pytest.fixture
+def store_with_a_newer_card(tmp_path):
+    """The owner's node was upgraded: its last card is of the next version."""
+    faults: list[StorageError] = []
+    store = CacheStore(f"file://{tmp_path}", on_fault=faults.append)
+    claimed = store.claim(template(BOB)).card
+    store.commit(with_tokens(claimed, 1, 2))
+    raw = written_as(2, lambda card: {**card, "agent": {"later": 1}})
+    store.files.create(card_path(store, 1, 2), raw)
+    return store, faults, raw
+
+
+def test_a_newer_card_is_never_buried(store_with_a_newer_card):
+    """No older generation is served instead, no claim is made past it, no file is touched."""
+    store, faults, raw = store_with_a_newer_card
+    for action in (
+        lambda: store.latest(AGENT, KEY),
+        lambda: store.claim(template(ALICE)),
+        lambda: store.delete(template(ALICE)),
+    ):
+        with pytest.raises(Unsupported):
+            action()
+    assert card_files(store) == ["1-0", "1-1", "1-2"]
+    assert store.files.read(card_path(store, 1, 2)) == raw
+    assert faults == []
+
+
+def test_a_newer_card_does_not_hide_other_agents(store_with_a_newer_card):
+    store, faults, _ = store_with_a_newer_card
+    other = store.claim(template(ALICE, AgentId("acme", "another"))).card
+    assert [found.card for found in store.cards(["acme"], KEY)] == [other]
+    assert [type(fault) for fault in faults] == [Unsupported]
+    counted = Faults()
+    counted.card(faults[0])
+    assert counted == {"incompatible": 1}
 
 
 def test_other_files_of_ours_are_no_cards():

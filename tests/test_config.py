@@ -113,6 +113,9 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ("api_keys", "key-without-a-tenant"),
         ("api_keys", "key:Not A Tenant"),
         ("api_keys", "key:../up"),
+        ("equivalent_digests", "ab:cd"),
+        ("equivalent_digests", "a" * 64),
+        ("equivalent_digests", f"{'a' * 64}:{'b' * 64},{'b' * 64}:{'c' * 64}"),
     ],
 )
 def test_a_bad_value_is_refused_by_name(name: str, value: str) -> None:
@@ -172,6 +175,17 @@ def test_api_keys_from_everywhere(tmp_path: Path) -> None:
     environment = {"KVFERRY_API_KEYS": "k1:alice,k2:bob_2,"}
     assert load_config(None, environment).http.api_keys == keys
     assert load_config(None, {}, {"api_keys": keys}).http.api_keys == keys
+
+
+def test_equivalent_digests_from_everywhere(tmp_path: Path) -> None:
+    table = {"a" * 64: "c" * 64, "b" * 64: "c" * 64}
+    lines = "".join(f'{digest} = "{canonical}"\n' for digest, canonical in table.items())
+    path = toml(tmp_path, f"[equivalent_digests]\n{lines}")
+    assert load_config(path).replica.equivalent_digests == table
+    text = ",".join(":".join(pair) for pair in table.items())
+    environment = {"KVFERRY_EQUIVALENT_DIGESTS": text}
+    assert load_config(None, environment).replica.equivalent_digests == table
+    assert load_config().replica.equivalent_digests == {}
 
 
 def test_a_store_whose_path_has_odd_letters_keeps_them(tmp_path: Path) -> None:

@@ -136,6 +136,14 @@ def test_the_fake_engine_and_its_options() -> None:
         assert str(caught.value).startswith(f"{model}: ")
 
 
+def test_declared_equivalent_digests_reach_the_engines_key() -> None:
+    plain = open_engine(ReplicaConfig(model="fake://")).key
+    table = {plain.weights: "c" * 64}
+    key = open_engine(ReplicaConfig(model="fake://", equivalent_digests=table)).key
+    assert (key.weights, key.tokenizer) == ("c" * 64, "c" * 64)
+    assert key.digest != plain.digest
+
+
 def test_gguf_without_its_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.gguf"
     path.write_bytes(b"GGUF....")

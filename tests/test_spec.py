@@ -9,8 +9,22 @@ from dataclasses import replace
 
 import pytest
 
-from storage.errors import CorruptData, Fenced, Incompatible, StorageError, StoreUnavailable
-from storage.spec import CompatibilityKey, LayerSpec, ModelCacheSpec, canonical_json
+from storage.errors import (
+    AgentExists,
+    CorruptData,
+    Fenced,
+    Incompatible,
+    StorageError,
+    StoreUnavailable,
+    Unsupported,
+)
+from storage.spec import (
+    CompatibilityKey,
+    LayerSpec,
+    ModelCacheSpec,
+    canonical_json,
+    check_equivalent_digests,
+)
 from tests.store_contract import KEY, SPEC
 
 
@@ -81,6 +95,102 @@ def test_every_field_counts_and_is_named(changed, line):
     assert KEY.mismatches(KEY) == []
 
 
+def test_the_order_of_rope_parameters_does_not_matter():
+    backwards = replace(KEY, rope=tuple(reversed(KEY.rope)))
+    assert backwards == KEY
+    assert backwards.digest == KEY.digest
+    with pytest.raises(ValueError, match="named twice"):
+        replace(KEY, rope=(("base", 1.0), ("base", 2.0)))
+
+
+def test_every_nested_difference_is_listed():
+    layers = (replace(SPEC.layers[0], key_dim=64), replace(SPEC.layers[1], window=9))
+    other = replace(
+        KEY, weights="aa", rope=(("scale", 2.0),), spec=replace(SPEC, layers=(*layers, *layers[:1]))
+    )
+    assert KEY.mismatches(other) == [
+        "rope.base: absent != 10000.0",
+        "rope.scale: 2.0 != absent",
+        "rope.type: absent != neox",
+        "spec.layers.0.key_dim: 64 != 32",
+        "spec.layers.1.window: 9 != 8",
+        "spec.layers.2.key_dim: 64 != 32",
+        "spec.layers.3.key_dim: absent != 96",
+        "spec.layers.3.kind: absent != latent",
+        "spec.layers.3.n_kv_heads: absent != 1",
+        "spec.layers.3.value_dim: absent != 0",
+        "spec.layers.3.window: absent != 0",
+        f"weights: aa != {'1f' * 32}",
+    ]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda key: key.update(weights=7),
+        lambda key: key.update(tokenizer=None),
+        lambda key: key["rope"].update(base=[1]),
+        lambda key: key["rope"].update(base=True),
+        lambda key: key["spec"].update(architecture=["a"]),
+        lambda key: key["spec"].update(block_tokens=0),
+        lambda key: key["spec"].update(block_tokens=True),
+        lambda key: key["spec"].update(block_tokens=10**9),
+        lambda key: key["spec"].update(layers=key["spec"]["layers"] * 2000),
+        lambda key: key["spec"]["layers"][0].update(kind="other"),
+        lambda key: key["spec"]["layers"][0].update(kind=[]),
+        lambda key: key["spec"]["layers"][0].update(n_kv_heads=0),
+        lambda key: key["spec"]["layers"][0].update(n_kv_heads=10**9),
+        lambda key: key["spec"]["layers"][0].update(key_dim=-32),
+        lambda key: key["spec"]["layers"][0].update(value_dim=1.0),
+        lambda key: key["spec"]["layers"][0].update(window=-1),
+    ],
+)
+def test_what_is_no_key_is_refused(change):
+    data = json.loads(json.dumps(KEY.to_json()))
+    change(data)
+    with pytest.raises((KeyError, TypeError, ValueError)):
+        CompatibilityKey.from_json(data)
+
+
+# ---- declared-equivalent digests
+
+
+def test_equivalent_models_have_one_key():
+    mlx = replace(KEY, weights="aa" * 32, tokenizer="bb" * 32)
+    table = {"aa" * 32: KEY.weights, "bb" * 32: KEY.tokenizer}
+    check_equivalent_digests(table)
+    assert mlx.canonical(table) == KEY.canonical(table) == KEY
+    assert mlx.canonical(table).digest == KEY.digest
+    assert mlx.canonical({}) == mlx
+    other = replace(mlx, rope=())
+    assert KEY.mismatches(other.canonical(table)) == [
+        "rope.base: absent != 10000.0",
+        "rope.type: absent != neox",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("table", "line"),
+    [
+        ({"a": "b", "b": "c"}, "leads to b.*which itself leads to c"),
+        ({"a": "b", "b": "a"}, "leads to b.*which itself leads to a"),
+        ({"a": "a"}, "which itself leads to"),
+    ],
+)
+def test_chains_and_cycles_are_refused(table, line):
+    line = line.replace("to b", f"to {'b' * 64}").replace("to c", f"to {'c' * 64}")
+    with pytest.raises(ValueError, match=line) as caught:
+        check_equivalent_digests({k * 64: v * 64 for k, v in table.items()})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("digest", ["", "aa", "A" * 64, "g" * 64, "a" * 64 + "\n", 7])
+def test_a_table_of_what_is_no_digest_is_refused(digest):
+    for table in ({digest: "a" * 64}, {"b" * 64: digest}):
+        with pytest.raises(ValueError, match="is no sha256"):
+            check_equivalent_digests(table)
+
+
 def test_canonical_json_has_one_form():
     assert canonical_json({"b": [1, 2.5], "a": "ü"}) == b'{"a":"\\u00fc","b":[1,2.5]}'
     with pytest.raises(ValueError, match="not JSON compliant"):
@@ -93,6 +203,8 @@ def test_canonical_json_has_one_form():
         (CorruptData("a/b", "torn"), "a/b: torn"),
         (Incompatible("a", ["x: 1 != 2", "y: 3 != 4"]), "x: 1 != 2; y: 3 != 4"),
         (Fenced("s/planner", 7), "agent s/planner: epoch 7"),
+        (Unsupported("a", "card.v9", "card.v1"), "a: written as card.v9, this kvferry reads up to"),
+        (AgentExists("s/planner", 7), "agent s/planner exists already, at epoch 7"),
         (StoreUnavailable("file:///x", "full"), "store file:///x: full"),
     ],
 )
