@@ -45,8 +45,9 @@ class ModelReplica:
         codec = get_codec(config.codec)
         engine = open_engine(config)
         for group in engine.key.spec.groups:
-            for dim in (group.key_dim, group.value_dim):
-                codec.fields(dim)  # refuses a head dim it cannot store, before we are ready
+            # Refuses a head dim it cannot store, before we are ready.
+            codec.fields("k", group.key_dim)
+            codec.fields("v", group.value_dim)
         self._owner = Owner(node, secrets.token_hex(8))
         self._config = config
         tiers = Tiers(store, engine.key.spec, codec, config.pool_bytes)
