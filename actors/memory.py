@@ -21,7 +21,7 @@ from actors.persister import Persister
 from actors.replicator import Replicator, Snapshot
 from actors.rows import Rows
 from storage.card import AgentId, BranchCard, CacheCard, OpenTurn, Owner
-from storage.codec import Codec, count_rows
+from storage.codec import Codec, codec_parameters, count_rows
 from storage.errors import Fenced, StoreUnavailable
 from storage.spec import CompatibilityKey
 from storage.store import CacheStore, new_card
@@ -63,18 +63,12 @@ class Memory:
     # ---- owning
 
     def template(self, agent: AgentId) -> CacheCard:
-        parameters = {
-            f"{group.name}.{side}": self.codec.describe(dim)
-            for group in self.key.spec.groups
-            for side, dim in (("k", group.key_dim), ("v", group.value_dim))
-            if dim
-        }
         return new_card(
             agent,
             self.key,
             self.codec.name,
             self.owner,
-            codec_parameters=parameters,
+            codec_parameters=codec_parameters(self.key.spec, self.codec),
             provenance=self._provenance,
         )
 

@@ -47,8 +47,9 @@ class ModelReplica:
         if not any(group.part == "full" for group in engine.key.spec.groups):
             raise ModelUnavailable("every layer of this model slides: nothing names its blocks")
         for group in engine.key.spec.groups:
-            for dim in (group.key_dim, group.value_dim):
-                codec.fields(dim)  # refuses a head dim it cannot store, before we are ready
+            # Refuses a head dim it cannot store, before we are ready.
+            codec.fields("k", group.key_dim)
+            codec.fields("v", group.value_dim)
         self._owner = Owner(node, secrets.token_hex(8))
         self._config = config
         local = open_local(config, node, engine.key)

@@ -47,7 +47,7 @@ def up(
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
     store: Annotated[str | None, typer.Option(help="Directory or URL of the store.")] = None,
-    codec: Annotated[str | None, typer.Option(help="q4 or f16.")] = None,
+    codec: Annotated[str | None, typer.Option(help="q4, k8v4, q8 or f16.")] = None,
     slots: Annotated[int | None, typer.Option(help="Sequences per replica.")] = None,
     config: Annotated[Path | None, typer.Option(help="A TOML file of settings.")] = None,
 ) -> None:

@@ -160,9 +160,9 @@ def test_a_block_sealed_from_segments_holds_their_codes(loop_on: MakeLoop) -> No
         def __getattr__(self, name: str) -> object:
             return getattr(real, name)
 
-        def encode(self, x):  # type: ignore[no-untyped-def]
+        def encode(self, side, x, executor=None):  # type: ignore[no-untyped-def]
             seen.append(x.shape[1])
-            return whole(x)
+            return whole(side, x, executor)
 
     real = loop.memory.codec
     loop.memory.rows._codec = Counting()
