@@ -37,8 +37,8 @@ def window(request: pytest.FixtureRequest) -> int:
 def loop_on(tmp_path: Path, window: int) -> Iterator[MakeLoop]:
     loops: list[ReplicaLoop] = []
 
-    def make(store: Path | None = None, **options: object) -> ReplicaLoop:
-        engine = FakeEngine(4, window=window)
+    def make(store: Path | None = None, delay: float = 0.0, **options: object) -> ReplicaLoop:
+        engine = FakeEngine(4, window=window, step_delay=delay)
         made = make_loop(engine, store or tmp_path / "store", **options)  # type: ignore[arg-type]
         loops.append(made)
         return made
@@ -203,7 +203,7 @@ def test_a_lost_window_is_counted_and_an_earlier_checkpoint_serves(
 
 def test_a_turn_that_moves_goes_on_with_its_window(loop_on: MakeLoop, tmp_path: Path) -> None:
     whole = run(loop_on(tmp_path / "whole"), [user(LONG)], n=60)
-    source, target = loop_on(node="n0"), loop_on(node="n1")
+    source, target = loop_on(node="n0", delay=0.01), loop_on(node="n1")
     stream = start(source, [user(LONG)], n=60)
     seen = list(stream.take(20))
     source.call(lambda: source.handoff.freeze(agent_id())).result(10).result(10)
