@@ -301,7 +301,7 @@ def test_reported_memory_is_what_llama_cpp_allocates(
 
     monkeypatch.setattr(llama_engine, "_log", keep)
     engine = llama_engine.LlamaEngine(
-        tiny_models[name], n_seq_max=3, n_ctx=n_cells, n_cells=n_cells, n_threads=1
+        tiny_models[name], n_seq_max=4, n_ctx=n_cells, n_cells=n_cells, n_threads=1
     )
     monkeypatch.undo()
     llama_cpp.llama_log_set(llama_engine._log, None)
@@ -335,6 +335,8 @@ def test_every_sequence_full_and_a_longest_step(tiny_models: dict[str, Path]) ->
     for at in range(0, 1200, 300):
         for seq_id in range(3):
             feed(engine, seq_id, ids[at : at + 300])
+    for seq_id in range(3):  # 768 cells hold 3 windows of 64 and some, not 3 x 900 rows
+        assert not engine.can_truncate(seq_id, 300)
     rows = both(engine, 1, 944, 1200)
     go_back(engine, 1, ids[:944])
     chunk = [Chunk(0, ids[: engine.n_batch], 1200, True), Chunk(1, [5], 944, True)]
