@@ -25,6 +25,7 @@ from tests.engine_contract import (
     go_back,
     merge,
 )
+from tests.loops import assistant, make_loop, run, settle, user
 from tests.require import require
 
 
@@ -399,6 +400,26 @@ def test_latent_rows_are_stored_and_come_back(deepseek2: Engine, codec: str, exa
         np.testing.assert_array_equal(again, expected)
     else:
         assert np.corrcoef(again, expected)[0, 1] > 0.95
+
+
+def test_a_latent_model_takes_turns_and_comes_back(
+    tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    texts = []
+    for name, restart in (("whole", False), ("restarted", True)):
+        loop = make_loop(open_engine(tiny_models["deepseek2"]), tmp_path / name)
+        messages = [user("What did the fishermen see? " * 12)]
+        messages += [assistant(run(loop, messages, n=20).text), user("Why?")]
+        if restart:
+            settle(loop)
+            loop.close()
+            loop = make_loop(open_engine(tiny_models["deepseek2"]), tmp_path / name)
+        second = run(loop, messages, n=20)
+        assert second.cached > 300
+        assert second.cache == ("warm" if restart else "hot")
+        texts.append(second.ids)
+        loop.close()
+    assert texts[0] == texts[1]
 
 
 def test_a_replica_refuses_what_its_memory_cannot_keep(
