@@ -415,7 +415,7 @@ def test_a_latent_model_takes_turns_and_comes_back(
             loop.close()
             loop = make_loop(open_engine(tiny_models["deepseek2"]), tmp_path / name)
         second = run(loop, messages, n=20)
-        assert second.cached > 300
+        assert second.cached > 256  # a block and a tail
         assert second.cache == ("warm" if restart else "hot")
         texts.append(second.ids)
         loop.close()
