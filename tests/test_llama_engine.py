@@ -25,6 +25,7 @@ from tests.engine_contract import (
     go_back,
     merge,
 )
+from tests.loops import assistant, make_loop, run, settle, user
 from tests.require import require
 
 
@@ -301,7 +302,7 @@ def test_reported_memory_is_what_llama_cpp_allocates(
 
     monkeypatch.setattr(llama_engine, "_log", keep)
     engine = llama_engine.LlamaEngine(
-        tiny_models[name], n_seq_max=3, n_ctx=n_cells, n_cells=n_cells, n_threads=1
+        tiny_models[name], n_seq_max=4, n_ctx=n_cells, n_cells=n_cells, n_threads=1
     )
     monkeypatch.undo()
     llama_cpp.llama_log_set(llama_engine._log, None)
@@ -335,6 +336,8 @@ def test_every_sequence_full_and_a_longest_step(tiny_models: dict[str, Path]) ->
     for at in range(0, 1200, 300):
         for seq_id in range(3):
             feed(engine, seq_id, ids[at : at + 300])
+    for seq_id in range(3):  # 768 cells hold 3 windows of 64 and some, not 3 x 900 rows
+        assert not engine.can_truncate(seq_id, 300)
     rows = both(engine, 1, 944, 1200)
     go_back(engine, 1, ids[:944])
     chunk = [Chunk(0, ids[: engine.n_batch], 1200, True), Chunk(1, [5], 944, True)]
@@ -397,6 +400,26 @@ def test_latent_rows_are_stored_and_come_back(deepseek2: Engine, codec: str, exa
         np.testing.assert_array_equal(again, expected)
     else:
         assert np.corrcoef(again, expected)[0, 1] > 0.95
+
+
+def test_a_latent_model_takes_turns_and_comes_back(
+    tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    texts = []
+    for name, restart in (("whole", False), ("restarted", True)):
+        loop = make_loop(open_engine(tiny_models["deepseek2"]), tmp_path / name)
+        messages = [user("What did the fishermen see? " * 12)]
+        messages += [assistant(run(loop, messages, n=20).text), user("Why?")]
+        if restart:
+            settle(loop)
+            loop.close()
+            loop = make_loop(open_engine(tiny_models["deepseek2"]), tmp_path / name)
+        second = run(loop, messages, n=20)
+        assert second.cached > 256  # a block and a tail
+        assert second.cache == ("warm" if restart else "hot")
+        texts.append(second.ids)
+        loop.close()
+    assert texts[0] == texts[1]
 
 
 def test_a_replica_refuses_what_its_memory_cannot_keep(

@@ -195,10 +195,7 @@ class FakeEngine:
         for g, x in pairs:
             stacked = np.stack([x.k, x.v], axis=2).swapaxes(0, 1)  # (T, L, 2, H, D)
             if g.part == "sliding":
-                first = stop - len(stacked)
-                if first > start:  # rows before it are missing
-                    self._sliding[seq_id].clear()
-                self._sliding[seq_id] |= dict(enumerate(stacked.copy(), first))
+                self._sliding[seq_id] |= dict(enumerate(stacked.copy(), stop - len(stacked)))
             else:
                 for row in stacked:
                     self._append(seq_id, np.ascontiguousarray(row))

@@ -211,9 +211,8 @@ class LlamaEngine:
             caches.append((self._sliding, sliding))
         if stop == start or full.n_rows != stop - start:
             raise EngineFault(f"{full.n_rows} full rows to fill {start}..{stop}")
-        gap = start > 0 and self.window_start(seq_id) >= start
         self._copy_in(seq_id, start, stop, caches)
-        if self._sliding and (gap or sliding.start > start):
+        if self._sliding and sliding.start > start:
             self._run[seq_id] = sliding.start  # rows before it are missing
         self._rows[seq_id] = stop
 
@@ -258,7 +257,7 @@ class LlamaEngine:
         if not self._sliding:
             return 0
         first, last = self._held(seq_id)
-        if last + 1 != self._rows[seq_id]:
+        if last + 1 != self._rows[seq_id]:  # none at the end: loaded without, or lost
             return self._rows[seq_id]
         return max(first, self._run[seq_id], 0)
 
