@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -24,7 +25,8 @@ class Restore:
 
     seq_id: int
     cache: CacheState  # where the rows come from
-    rows: queue.Queue[KVRows | None] = field(default_factory=lambda: queue.Queue(maxsize=2))
+    rows: queue.SimpleQueue[KVRows | None] = field(default_factory=queue.SimpleQueue)
+    room: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(1))
     began: float = field(default_factory=time.monotonic)
     loaded: int = 0
     abandoned: bool = False

@@ -8,7 +8,9 @@ next turn does. Knows no engine, no card; sliding windows are actors.windows' bu
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from actors.branches import AgentMemory, Branch, Run, positions
 from actors.faults import Faults
@@ -19,6 +21,8 @@ from storage.codec import Codec, Tensors, concat_rows, count_rows, encode_rows, 
 from storage.errors import CorruptData, StorageError, StoreUnavailable
 from storage.spec import CompatibilityKey, KVRows, Part
 from storage.tiers import Tiers
+
+_READ_AHEAD = 2  # runs on their way from disk or store, still encoded, while one is decoded
 
 
 class Rows:
@@ -34,6 +38,7 @@ class Rows:
     ) -> None:
         self._key, self._codec, self._tiers = key, codec, tiers
         self._persister, self._faults = persister, faults
+        self._readers = ThreadPoolExecutor(2 * _READ_AHEAD, "read-ahead")
         self.windows = Windows(key.spec, self.tensors, self.keep, tiers.pool.drop)
 
     # ---- from the loop's thread
@@ -206,10 +211,13 @@ class Rows:
         Stops early at a run that is missing or cannot be trusted; the branch then forgets it and
         what follows."""
         keep, windows = self.windows.restorable(memory, branch, keep)
-        for start, run in list(positions(branch)):
-            if start >= keep:
-                return
-            tensors = self.tensors(memory, run, "full")
+        runs = [(start, run) for start, run in positions(branch) if start < keep]
+        ahead: deque[Future[Tensors | None]] = deque()
+        for n, (start, run) in enumerate(runs):
+            while len(ahead) < min(_READ_AHEAD, len(runs) - n):
+                wanted = runs[n + len(ahead)][1]
+                ahead.append(self._readers.submit(self.tensors, memory, wanted, "full"))
+            tensors = ahead.popleft().result()
             if tensors is None:
                 self.cut(memory, branch, start)
                 return

@@ -97,6 +97,10 @@ class Bench:
             rows = sample_rows(self.spec, stop - start, seed=start)
             self.loop.memory.rows.append(memory, branch, start, stop, rows)
             start = stop
+        if self.spec.window:
+            first = self.loop.memory.rows.windows.first_needed(branch, start)
+            sliding = sample_rows(self.spec, start - first, seed=start)
+            self.loop.memory.rows.checkpoint(memory, branch, first, sliding)
         self.loop.memory.commit_later(memory)
         self.loop.memory.settle().result(_WAIT_S)
 

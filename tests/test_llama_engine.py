@@ -9,10 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actors.config import ReplicaConfig
 from actors.engines.base import Chunk, Engine
 from actors.errors import EngineFault, ModelUnavailable
-from actors.replica import ModelReplica
 from storage.codec import decode_rows, encode_rows, get_codec
 from storage.spec import LayerSpec
 from tests.engine_contract import (
@@ -402,32 +400,25 @@ def test_latent_rows_are_stored_and_come_back(deepseek2: Engine, codec: str, exa
         assert np.corrcoef(again, expected)[0, 1] > 0.95
 
 
-def test_a_latent_model_takes_turns_and_comes_back(
-    tiny_models: dict[str, Path], tmp_path: Path
+@pytest.mark.parametrize("model", ["deepseek2", "gemma3"])
+def test_latent_and_sliding_models_take_turns_and_come_back(
+    tiny_models: dict[str, Path], tmp_path: Path, model: str
 ) -> None:
     texts = []
     for name, restart in (("whole", False), ("restarted", True)):
-        loop = make_loop(open_engine(tiny_models["deepseek2"]), tmp_path / name)
+        loop = make_loop(open_engine(tiny_models[model]), tmp_path / name)
         messages = [user("What did the fishermen see? " * 12)]
         messages += [assistant(run(loop, messages, n=20).text), user("Why?")]
         if restart:
             settle(loop)
             loop.close()
-            loop = make_loop(open_engine(tiny_models["deepseek2"]), tmp_path / name)
+            loop = make_loop(open_engine(tiny_models[model]), tmp_path / name)
         second = run(loop, messages, n=20)
         assert second.cached > 256  # a block and a tail
         assert second.cache == ("warm" if restart else "hot")
         texts.append(second.ids)
         loop.close()
     assert texts[0] == texts[1]
-
-
-def test_a_replica_refuses_what_its_memory_cannot_keep(
-    tiny_models: dict[str, Path], tmp_path: Path
-) -> None:
-    config = ReplicaConfig(str(tiny_models["gemma3"]), str(tmp_path / "store"), n_ctx=512)
-    with pytest.raises(ModelUnavailable, match="sliding-window layers"):
-        ModelReplica(config, "here")
 
 
 @pytest.fixture(scope="module")

@@ -77,6 +77,7 @@ class LlamaEngine:
         self._scratch = n_seq_max
         self._rows = [0] * n_seq_max
         self._run = [0] * n_seq_max  # first position of the sliding rows loaded without a gap
+        self._built = np.empty(0, np.uint8)
         self._state = np.empty(0, np.uint8)
         self._open_context(n_cells, n_threads)
         self._check_state()
@@ -219,7 +220,9 @@ class LlamaEngine:
     def _copy_in(
         self, seq_id: int, start: int, stop: int, caches: list[tuple[llama_state.Cache, Cells]]
     ) -> None:
-        raw = llama_state.build(self._scratch, caches)
+        raw = llama_state.build(self._scratch, caches, self._built)
+        if raw.size > self._built.size:  # reused: touching new pages costs more than the copy
+            self._built = raw
         last = caches[-1][1]  # the cache that llama.cpp's position calls see
         wanted = (last.start, stop - 1) if last.n_rows else (-1, -1)
         try:

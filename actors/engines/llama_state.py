@@ -150,8 +150,10 @@ def _offsets(
     return offsets, offset
 
 
-def build(seq_id: int, caches: Sequence[tuple[Cache, Cells]]) -> NDArray[np.uint8]:
-    """State bytes that put the cells of each cache into a sequence."""
+def build(
+    seq_id: int, caches: Sequence[tuple[Cache, Cells]], buffer: NDArray[np.uint8] | None = None
+) -> NDArray[np.uint8]:
+    """State bytes that put the cells of each cache into a sequence; in `buffer` if they fit."""
     heads, size = [], 8
     for cache, cells in caches:
         n = cells.n_rows
@@ -165,7 +167,8 @@ def build(seq_id: int, caches: Sequence[tuple[Cache, Cells]]) -> NDArray[np.uint
             size += sum(len(places) * (_LAYER + 2 * n * row) for places, row in sides)
         heads.append(head)
         size += len(head)
-    raw = np.empty(size, np.uint8)
+    fits = buffer is not None and buffer.size >= size
+    raw = buffer[:size] if buffer is not None and fits else np.empty(size, np.uint8)
     raw[:8] = np.frombuffer(struct.pack("<Ii", MAGIC, seq_id), np.uint8)
     offset = 8
     for head, (cache, cells) in zip(heads, caches, strict=True):
