@@ -25,7 +25,7 @@ from actors.memory import Memory, MemoryConfig
 from actors.turn import Resume, SamplingParams, StreamItem, TurnFailed, TurnRequest, TurnStarted
 from bench.rates import MachineRates, sample_rows, timed
 from storage.card import AgentId, Owner
-from storage.codec import decode_rows, encode_rows, get_codec
+from storage.codec import decode_rows, encode_rows, get_codec, tensor_bytes
 from storage.spec import KVRows
 from storage.store import CacheStore
 from storage.tiers import Tiers
@@ -69,6 +69,8 @@ class Bench:
     def __init__(self, engine: Engine, folder: Path, codec: str) -> None:
         self.folder, self.codec, self.engine = folder, get_codec(codec), engine
         self.spec = engine.key.spec
+        # Prompts are given as ids here: a base model, without a template, will do.
+        engine.vocab.chat_template = engine.vocab.chat_template or "{{ messages }}"
         store = CacheStore(f"file://{folder}")
         tiers = Tiers(store, self.spec, self.codec, 0)  # no pool: every read is from the disk
         memory = Memory(
@@ -104,8 +106,9 @@ class Bench:
         self.loop.memory.commit_later(memory)
         self.loop.memory.settle().result(_WAIT_S)
 
-    def restore_s(self, tokens: list[int]) -> float:
+    def restore_s(self, branch: Branch) -> float:
         """Submit a turn that continues the agent; seconds until its rows are in the engine."""
+        tokens, rows = list(branch.tokens), branch.rows
         self.loop.call(self.loop.residency.evict_idle).result(_WAIT_S)
         items: queue.SimpleQueue[StreamItem] = queue.SimpleQueue()
         resume = Resume((*tokens, 1), ())
@@ -119,8 +122,8 @@ class Bench:
             item = items.get(timeout=_WAIT_S)
             if isinstance(item, TurnStarted):
                 seconds = time.perf_counter() - began
-                if item.cached_tokens != len(tokens):
-                    raise RestoreFailed(f"{item.cached_tokens} of {len(tokens)} rows came back")
+                if item.cached_tokens != rows:
+                    raise RestoreFailed(f"{item.cached_tokens} of {rows} rows came back")
             elif isinstance(item, TurnFailed):
                 raise RestoreFailed(str(item.error))
             elif seconds:
@@ -144,10 +147,9 @@ def restore(
         memory, branch = bench.fill(n_rows)
         assert memory.card is not None
         stored = memory.card.bytes_stored
-        tokens = list(branch.tokens)
-        bench.restore_s(tokens)
-        seconds = [bench.restore_s(tokens) for _ in range(runs)]
-        peak = _peak(bench, tokens)
+        bench.restore_s(branch)
+        seconds = [bench.restore_s(branch) for _ in range(runs)]
+        peak = _peak(bench, branch)
     n_blocks = n_rows / engine.key.spec.block_tokens
     return RestoreFigures(
         n_rows=n_rows,
@@ -173,12 +175,12 @@ def _bench(engine: Engine, folder: Path, codec: str) -> Iterator[Bench]:
         bench.close()
 
 
-def _peak(bench: Bench, tokens: list[int]) -> int:
+def _peak(bench: Bench, branch: Branch) -> int:
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
         tracemalloc.reset_peak()
-        bench.restore_s(tokens)
+        bench.restore_s(branch)
         return tracemalloc.get_traced_memory()[1] - before
     finally:
         tracemalloc.stop()
@@ -194,7 +196,8 @@ def _steps(engine: Engine, codec_name: str, block: KVRows) -> dict[str, float]:
         began = time.perf_counter()
         engine.load(0, 0, rows)
         loads.append(time.perf_counter() - began)
-        same = np.array_equal(engine.export(0, 0, spec.block_tokens)[0].k, rows[0].k)
+        exported = engine.export(0, 0, spec.block_tokens)
+        same = all(np.array_equal(a.k, b.k) for a, b in zip(exported, rows, strict=True))
         engine.truncate(0, 0)
         if not same:
             raise RestoreFailed("the engine does not give back the rows it took")
@@ -210,8 +213,9 @@ def turn_ends(engine: Engine, folder: Path, codec: str, sizes: list[int]) -> lis
     with _bench(engine, folder, codec) as bench:
         memory, branch = bench.fill(1000)
         spec = bench.spec
-        one = encode_rows(spec, bench.codec, sample_rows(spec, 64))
-        row_bytes = sum(x.nbytes for x in one.values()) / 64
+        some = sample_rows(spec, 64)
+        parts = [encode_rows(spec, bench.codec, some, part) for part in ("full", "sliding")]
+        row_bytes = sum(map(tensor_bytes, parts)) / 64
         for n in sizes:
             before = _files(folder)
             bench.append(memory, branch, n)
