@@ -7,14 +7,13 @@ backends differ in:
 
     file://    write a temporary file, fsync, link it to its name, fsync the folder
     memory://  under a lock
-    s3://      conditional PUT (If-None-Match)
-    sftp://    write a temporary file, fsync, RENAME of SFTP version 3 (see storage.sftp)
+    s3://      conditional PUT, If-None-Match (storage.s3)
+    sftp://    write a temporary file, fsync, RENAME of SFTP version 3 (storage.sftp)
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import importlib
 import os
 import secrets
@@ -75,6 +74,8 @@ def open_backend(url: str, timeout_s: float) -> Backend:
         return MemoryBackend(url)
     if scheme == "s3":
         _need("s3fs", "s3", url)
+        from storage.s3 import S3Backend
+
         return S3Backend(url, timeout_s)
     if scheme in ("sftp", "ssh"):
         _need("paramiko", "sftp", url)
@@ -206,7 +207,7 @@ def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
-class _FsspecBackend:
+class FsspecBackend:
     """What fsspec's own calls suffice for."""
 
     inline = False
@@ -230,7 +231,7 @@ class _FsspecBackend:
         with self._call():
             found = self.fs.ls(folder, detail=True)
         return [
-            Entry(info["name"].rsplit("/", 1)[-1], info["size"], _seconds(info))
+            Entry(info["name"].rsplit("/", 1)[-1], info["size"], seconds(info))
             for info in found
             if info["type"] == "file"
         ]
@@ -254,15 +255,16 @@ class _FsspecBackend:
 
     def modified(self, path: str) -> float:
         with self._call():
-            return _seconds(self.fs.info(path))
+            return seconds(self.fs.info(path))
 
 
-def _seconds(info: dict[str, Any]) -> float:
+def seconds(info: dict[str, Any]) -> float:
+    """When a file was written, from what fsspec or S3 say of it."""
     when = info["LastModified"] if "LastModified" in info else info["created"]
     return when.timestamp() if isinstance(when, datetime) else float(when)
 
 
-class MemoryBackend(_FsspecBackend):
+class MemoryBackend(FsspecBackend):
     """memory://, for tests: one process only."""
 
     inline = True
@@ -271,85 +273,3 @@ class MemoryBackend(_FsspecBackend):
     def _call(self) -> Iterator[None]:
         with _memory_lock:
             yield
-
-
-class S3Backend(_FsspecBackend):
-    """s3://bucket/prefix through s3fs.
-
-    Endpoint, keys and the like are s3fs's and botocore's settings (docs/configuration.md).
-    """
-
-    page_size = 1000  # names per request, S3's limit
-
-    def __init__(self, url: str, timeout_s: float) -> None:
-        from botocore.exceptions import ConnectionError, HTTPClientError
-
-        if not url.removeprefix("s3://").split("/", 1)[0]:
-            raise ValueError(f"store {url!r}: names no bucket")
-        # Shorter than botocore's own, so that a call that nobody waits for any more ends.
-        limits = {"connect_timeout": min(5.0, timeout_s), "read_timeout": timeout_s}
-        configured = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
-        super().__init__(url, config_kwargs=limits | configured)
-        self.transient = (ConnectionError, HTTPClientError)
-
-    def read(self, path: str, start: int, stop: int | None) -> bytes:
-        if stop is not None and stop <= start:
-            return b""
-        with self._call():
-            try:
-                # max_concurrency=1: one request, without one before that asks for the size
-                raw: bytes = self.fs.cat_file(
-                    path, start=start or None, end=stop, max_concurrency=1
-                )
-            except OSError as error:
-                if _s3_code(error) != "InvalidRange":  # starts behind the end
-                    raise
-                return b""
-        return raw
-
-    def names(self, folder: str) -> list[str]:
-        found = self._list(folder)
-        keys = [item.get("Key") or item["Prefix"] for item in found]
-        return [name for key in keys if (name := key.rstrip("/").rsplit("/", 1)[-1])]
-
-    def entries(self, folder: str) -> list[Entry]:
-        return [
-            Entry(item["Key"].rsplit("/", 1)[-1], item["Size"], _seconds(item))
-            for item in self._list(folder)
-            if "Key" in item
-        ]
-
-    def _list(self, folder: str) -> list[dict[str, Any]]:
-        """Keys and prefixes in a folder. s3fs would list the parent folder, too, when there are
-        none: with many agents that is many pages for each one that is new."""
-        bucket, prefix, _ = self.fs.split_path(folder)
-        query = {"Bucket": bucket, "Prefix": f"{prefix}/" if prefix else "", "Delimiter": "/"}
-        found: list[dict[str, Any]] = []
-        with self._call():
-            while True:
-                page = self.fs.call_s3("list_objects_v2", MaxKeys=self.page_size, **query)
-                items = page.get("Contents", []) + page.get("CommonPrefixes", [])
-                # a key that is the folder itself: other tools make folders look real so
-                found += [item for item in items if item.get("Key") != query["Prefix"]]
-                if not page.get("IsTruncated"):
-                    return found
-                query["ContinuationToken"] = page["NextContinuationToken"]
-
-    @contextlib.contextmanager
-    def _call(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            code = _s3_code(error)
-            if code == "NoSuchBucket":  # not a file that is missing: nothing is there
-                raise OSError(errno.ENODEV, f"there is no such bucket: {error}") from error
-            if code == "PreconditionFailed":  # some servers do not name the condition
-                raise FileExistsError(errno.EEXIST, str(error)) from error
-            raise
-
-
-def _s3_code(error: BaseException) -> str | None:
-    """What the S3 server called an error that s3fs has translated."""
-    response = getattr(error.__cause__, "response", None)
-    code = response.get("Error", {}).get("Code") if isinstance(response, dict) else None
-    return code if isinstance(code, str) else None

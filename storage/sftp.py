@@ -153,7 +153,12 @@ class _FileSystem(SFTPFileSystem):  # type: ignore[misc]
         self.client.load_system_host_keys(known_hosts)  # None: ~/.ssh/known_hosts
         self.client.set_missing_host_key_policy(_OnlyKnownHosts())
         limits = ("timeout", "banner_timeout", "auth_timeout", "channel_timeout")
-        self.client.connect(self.host, **dict.fromkeys(limits, self._deadline_s) | self.ssh_kwargs)
+        try:
+            self.client.connect(
+                self.host, **dict.fromkeys(limits, self._deadline_s) | self.ssh_kwargs
+            )
+        except (paramiko.AuthenticationException, paramiko.BadHostKeyException) as error:
+            raise PermissionError(errno.EACCES, str(error)) from error  # not tried again
         transport = self.client.get_transport()
         assert transport is not None
         transport.set_keepalive(_KEEPALIVE_S)

@@ -68,10 +68,7 @@ class Workers:
         try:
             inbox = shared.idle.pop()
         except IndexError:
-            inbox = SimpleQueue()
-            threading.Thread(
-                target=_work, args=(shared, inbox), name="store-io", daemon=True
-            ).start()
+            inbox = self._start()
         inbox.put(job)
         try:
             result, error = job.reply.get(timeout=max(0.0, deadline - time.monotonic()))
@@ -88,6 +85,17 @@ class Workers:
             finally:
                 del error  # it holds this frame: no cycle for the collector
         return result  # type: ignore[no-any-return]
+
+    def _start(self) -> SimpleQueue[_Job | None]:
+        inbox: SimpleQueue[_Job | None] = SimpleQueue()
+        try:
+            threading.Thread(
+                target=_work, args=(self._shared, inbox), name="store-io", daemon=True
+            ).start()
+        except RuntimeError:  # the system has no thread left
+            self._shared.free.release()
+            raise
+        return inbox
 
 
 def _work(shared: _Shared, inbox: SimpleQueue[_Job | None]) -> None:

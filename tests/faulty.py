@@ -250,6 +250,8 @@ class SteppedLocal(LocalBackend):
         self.steps: list[str] = []
         self._random = random.Random(seed)
         self._unsynced: list[tuple[str, str, bytes]] = []  # ("made" or "gone", path, content)
+        self._synced: set[str] = set()
+        self._volatile: set[int] = set()  # inodes of files whose content no fsync has made last
 
     def mkdir(self, folder: str) -> None:
         self._step("mkdir")
@@ -257,19 +259,24 @@ class SteppedLocal(LocalBackend):
         self._unsynced.append(("made", folder, b""))
 
     def write(self, temporary: str, raw: bytes) -> None:
+        before = self.boundaries.passed
         try:
             self._step("write")
+            super().write(temporary, raw)
         except Crashed:
-            if self.boundaries.passed == self.boundaries.crash_at:  # within, not long after
+            if before == self.boundaries.crash_at:  # in the middle of it
                 with open(temporary, "xb") as file:
                     file.write(raw[: self._random.randrange(len(raw))])
-                self._unsynced.append(("made", temporary, b""))
             raise
-        self._unsynced.append(("made", temporary, b""))
-        super().write(temporary, raw)
+        finally:
+            if os.path.exists(temporary):
+                self._unsynced.append(("made", temporary, b""))
+                if temporary not in self._synced:
+                    self._volatile.add(os.stat(temporary).st_ino)
 
     def sync_file(self, descriptor: int, path: str) -> None:
         self._step("sync file")  # durable by definition: a real fsync would only take its time
+        self._synced.add(path)
 
     def link(self, temporary: str, path: str) -> None:
         self._step("link")
@@ -292,7 +299,11 @@ class SteppedLocal(LocalBackend):
         self._unsynced = [e for e in self._unsynced if os.path.dirname(e[1]) != folder]
 
     def cut_power(self) -> None:
-        """Undo some of what no fsync of its folder has made last; any subset may be lost."""
+        """Undo some of what no fsync has made last; any subset may be lost."""
+        for folder, _, names in os.walk(self.root):
+            for path in (os.path.join(folder, name) for name in names):
+                if os.stat(path).st_ino in self._volatile:
+                    os.truncate(path, self._random.randrange(os.path.getsize(path) + 1))
         for change, path, content in reversed(self._unsynced):
             if self._random.random() < 0.5:
                 continue

@@ -59,15 +59,18 @@ class Sshd:
     def url(self) -> str:
         return f"sftp://{getpass.getuser()}@127.0.0.1:{self.port}"
 
-    def signal(self, number: signal.Signals) -> None:
-        """To the server and to every process that it split off for a connection."""
-        _signal(self.process.pid, number)
+    def kill(self) -> None:
+        _signal([*_descendants(self.process.pid), self.process.pid], signal.SIGKILL)
+
+    def stop_connections(self) -> None:
+        """They stay open but say no word more; new ones work."""
+        _signal(_descendants(self.process.pid), signal.SIGSTOP)
 
 
-def _signal(pid: int, number: signal.Signals) -> None:
-    for process in [*_descendants(pid), pid]:
+def _signal(pids: list[int], number: signal.Signals) -> None:
+    for pid in pids:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(process, number)
+            os.kill(pid, number)
 
 
 def _descendants(pid: int) -> list[int]:
@@ -145,5 +148,5 @@ def ssh_server(folder: Path, port: int | None = None) -> Iterator[Sshd]:
         }
         yield Sshd(folder, port, process, settings)
     finally:
-        _signal(process.pid, signal.SIGKILL)
+        _signal([*_descendants(process.pid), process.pid], signal.SIGKILL)
         process.wait(timeout=10)

@@ -342,6 +342,20 @@ def test_workers_bound_what_runs_at_once():
         workers.call(lambda: time.sleep(0.5), 0.05)
 
 
+def test_a_thread_that_cannot_start_costs_no_worker(monkeypatch):
+    workers = Workers(1)
+
+    def refuse(self):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        for _ in range(3):
+            with pytest.raises(RuntimeError):
+                workers.call(int, 0.1)
+    assert workers.call(int, 5) == 0
+
+
 # ---- retries
 
 
