@@ -36,7 +36,7 @@ from storage.errors import (
     StoreUnavailable,
     Unsupported,
 )
-from storage.files import Files
+from storage.files import Files, FilesOptions
 from storage.spec import CompatibilityKey
 
 
@@ -67,9 +67,10 @@ class CacheStore:
         *,
         signing_key: bytes | None = None,
         on_fault: Callable[[StorageError], None] = lambda error: None,
+        options: FilesOptions | None = None,
     ) -> None:
         """Raises ValueError for a URL this version has no tested backend for."""
-        self.files = Files(url)
+        self.files = Files(url, options)
         self.url = self.files.url
         self._signing_key = signing_key
         self.on_fault = on_fault
