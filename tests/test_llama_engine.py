@@ -270,6 +270,12 @@ def test_an_unknown_token_is_a_fault_and_no_end(tiny: Engine) -> None:
     assert tiny.n_rows(0) == 3
 
 
+def test_the_key_says_how_rope_is_stretched(tiny: Engine, uneven: Engine) -> None:
+    assert dict(tiny.key.rope) == {"base": 1e4, "dims": 32, "factor": 1, "scaling": "none"}
+    stretched = {"factor": 2, "scaling": "yarn", "original_context_length": 2048}
+    assert dict(uneven.key.rope) == dict(tiny.key.rope) | stretched
+
+
 def test_two_engines_on_one_file_have_one_key(tiny: Engine, tiny_models: dict[str, Path]) -> None:
     again = open_engine(tiny_models["llama"])
     other = open_engine(tiny_models["no_template"])
@@ -352,6 +358,7 @@ def test_every_sequence_full_and_a_longest_step(tiny_models: dict[str, Path]) ->
     ("name", "reason"),
     [
         ("mamba", "recurrent"),
+        ("gemma2", "sliding-window layers of an unknown kind"),
         ("truncated", "cannot load"),
         ("garbage", "cannot load"),
     ],

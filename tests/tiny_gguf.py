@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFReader, GGUFValueType, GGUFWriter
+from gguf import GGUFReader, GGUFValueType, GGUFWriter, RopeScalingType
 
 HIDDEN, HEADS, FFN = 128, 4, 256
 SMALL_VOCAB = 320  # every byte, and enough for tests that do not read the text
@@ -47,11 +47,13 @@ SHAPES = {
     "pattern": Shape("gemma3", 8, layers=4, window=64, pattern=(False, True, True, False)),
     "uneven": Shape("deci", 9, layers=5, kv_heads=(1, 2, 2, 1, 4)),
     "mamba": Shape("mamba", 10),
+    "gemma2": Shape("gemma2", 11, window=64),
 }
 
 
 def write_all(folder: Path, tokenizer_from: Path) -> dict[str, Path]:
-    """All but mamba (recurrent), truncated and garbage can be served."""
+    """All but mamba (recurrent), gemma2 (slides in another pattern), truncated and garbage can be
+    served."""
     tokenizer = _tokenizer(tokenizer_from)
     small = _cut(tokenizer)
     fields = {"llama": tokenizer, "no_template": _without_template(small)}
@@ -135,6 +137,10 @@ def _write_attention(writer: GGUFWriter, shape: Shape) -> None:
     else:
         writer.add_key_length(shape.head_dim)
         writer.add_value_length(shape.head_dim)
+    if shape.arch == "deci":
+        writer.add_rope_scaling_type(RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(2.0)
+        writer.add_rope_scaling_orig_ctx_len(2048)
     if shape.window:
         writer.add_sliding_window(shape.window)
     if shape.pattern:
@@ -153,6 +159,8 @@ def _tensors(shape: Shape, n_vocab: int) -> Tensors:
         "output": matrix(n_vocab, HIDDEN, 3.0),
         "output_norm": ones,
     }
+    if shape.arch == "gemma2":
+        del tensors["output"]  # always tied
     layer_of = {"mamba": _mamba_layer, "deepseek2": _latent_layer}.get(shape.arch, _layer)
     for i in range(shape.layers):
         layer = {"attn_norm": ones} | layer_of(shape, i, matrix, rng)
@@ -183,7 +191,7 @@ def _layer(
             layer[f"attn_{side}.bias"] = rng.standard_normal(n, np.float32) / 4
     if shape.arch in ("gemma3", "qwen3"):
         layer |= {"attn_q_norm": head, "attn_k_norm": head}
-    if shape.arch == "gemma3":
+    if shape.window:
         layer |= {"post_attention_norm": ones, "post_ffw_norm": ones}
     return layer
 

@@ -25,6 +25,7 @@ from storage.spec import LayerSpec, ModelCacheSpec
 
 logger = logging.getLogger(__name__)
 _ROPE_INTERLEAVED, _ROPE_HALF_SPLIT = 0, 2  # llama_rope_type NORM, NEOX
+_OTHER_ROPE = {"deepseek2-ocr"}  # turns halves, whatever llama_model_rope_type says
 # Every n-th layer has full attention, the others slide, unless the file says otherwise.
 _SLIDING_PERIOD = {"gemma3": 6}
 _NUMBERS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 7: "?", 10: "<u8", 11: "<i8"}
@@ -52,7 +53,7 @@ def read(model: Any, path: Path) -> tuple[ModelCacheSpec, Rope]:
     if llama.llama_model_is_recurrent(model) or llama.llama_model_is_hybrid(model):
         raise refuse("recurrent layers")
     kind = llama.llama_model_rope_type(model)
-    if kind not in (_ROPE_INTERLEAVED, _ROPE_HALF_SPLIT):
+    if arch in _OTHER_ROPE or kind not in (_ROPE_INTERLEAVED, _ROPE_HALF_SPLIT):
         raise refuse(f"rope type {kind}")
     n_layers, window = llama.llama_model_n_layer(model), llama.llama_model_n_swa(model)
     heads = _per_layer(path, found, f"{arch}.attention.head_count_kv")
@@ -96,9 +97,10 @@ def _rope(found: dict[str, str], kind: int, key_dim: int, sliding: bool) -> Rope
         parameters["offset"] = float(offset)
     if sliding:  # sliding layers have a base of their own, and no scaling
         parameters["base_sliding"] = float(found.get(f"{arch}.rope.freq_base_swa", 10000.0))
-    original = found.get(f"{arch}.rope.scaling.original_context_length")
-    if original is not None:
-        parameters["original_context"] = float(original)
+    for name in ("original_context_length", "attn_factor", "yarn_log_multiplier"):
+        value = found.get(f"{arch}.rope.scaling.{name}")
+        if value is not None:
+            parameters[name] = float(value)
     return Rope(kind == _ROPE_INTERLEAVED, offset, dims, tuple(sorted(parameters.items())))
 
 
