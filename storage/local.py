@@ -21,6 +21,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 
+from storage.backends import is_temporary
 from storage.card import AgentId, BlockRef, CacheCard, PartRef
 from storage.errors import StorageError
 from storage.spec import CompatibilityKey, Part
@@ -59,12 +60,14 @@ class LocalTier:
     # ---- start
 
     def _index(self) -> None:
-        found = []
-        for folder, _, names in os.walk(self._root / "blocks"):
+        found, blocks = [], f"{self._root}/blocks/"
+        for folder, _, names in os.walk(self._root):
             for name in names:
-                if name.endswith(".safetensors") and not name.startswith("."):
-                    path = f"{folder}/{name}"
-                    with contextlib.suppress(FileNotFoundError):
+                path = f"{folder}/{name}"
+                with contextlib.suppress(FileNotFoundError):
+                    if is_temporary(name):  # of a writer that was killed: the folder is ours alone
+                        os.unlink(path)
+                    elif name.endswith(".safetensors") and path.startswith(blocks):
                         stat = os.stat(path)
                         found.append((stat.st_mtime, path, stat.st_size))
         for _, path, size in sorted(found):

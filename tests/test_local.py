@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from storage.backends import temporary_name
 from storage.card import BlockRef, BranchCard, CacheCard
 from storage.errors import CorruptData
 from storage.local import LocalTier
@@ -127,6 +128,17 @@ def test_after_a_restart_pins_and_bytes_are_the_same(tmp_path):
     assert here(again, *mine, orphan) == [True] * 3
     smaller = tier(tmp_path, budget=2 * len(RAW))
     assert here(smaller, *mine, orphan) == [True, True, False]
+
+
+def test_what_a_killed_writer_left_is_removed_at_start(tmp_path):
+    ref = put(tier(tmp_path), 0)
+    (path,) = (tmp_path / "local" / "blocks").rglob("*.safetensors")
+    left = path.with_name(temporary_name())
+    left.write_bytes(b"half")
+    again = tier(tmp_path)
+    assert not left.exists()
+    assert here(again, ref) == [True]
+    assert again.used_bytes == len(RAW)
 
 
 def test_two_agents_pin_one_block_twice(tmp_path):
