@@ -119,15 +119,20 @@ def _load(config: ReplicaConfig) -> Engine:
 
 def open_store(config: ReplicaConfig) -> CacheStore:
     """The configured store, with its signing key. Raises ValueError, StoreUnavailable."""
+    return CacheStore(config.store, signing_key=read_signing_key(config))
+
+
+def read_signing_key(config: ReplicaConfig) -> bytes | None:
+    """None when none is configured. Raises ValueError, StoreUnavailable."""
     if not config.signing_key_file:
-        return CacheStore(config.store)
+        return None
     try:
         signing_key = Path(config.signing_key_file).read_bytes().strip()
     except OSError as error:
         raise StoreUnavailable(config.store, f"cannot read the signing key: {error}") from error
     if len(signing_key) < 16:
         raise ValueError(f"{config.signing_key_file}: a signing key has at least 16 bytes")
-    return CacheStore(config.store, signing_key=signing_key)
+    return signing_key
 
 
 def _step_delay(model: str) -> float:
