@@ -206,7 +206,7 @@ def parse_header(head: Buffer, path: str) -> Header:
         raise CorruptData(path, "header is not in canonical form")
     try:
         tensors = {name: _tensor_info(entry, end) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptData(path, f"tensor table is malformed ({error!r})") from error
     return Header(metadata, tensors, end, _check_layout(tensors, end, path))
 

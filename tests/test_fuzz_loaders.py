@@ -6,6 +6,7 @@ the JSON of cards and exports and seals its forgery, so that it comes past the c
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import random
 import struct
@@ -175,6 +176,23 @@ def test_a_declared_size_allocates_nothing(name, shape):
 @pytest.mark.parametrize("name", LOADERS)
 def test_a_declared_header_allocates_nothing(name, length):
     assert outcome(name, struct.pack("<Q", length) + b'{"__metadata__":{') == "CorruptData"
+
+
+@pytest.mark.parametrize("dense", ["[],", "{},", '"ab",', "1.5,", "[[[[]]]],"])
+@pytest.mark.parametrize("name", ["load", "read_header", "decode_card"])
+def test_a_dense_header_takes_a_bounded_multiple_of_itself(name, dense):
+    """Python's objects are larger than the JSON they come from; the header's limit bounds both."""
+    values = "[" + dense * ((1 << 20) // len(dense)) + "0]"
+    inner = cache_file._compact_json({"__metadata__": {"kvferry": '{"x":' + values + "}"}})
+    outer = b'{"__metadata__":{"kvferry":"{}"},"x":' + values.encode() + b"}"
+    for text in (inner, outer):
+        raw = struct.pack("<Q", len(text)) + text
+        tracemalloc.start()
+        with contextlib.suppress(CorruptData):
+            LOADERS[name](raw)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak <= 32 * len(raw)
 
 
 # ---- forged JSON, under a good seal
