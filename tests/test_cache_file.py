@@ -30,6 +30,7 @@ from storage.cache_file import (
 from storage.card import BlockRef, PartRef
 from storage.codec import encode_rows, get_codec, slice_rows
 from storage.errors import CorruptData
+from storage.spec import canonical_json
 from storage.store import CacheStore
 from storage.tiers import pack_block, unpack_block
 from tests.store_contract import FIXED, KEY, SPEC, flip, sample_rows
@@ -221,6 +222,16 @@ def test_the_limit_leaves_room_for_long_cards():
     assert 16_000 * len(json.dumps(json.dumps(ref))) < MAX_HEADER
 
 
+def test_a_header_that_is_too_dense_is_neither_written_nor_read():
+    """Long cards are far below: eight lists and mappings in a block of two parts."""
+    metadata = {"x": [[]] * 1000}
+    with pytest.raises(ValueError, match="too many lists"):
+        save(TENSORS, metadata)
+    table = {"__metadata__": {"kvferry": canonical_json(metadata).decode()}}
+    with pytest.raises(CorruptData, match="too many lists"):
+        load(with_header(json.dumps(table, separators=(",", ":")).encode()), "p")
+
+
 # ---- damage
 
 
@@ -292,7 +303,7 @@ def test_deep_nesting_is_refused_or_read(depth):
     try:
         assert load(inner, "p")[1].keys() == {"x"}
     except CorruptData:
-        assert depth > 500
+        assert depth > 129
     with pytest.raises(CorruptData):
         load(outer, "p")
 
