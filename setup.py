@@ -2,7 +2,7 @@
 
 from setuptools import Extension, setup
 
-# Speed only: without it (no compiler, an unknown platform) storage.codec uses numpy.
+# Speed only: without it (no compiler, an unknown platform) storage.quantizers uses numpy.
 # No -march=native, so that a built tree can move between machines: the C code picks its variant
 # when it is loaded.
 # No FMA contraction: every machine gives the same bits.

@@ -116,6 +116,10 @@ class Admission:
         match, engine, residency = ready.match, self._engine, self._residency
         cells = min(engine.n_ctx, ready.n_prompt + ready.max_tokens)
         held = residency.find(match.source or match.branch)
+        if held is not None and not engine.can_truncate(held, min(keep, engine.n_rows(held))):
+            if match.source is None:  # its rows are stored: go on from a checkpoint
+                residency.free(held)
+            held = None
         if held is not None and match.source is None:
             if not residency.resume(held, cells):
                 return None

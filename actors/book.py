@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 
 from actors.prepare import Prepared
 from actors.sequence import Sequence
-from actors.turn import CacheState, StreamItem, TurnRequest
+from actors.turn import CacheState, StreamItem, TurnFinished, TurnRequest
 from storage.card import AgentId
 from storage.spec import KVRows
 
@@ -24,7 +25,8 @@ class Restore:
 
     seq_id: int
     cache: CacheState  # where the rows come from
-    rows: queue.Queue[KVRows | None] = field(default_factory=lambda: queue.Queue(maxsize=2))
+    rows: queue.SimpleQueue[KVRows | None] = field(default_factory=queue.SimpleQueue)
+    room: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(1))
     began: float = field(default_factory=time.monotonic)
     loaded: int = 0
     abandoned: bool = False
@@ -42,6 +44,7 @@ class Turn:
     sequence: Sequence | None = None
     restore: Restore | None = None
     last_item: float = field(default_factory=time.monotonic)
+    last: TurnFinished | None = None  # held back until the turn's memory is stored
 
     def emit(self, item: StreamItem) -> None:
         self.last_item = time.monotonic()

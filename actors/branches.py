@@ -6,35 +6,64 @@ Written by actors.memory and actors.rows; no logic but the conversion from and t
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from actors.turn import CacheState
-from storage.card import AgentId, BlockRef, BranchCard, CacheCard, OpenTurn, Reply
+from storage.card import AgentId, BlockRef, BranchCard, CacheCard, OpenTurn, PartRef, Reply
+from storage.codec import Tensors
+
+Place = Literal["local", "shared"]
+Parts = Mapping[str, PartRef]
 
 
-@dataclass
+@dataclass(eq=False)
 class Run:
-    """A whole block or a tail segment; `ref` is None until the store has it."""
+    """A whole block or a tail segment, and where its parts are stored: on this node's disk, in the
+    shared store, or nowhere yet. `carried`: sliding rows of the segments a block was joined from,
+    until the next checkpoint completes them."""
 
     id: str
     rows: int
-    ref: BlockRef | None = None
+    local: Parts = field(default_factory=dict)
+    shared: Parts = field(default_factory=dict)
+    has_window: bool = False
+    carried: Tensors | None = None
+
+    def ref(self, place: Place) -> BlockRef | None:
+        """None while its full part is not stored there."""
+        parts = self.local if place == "local" else self.shared
+        return BlockRef(self.id, self.rows, parts) if "full" in parts else None
+
+    def note(self, place: Place, part: str, ref: PartRef) -> None:
+        if place == "local":
+            self.local = {**self.local, part: ref}
+        else:
+            self.shared = {**self.shared, part: ref}
+
+    def drop_window(self) -> None:
+        """No checkpoint needs its sliding part any more."""
+        self.local = {k: v for k, v in self.local.items() if k != "sliding"}
+        self.shared = {k: v for k, v in self.shared.items() if k != "sliding"}
+        self.has_window, self.carried = False, None
 
 
 @dataclass(eq=False)
 class Branch:
     """`tokens` may be longer than the rows that exist. `exported` counts the rows handed to the
-    persister or already encoded; the engine exports from there on."""
+    persister or already encoded; the engine exports from there on. `checkpoints` are positions
+    whose sliding window is kept, in order (models with sliding windows only)."""
 
     id: int
     tokens: list[int] = field(default_factory=list)
     replies: list[Reply] = field(default_factory=list)
     blocks: list[Run] = field(default_factory=list)
     tail: list[Run] = field(default_factory=list)
+    checkpoints: list[int] = field(default_factory=list)
     turn: OpenTurn | None = None
     exported: int = 0
+    windowed: int = 0  # the last checkpoint handed over; 0 where that is not known
     last_used: float = 0.0
 
     @property
@@ -67,6 +96,25 @@ class AgentMemory:
     commits_queued: int = 0
 
 
+@dataclass(frozen=True)
+class BranchState:
+    """A branch as a card is to say it: its tokens at one time, with the runs that belong to it."""
+
+    card: BranchCard
+    blocks: tuple[Run, ...]
+    tail: tuple[Run, ...]
+    checkpoints: tuple[int, ...]
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        return (*self.blocks, *self.tail)
+
+
+def state_of(branch: Branch, card: BranchCard) -> BranchState:
+    """`card` has the tokens that the branch's present runs belong to."""
+    return BranchState(card, tuple(branch.blocks), tuple(branch.tail), tuple(branch.checkpoints))
+
+
 def positions(branch: Branch) -> Iterator[tuple[int, Run]]:
     """(position of its first row, run) in order."""
     start = 0
@@ -75,17 +123,44 @@ def positions(branch: Branch) -> Iterator[tuple[int, Run]]:
         start += run.rows
 
 
-def branch_of(card: BranchCard) -> Branch:
+def durable_rows(branch: Branch) -> int:
+    """Rows that survive this node: in the shared store without a gap."""
+    rows = 0
+    for run in branch.runs:
+        if "full" not in run.shared:
+            break
+        rows += run.rows
+    return rows
+
+
+def branch_of(card: BranchCard, place: Place) -> Branch:
+    """A branch from a card that was read in one place."""
+
+    def run(ref: BlockRef) -> Run:
+        made = Run(ref.id, ref.rows, has_window="sliding" in ref.parts)
+        for part, stored in ref.parts.items():
+            made.note(place, part, stored)
+        return made
+
     return Branch(
         id=card.id,
         tokens=list(card.tokens),
         replies=list(card.replies),
-        blocks=[Run(ref.id, ref.rows, ref) for ref in card.blocks],
-        tail=[Run(ref.id, ref.rows, ref) for ref in card.tail],
+        blocks=[run(ref) for ref in card.blocks],
+        tail=[run(ref) for ref in card.tail],
+        checkpoints=list(card.checkpoints),
         turn=card.turn,
         exported=card.rows,
         last_used=card.last_used,
     )
+
+
+def note_shared(branches: Sequence[Branch], card: CacheCard) -> None:
+    """What the shared store holds of branches that were read from this node's disk."""
+    shared = {ref.id: ref for b in card.branches for ref in (*b.blocks, *b.tail)}
+    for run in (run for branch in branches for run in branch.runs):
+        if run.id in shared:
+            run.shared = dict(shared[run.id].parts)
 
 
 def card_of(branch: Branch) -> BranchCard:
@@ -99,12 +174,30 @@ def card_of(branch: Branch) -> BranchCard:
     )
 
 
-def with_runs(card: BranchCard, branch: Branch) -> BranchCard:
-    """What the store holds of a branch: its runs up to the first that is not stored."""
-    stored: list[BlockRef] = []
-    for run in branch.runs:
-        if run.ref is None:
+def with_runs(state: BranchState, place: Place, window: int) -> BranchCard:
+    """What one place holds of a branch: its runs up to the first that is not stored there, and the
+    checkpoints whose windows of `window` tokens are whole."""
+    blocks, tail = _stored(state.blocks, place), _stored(state.tail, place)
+    if len(blocks) < len(state.blocks):
+        tail = ()
+    kept = tuple(at for at in state.checkpoints if _covered((*blocks, *tail), at, window))
+    return replace(state.card, blocks=blocks, tail=tail, checkpoints=kept)
+
+
+def _covered(refs: Sequence[BlockRef], at: int, window: int) -> bool:
+    stop = 0
+    for ref in refs:
+        start, stop = stop, stop + ref.rows
+        if start < at and stop > at - window + 1 and "sliding" not in ref.parts:
+            return False
+    return stop >= at
+
+
+def _stored(runs: Sequence[Run], place: Place) -> tuple[BlockRef, ...]:
+    refs = []
+    for run in runs:
+        ref = run.ref(place)
+        if ref is None:
             break
-        stored.append(run.ref)
-    n_blocks = len(branch.blocks)
-    return replace(card, blocks=tuple(stored[:n_blocks]), tail=tuple(stored[n_blocks:]))
+        refs.append(ref)
+    return tuple(refs)

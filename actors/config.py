@@ -17,6 +17,10 @@ class ReplicaConfig:
     n_ctx: int = 8192  # tokens one agent may hold; the model's own limit if that is lower
     cells: int = 0  # tokens all sequences hold together; 0: slots x n_ctx
     pool_bytes: int = 1 << 30  # encoded rows in RAM
+    local: str = ""  # a directory on each node's own disk; "": none, the store is near enough
+    local_bytes: int = 20 << 30  # of that directory; 0: none
+    daily_write_bytes: int = 0  # what a day may write there, against wear; 0: no limit
+    durability: str = "behind"  # "sync": a turn ends when its memory is in the store
     threads: int = 0  # of the engine; 0: the machine's cores divided by its replicas
     max_waiting: int = 64  # queued turns; one more is answered 429
     max_tokens: int = 1024  # of a reply whose request does not say

@@ -23,6 +23,8 @@ class Exporter:
         size = self._memory.key.spec.block_tokens
         filled = sequence.n_rows // size * size
         if filled > turn.ready.match.branch.exported and self.export(turn, filled, wait=True):
+            if filled == sequence.n_rows and not sequence.is_prefill:
+                self.checkpoint(turn)
             self._memory.commit_later(turn.ready.memory)
 
     def export(self, turn: Turn, stop: int, *, wait: bool) -> bool:
@@ -37,8 +39,22 @@ class Exporter:
             start = branch.exported
             end = min(stop, (start // size + 1) * size)
             rows = self._engine.export(sequence.seq_id, start, end)
-            self._memory.rows.append(turn.ready.memory, branch, start, rows)
+            self._memory.rows.append(turn.ready.memory, branch, start, end, rows)
         return True
+
+    def checkpoint(self, turn: Turn) -> None:
+        """Keep the window before the turn's present end, so that the branch can go on from there.
+        All its rows have been handed over."""
+        branch, sequence = turn.ready.match.branch, turn.sequence
+        assert sequence is not None
+        at, windows = branch.exported, self._memory.rows.windows
+        if not windows.size or not at or at == branch.windowed:
+            return
+        start = windows.first_needed(branch, at)
+        if start < max(self._engine.window_start(sequence.seq_id), 0):
+            return  # a reply was cut, and with it the window's end: the checkpoint before counts
+        rows = self._engine.export_window(sequence.seq_id, start, at)
+        self._memory.rows.checkpoint(turn.ready.memory, branch, start, rows)
 
     def drain(self, turn: Turn) -> bool:
         """Hand over what a finished turn has left and give its sequence up; False: not yet."""
@@ -49,7 +65,13 @@ class Exporter:
             return True
         if not self.export(turn, sequence.n_rows, wait=True):
             return False
+        whole = self._engine.n_rows(sequence.seq_id) == sequence.n_rows
+        if whole:
+            self.checkpoint(turn)
         if memory.state == "owned":  # a frozen agent's card is written, maybe claimed
             self._memory.commit_later(memory)
-        self._residency.park(sequence.seq_id)
+        if whole:
+            self._residency.park(sequence.seq_id)
+        else:  # it could not be cut to what the client saw
+            self._residency.free(sequence.seq_id)
         return True

@@ -56,8 +56,9 @@ class Handoff:
         if turn is not None and turn.sequence is not None:
             turn.sequence.paused = True
             self._exporter.export(turn, turn.sequence.n_rows, wait=False)
+            self._exporter.checkpoint(turn)
         self._memory.commit_later(memory)
-        return self._memory.persister.flush()
+        return self._memory.settle()
 
     def release(self, agent: AgentId) -> None:
         """Another replica owns the agent now: its turns move, its cells are freed."""

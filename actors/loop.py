@@ -17,10 +17,12 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 from actors.admission import Admission, Begin
 from actors.book import Book, Turn
+from actors.branches import durable_rows
 from actors.engines.base import Chunk, Engine
 from actors.errors import AgentMoved, EngineFault
 from actors.exporter import Exporter
@@ -56,6 +58,7 @@ class LoopConfig:
     default_max_tokens: int = 1024
     freeze_timeout_s: float = 15.0  # a frozen agent then claims itself back
     restore_timeout_s: float = 60.0
+    sync: bool = False  # a turn ends when its memory is in the store
 
 
 class ReplicaLoop:
@@ -67,7 +70,9 @@ class ReplicaLoop:
         self.scheduler: Scheduler[Turn] = Scheduler(config.scheduler)
         self.residency = Residency(engine)
         self.served = {"turns": 0, "prompt_tokens": 0, "cached_tokens": 0, "reply_tokens": 0}
+        self._sync = config.sync
         self._book = Book()
+        self._ending: list[Turn] = []  # answered, but for the word that all is stored
         self._workers = ThreadPoolExecutor(4, "prepare")
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._wake = threading.Event()
@@ -128,13 +133,18 @@ class ReplicaLoop:
         self._wake.set()
         self._thread.join(timeout)
         self._workers.shutdown(wait=False, cancel_futures=True)
-        self.memory.persister.close(timeout)
+        self.memory.close(timeout)
         if not self.alive:  # else a step hangs: the process's end frees the engine
             self.engine.close()
 
     @property
     def alive(self) -> bool:
         return self._thread.is_alive()
+
+    @property
+    def draining(self) -> int:
+        """Finished turns whose rows the engine still has to hand over."""
+        return len(self._book.draining)
 
     def queue_seconds(self) -> float:
         """Estimate of the time until a new turn could begin."""
@@ -165,6 +175,8 @@ class ReplicaLoop:
         # What _give_up raises ends this thread: `alive` is then False, and the replica restarts.
         for turn in [*self.scheduler.waiting, *self._book.in_engine()]:
             self._end(turn, TurnFailed(turn.request.attempt, EngineFault("the replica stops")))
+        for turn in list(self._ending):
+            self._stored(turn)
 
     def _round(self) -> bool:
         """One round; False when there was nothing to do."""
@@ -183,7 +195,10 @@ class ReplicaLoop:
     def _tend(self) -> None:
         """Signs of life for turns that wait; an end for those whose agent is another replica's."""
         now = time.monotonic()
-        waiting = [*self.scheduler.waiting, *self._book.restoring, *self.handoff.paused()]
+        waiting = [
+            *self.scheduler.waiting, *self._book.restoring, *self.handoff.paused(),
+            *(turn for turn in self._book.draining if turn.last), *self._ending,
+        ]  # fmt: skip
         for turn in waiting:
             if now - turn.last_item > 1:
                 turn.emit(Progress(turn.request.attempt, 0, 0))
@@ -223,7 +238,8 @@ class ReplicaLoop:
         self.served["cached_tokens"] += min(n_rows, ready.n_prompt)
         prompt = tuple(ready.tokens[: ready.n_prompt])
         cached = min(n_rows, ready.n_prompt)
-        turn.emit(TurnStarted(request.attempt, prompt, cached, cache, self.node))
+        durable = durable_rows(ready.match.branch)
+        turn.emit(TurnStarted(request.attempt, prompt, cached, cache, self.node, durable))
         if turn.cancelled:
             sequence.finish_reason = "cancelled"
         elif text.stopped:
@@ -281,7 +297,11 @@ class ReplicaLoop:
         """Answer first; then the branch keeps what was visible, and its rows are handed over."""
         ready, reply = turn.ready, sequence.reply
         assert sequence.finish_reason is not None
-        turn.emit(TurnFinished(turn.request.attempt, len(reply), text, sequence.finish_reason))
+        last = TurnFinished(turn.request.attempt, len(reply), text, sequence.finish_reason)
+        if self._sync and ready.memory.card is not None:
+            turn.last = last
+        else:
+            turn.emit(last)
         self.served["turns"] += 1
         self.served["reply_tokens"] += len(reply)
         self.rates.turn(time.monotonic() - turn.began)
@@ -290,7 +310,8 @@ class ReplicaLoop:
             n, tail = visible_ids(self.engine.vocab, reply, sequence.text.text)
         del sequence.tokens[sequence.n_prompt + n :]
         sequence.n_rows = min(sequence.n_rows, len(sequence.tokens))
-        self.engine.truncate(sequence.seq_id, sequence.n_rows)
+        if self.engine.can_truncate(sequence.seq_id, sequence.n_rows):
+            self.engine.truncate(sequence.seq_id, sequence.n_rows)
         branch = ready.match.branch
         if branch.exported > len(sequence.tokens):
             self.memory.rows.cut(ready.memory, branch, len(sequence.tokens))
@@ -303,7 +324,20 @@ class ReplicaLoop:
         drained = [turn for turn in self._book.draining if self._exporter.drain(turn)]
         for turn in drained:
             self._book.forget(turn)
+            if turn.last is not None:
+                self._ending.append(turn)
+                stored = self.memory.settle()
+                stored.add_done_callback(partial(self._call_stored, turn))
         return bool(drained)
+
+    def _call_stored(self, turn: Turn, _: Future[None]) -> None:
+        self.call(lambda: self._stored(turn))
+
+    def _stored(self, turn: Turn) -> None:
+        """The turn waited for its memory to be stored (`sync`); a fault was counted and logged."""
+        assert turn.last is not None
+        self._ending.remove(turn)
+        turn.emit(turn.last)
 
     # ---- ends
 
@@ -318,7 +352,7 @@ class ReplicaLoop:
 
     def _end(self, turn: Turn, item: StreamItem) -> None:
         """The turn leaves without finishing: its sequence is freed, the agent's memory is not. One
-        that has finished, and only drains, has sent its last item."""
+        that has finished, and only drains, has its own last item."""
         drains = turn in self._book.draining
         seq_id = turn.sequence.seq_id if turn.sequence else None
         if turn.restore is not None and turn in self._book.restoring:
@@ -333,6 +367,8 @@ class ReplicaLoop:
         self._book.forget(turn)
         if not drains:
             turn.emit(item)
+        elif turn.last is not None:
+            turn.emit(turn.last)
 
     def _move(self, agent: AgentId) -> None:
         """End every turn of an agent here; its owner is another replica."""

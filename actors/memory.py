@@ -1,7 +1,8 @@
 """The agents this replica owns: claimed from the store, remembered here, committed as cards.
 
-A branch is one line of token ids; its rows lie in the engine (see residency), in the Q4 pool, in
-the store, or in several of these (see rows). Knows no engine and no Ray.
+A branch is one line of token ids; its rows lie in the engine (see residency), in the Q4 pool, on
+the node's disk, in the shared store, or in several of these (see rows). With a local tier, a commit
+goes there, and the shared store follows (see replicator). Knows no engine and no Ray.
 """
 
 from __future__ import annotations
@@ -9,16 +10,18 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
-from actors.branches import AgentMemory, Branch, branch_of, card_of, with_runs
+from actors.branches import AgentMemory, Branch, branch_of, card_of, note_shared, state_of
 from actors.errors import AgentMoved
 from actors.faults import Faults
 from actors.matching import Match
 from actors.persister import Persister
+from actors.replicator import Replicator, Snapshot
 from actors.rows import Rows
 from storage.card import AgentId, BranchCard, CacheCard, OpenTurn, Owner
-from storage.codec import Codec
+from storage.codec import Codec, codec_parameters, count_rows
 from storage.errors import Fenced, StoreUnavailable
 from storage.spec import CompatibilityKey
 from storage.store import CacheStore, new_card
@@ -47,8 +50,12 @@ class Memory:
         self.store, self.key, self.codec, self.tiers = store, key, codec, tiers
         self.owner, self.config = owner, config
         self.persister, self.faults = Persister(), Faults()
-        self.rows = Rows(store, key, codec, tiers, self.persister, self.faults)
+        self.rows = Rows(key, codec, tiers, self.persister, self.faults)
         store.on_fault = self.faults.card
+        self.replicator: Replicator | None = None
+        if tiers.local is not None:
+            tiers.local.store.on_fault = self.faults.card
+            self.replicator = Replicator(tiers, self.faults, self.forget)
         self._provenance = provenance
         self._agents: OrderedDict[AgentId, AgentMemory] = OrderedDict()
         self._lock = threading.RLock()
@@ -56,18 +63,12 @@ class Memory:
     # ---- owning
 
     def template(self, agent: AgentId) -> CacheCard:
-        parameters = {
-            f"{group.name}.{side}": self.codec.describe(dim)
-            for group in self.key.spec.groups
-            for side, dim in (("k", group.key_dim), ("v", group.value_dim))
-            if dim
-        }
         return new_card(
             agent,
             self.key,
             self.codec.name,
             self.owner,
-            codec_parameters=parameters,
+            codec_parameters=codec_parameters(self.key.spec, self.codec),
             provenance=self._provenance,
         )
 
@@ -101,11 +102,48 @@ class Memory:
         before = claim.previous
         here = before is None or before.owner.node == self.owner.node
         memory = AgentMemory(agent, claim.card, "warm" if here else "remote")
-        memory.branches = [branch_of(card) for card in claim.card.branches]
+        ahead = self._ahead(agent, before)
+        if ahead is None:
+            memory.branches = [branch_of(card, "shared") for card in claim.card.branches]
+        else:
+            memory.branches = [branch_of(card, "local") for card in ahead.branches]
+            note_shared(memory.branches, claim.card)
+            memory.card = replace(claim.card, generation=ahead.generation)
         with self._lock:
             self._agents[agent] = memory
             self._drop_idle_records()
+        if ahead is not None:
+            self.commit_later(memory)
         return memory
+
+    def _ahead(self, agent: AgentId, shared: CacheCard | None) -> CacheCard | None:
+        """This node's own card, when the shared store had not caught up with it. One of an older
+        epoch is forgotten: another node has had the agent since."""
+        local = self.tiers.local
+        loaded = local.card(agent) if local is not None else None
+        if local is None or loaded is None:
+            return None
+        card = loaded.card
+        if shared is not None and not shared.tombstone and card.epoch == shared.epoch:
+            return card
+        local.forget(agent)
+        return None
+
+    def recover(self) -> None:
+        """Own again what this node's disk holds and the shared store lacks, and bring it there.
+        Other nodes' claims since then win. Raises nothing of storage."""
+        local = self.tiers.local
+        if local is None:
+            return
+        for card in list(local.cards()):
+            try:
+                if self.get(card.agent) is None:
+                    if self.store.epoch(card.agent, self.key) == card.epoch:
+                        self._claimed(card.agent)
+                    else:
+                        local.forget(card.agent)
+            except (Fenced, StoreUnavailable) as error:
+                self.faults.count("store_unavailable", error)
 
     def adopt(self, agent: AgentId) -> int:
         """Claim the agent for a migration; returns the epoch. Raises Fenced, StoreUnavailable."""
@@ -131,6 +169,8 @@ class Memory:
             memory.state = "released"
             if self._agents.get(memory.agent) is memory:
                 del self._agents[memory.agent]
+        if self.replicator is not None:
+            self.replicator.forget(memory)
 
     def get(self, agent: AgentId) -> AgentMemory | None:
         with self._lock:
@@ -144,7 +184,8 @@ class Memory:
         for memory in list(self._agents.values()):
             if len(self._agents) <= self.config.max_agents:
                 return
-            busy = memory.commits_queued or any(b.turn for b in memory.branches)
+            lags = self.replicator is not None and self.replicator.lags(memory.agent)
+            busy = memory.commits_queued or lags or any(b.turn for b in memory.branches)
             if memory.state == "owned" and not busy:
                 self.forget(memory)
 
@@ -186,24 +227,54 @@ class Memory:
             memory.commits_queued -= 1
         if memory.card is None or memory.state == "released" or memory.commits_queued:
             return
-        cards = []
+        states = []
         for branch, card in branches:
             self.rows.store_again(memory, branch)
-            cards.append(with_runs(card, branch))
+            states.append(state_of(branch, card))
+        memory.changed = time.time()
         new = replace(
-            memory.card,
-            generation=memory.card.generation + 1,
-            branches=tuple(cards),
-            updated=time.time(),
+            memory.card, generation=memory.card.generation + 1, updated=memory.changed, branches=()
         )
-        memory.changed = new.updated
+        snapshot = Snapshot(memory, new, tuple(states))
         try:
-            memory.card = self.store.commit(new).card
+            if self.replicator is None:
+                complete = snapshot.complete("shared", self.key.spec.window)
+                memory.card = self.store.commit(complete).card
+            else:
+                memory.card = self.replicator.commit(snapshot)
         except Fenced as error:
             self.faults.count("fenced", error)
             self.forget(memory)
         except StoreUnavailable as error:
             self.faults.count("store_unavailable", error)
+
+    def settle(self) -> Future[None]:
+        """Done when everything handed over so far is in the shared store, or could not be brought
+        there."""
+        if self.replicator is None:
+            return self.persister.flush()
+        done: Future[None] = Future()
+        flush = self.replicator.flush
+        self.persister.submit(lambda: flush(done))
+        return done
+
+    def close(self, timeout: float) -> None:
+        """Store what is queued, at most `timeout` seconds long each."""
+        self.persister.close(timeout)
+        if self.replicator is not None:
+            self.replicator.close(timeout)
+
+    def prefetch(self, agent: AgentId) -> int:
+        """Bring the rows of the agent's last branch into RAM, without owning it; returns how many.
+        Raises StoreUnavailable."""
+        loaded = self.store.latest(agent, self.key)
+        cards = loaded.card.branches if loaded is not None else ()
+        latest = max(cards, key=lambda b: b.last_used, default=None)
+        if loaded is None or latest is None or self.get(agent) is not None:
+            return 0
+        branch = branch_of(latest, "shared")
+        memory = AgentMemory(agent, loaded.card, "remote", [branch])
+        return sum(count_rows(full) for full, _ in self.rows.read(memory, branch, branch.rows))
 
     def delete(self, agent: AgentId) -> None:
         """Forget the agent here and bury it in the store. Raises Fenced, StoreUnavailable."""

@@ -20,6 +20,8 @@ from actors.config import ReplicaConfig
 from actors.engines.base import Engine
 from actors.errors import ModelUnavailable
 from storage.errors import StoreUnavailable
+from storage.local import LocalTier
+from storage.spec import CompatibilityKey
 from storage.store import CacheStore
 
 _GGUF_MAGIC = b"GGUF"
@@ -133,6 +135,16 @@ def read_signing_key(config: ReplicaConfig) -> bytes | None:
     if len(signing_key) < 16:
         raise ValueError(f"{config.signing_key_file}: a signing key has at least 16 bytes")
     return signing_key
+
+
+def open_local(config: ReplicaConfig, node: str, key: CompatibilityKey) -> LocalTier | None:
+    """The node's own disk, where it pays: a store that is a directory needs none. Raises
+    StoreUnavailable."""
+    if not config.local_bytes or not config.local:
+        return None
+    folder = Path(config.local).expanduser().absolute() / node
+    store = CacheStore(f"file://{folder}", signing_key=read_signing_key(config))
+    return LocalTier(store, key, config.local_bytes, config.daily_write_bytes)
 
 
 def _step_delay(model: str) -> float:

@@ -17,13 +17,13 @@ from typing import TypeVar
 
 import actors
 import storage
-from actors.branches import AgentMemory
+from actors.branches import AgentMemory, durable_rows
 from actors.config import ReplicaConfig
 from actors.errors import ActorError, EngineFault, ModelUnavailable
 from actors.loop import LoopConfig, ReplicaLoop
 from actors.memory import Memory, MemoryConfig
-from actors.models import open_engine, open_store
-from actors.report import AgentReport, ReplicaInfo, ReplicaStatus
+from actors.models import open_engine, open_local, open_store
+from actors.report import AgentReport, ReplicaInfo, ReplicaStatus, local_status
 from actors.scheduler import SchedulerConfig
 from actors.turn import StreamItem, TurnFailed, TurnFinished, TurnMoved, TurnRequest
 from storage.card import AgentId, Owner
@@ -44,20 +44,27 @@ class ModelReplica:
         store.probe()
         codec = get_codec(config.codec)
         engine = open_engine(config)
+        if not any(group.part == "full" for group in engine.key.spec.groups):
+            raise ModelUnavailable("every layer of this model slides: nothing names its blocks")
         for group in engine.key.spec.groups:
-            for dim in (group.key_dim, group.value_dim):
-                codec.fields(dim)  # refuses a head dim it cannot store, before we are ready
+            # Refuses a head dim it cannot store, before we are ready.
+            codec.fields("k", group.key_dim)
+            codec.fields("v", group.value_dim)
         self._owner = Owner(node, secrets.token_hex(8))
         self._config = config
-        tiers = Tiers(store, engine.key.spec, codec, config.pool_bytes)
+        local = open_local(config, node, engine.key)
+        tiers = Tiers(store, engine.key.spec, codec, config.pool_bytes, local)
         self._memory = Memory(
             store, engine.key, codec, tiers, self._owner, MemoryConfig(), {"engine": engine.name}
         )
         scheduler = SchedulerConfig(
             config.max_waiting, config.prefill_chunk, config.prefill_chunk_busy
         )
-        loop_config = LoopConfig(scheduler, default_max_tokens=config.max_tokens)
+        loop_config = LoopConfig(
+            scheduler, default_max_tokens=config.max_tokens, sync=config.durability == "sync"
+        )
         self._loop = ReplicaLoop(engine, self._memory, loop_config, node)
+        self._memory.persister.submit(self._memory.recover)
         self._workers = ThreadPoolExecutor(8, "replica")
 
     def info(self) -> ReplicaInfo:
@@ -126,6 +133,11 @@ class ModelReplica:
         """The agent is another replica's now."""
         await self._on_loop(lambda: self._loop.handoff.release(agent))
 
+    async def prefetch(self, agent: AgentId) -> int:
+        """Bring an agent's rows into RAM before it is adopted; returns how many. Raises
+        StoreUnavailable."""
+        return await self._in_thread(lambda: self._memory.prefetch(agent))
+
     async def delete(self, agent: AgentId) -> None:
         """Forget the agent for good. Raises AgentMoved while a turn runs, Fenced."""
         await self._on_loop(lambda: self._loop.drop(agent))
@@ -134,14 +146,14 @@ class ModelReplica:
     async def evict(self) -> int:
         """Empty idle sequences and the pool, as memory pressure would; returns sequences freed.
         What is not stored yet stays."""
-        await asyncio.wait_for(asyncio.wrap_future(self._memory.persister.flush()), _CALL_TIMEOUT_S)
+        await asyncio.wait_for(asyncio.wrap_future(self._memory.settle()), _CALL_TIMEOUT_S)
         freed = await self._on_loop(self._loop.residency.evict_idle)
-        self._memory.tiers.evict_all()
+        self._memory.tiers.pool.evict_all()
         return freed
 
     async def flush(self) -> None:
         """Done when everything handed over so far is stored."""
-        await asyncio.wait_for(asyncio.wrap_future(self._memory.persister.flush()), _CALL_TIMEOUT_S)
+        await asyncio.wait_for(asyncio.wrap_future(self._memory.settle()), _CALL_TIMEOUT_S)
 
     # ---- reports
 
@@ -159,7 +171,8 @@ class ModelReplica:
             idle=loop.residency.n_idle,
             queue_s=loop.queue_seconds(),
             rates=loop.rates,
-            pool_bytes=memory.tiers.used_bytes,
+            pool_bytes=memory.tiers.pool.used_bytes,
+            local=local_status(memory),
             cells_used=loop.residency.cells_used,
             n_agents=len(known),
             agents=tuple(self._report(m) for m in known if m.changed >= since),
@@ -180,6 +193,7 @@ class ModelReplica:
             branches=len(branches),
             tokens=len(latest.tokens) if latest else 0,
             rows=latest.rows if latest else 0,
+            durable_rows=durable_rows(latest) if latest else 0,
             in_ram=resident or (latest is not None and self._memory.rows.in_ram(latest)),
             ram_bytes=sizes,
             stored_bytes=memory.card.bytes_stored,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from actors.memory import Memory
 from actors.rates import Rates
 from storage.card import AgentId
 from storage.spec import CompatibilityKey
@@ -40,6 +41,18 @@ class AgentReport:
     ram_bytes: int
     stored_bytes: int
     last_used: float  # unix seconds
+    durable_rows: int = 0  # of `rows`, in the shared store
+
+
+@dataclass(frozen=True)
+class LocalStatus:
+    """The node's own disk."""
+
+    used_bytes: int
+    lagging_bytes: int  # of them not in the shared store yet
+    lagging_agents: int
+    written_bytes: int  # by this process
+    writes: bool  # False: full, or the day's budget is spent
 
 
 @dataclass(frozen=True)
@@ -56,5 +69,19 @@ class ReplicaStatus:
     cells_used: int
     n_agents: int
     agents: tuple[AgentReport, ...]
+    local: LocalStatus | None = None
     faults: dict[str, int] = field(default_factory=dict)
     served: dict[str, int] = field(default_factory=dict)
+
+
+def local_status(memory: Memory) -> LocalStatus | None:
+    local, replicator = memory.tiers.local, memory.replicator
+    if local is None or replicator is None:
+        return None
+    return LocalStatus(
+        used_bytes=local.used_bytes,
+        lagging_bytes=local.pinned_bytes,
+        lagging_agents=replicator.pending,
+        written_bytes=local.written_bytes,
+        writes=local.writes,
+    )

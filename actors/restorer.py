@@ -1,7 +1,7 @@
 """Stored rows back into the engine, while the others decode.
 
-A worker reads, verifies and decodes block by block, at most two ahead of the loop, which loads one
-block per round.
+A worker decodes block by block what others read and verify, one block ahead of the loop, which
+loads one per round.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from actors.book import Book, Restore, Turn
-from actors.engines.base import Engine
+from actors.engines.base import Engine, count_rows
 from actors.errors import EngineFault
 from actors.memory import Memory
 from actors.prepare import Prepared
 from actors.rates import Rates
 from actors.turn import CacheState
-from storage.codec import decode_rows
+from storage.codec import decode_rows, merge_parts
 from storage.spec import KVRows
 
 logger = logging.getLogger(__name__)
@@ -59,6 +59,7 @@ class Restorer:
                 rows = restore.rows.get_nowait()
             except queue.Empty:
                 continue
+            restore.room.release()
             loaded = True
             if rows is not None and not turn.cancelled and self._load(restore, rows):
                 continue
@@ -78,7 +79,7 @@ class Restorer:
             self._memory.faults.count("engine_refused", error)
             self._engine.truncate(restore.seq_id, restore.loaded)
             return False
-        restore.loaded += rows[0].k.shape[1]
+        restore.loaded += count_rows(rows)
         return True
 
     # ---- on a worker
@@ -89,20 +90,23 @@ class Restorer:
             memory.persister.flush().result(self._timeout_s)
             if not memory.rows.in_ram(ready.match.branch, keep):  # what was pinned may be gone
                 restore.cache = ready.memory.origin
-            for tensors in memory.rows.read(ready.memory, ready.match.branch, keep):
-                if not self._offer(restore, decode_rows(memory.key.spec, memory.codec, tensors)):
+            for full, sliding in memory.rows.read(ready.memory, ready.match.branch, keep):
+                if not self._has_room(restore):
                     return
+                rows = decode_rows(memory.key.spec, memory.codec, full)
+                if sliding is not None:
+                    window = decode_rows(memory.key.spec, memory.codec, sliding, "sliding")
+                    rows = merge_parts(memory.key.spec, rows, window)
+                restore.rows.put(rows)
+                self._wake()
         except Exception:
             logger.exception("restoring %s failed; the rest is prefilled", ready.memory.agent)
-        self._offer(restore, None)
+        restore.rows.put(None)
+        self._wake()
 
-    def _offer(self, restore: Restore, rows: KVRows | None) -> bool:
-        """Hand rows to the loop; False when nobody will take them."""
+    def _has_room(self, restore: Restore) -> bool:
+        """Wait until the loop has taken the block before; False when nobody will take another."""
         while self._alive() and not restore.abandoned:
-            try:
-                restore.rows.put(rows, timeout=0.1)
-            except queue.Full:
-                continue
-            self._wake()
-            return True
+            if restore.room.acquire(timeout=0.1):
+                return True
         return False

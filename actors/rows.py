@@ -1,24 +1,28 @@
-"""Encoded rows: out of the engine into pool and store, and back again.
+"""Encoded rows: out of the engine into pool and disk, and back again.
 
 Rows are encoded once, by one background thread (the Persister), which is also the only writer of a
 branch's `blocks` and `tail`. Jobs run in the order they were submitted. Token ids are copied at
 submission, rows are the branch's when the job runs: so they always belong together, whatever the
-next turn does. Knows no engine, no card.
+next turn does. Knows no engine, no card; sliding windows are actors.windows' business.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from actors.branches import AgentMemory, Branch, Run, positions
 from actors.faults import Faults
 from actors.persister import Persister
+from actors.windows import Windows
 from storage.cache_file import Chain
 from storage.codec import Codec, Tensors, concat_rows, count_rows, encode_rows, slice_rows
-from storage.errors import CorruptData, StoreUnavailable
-from storage.spec import CompatibilityKey, KVRows
-from storage.store import CacheStore
+from storage.errors import CorruptData, StorageError, StoreUnavailable
+from storage.spec import CompatibilityKey, KVRows, Part
 from storage.tiers import Tiers
+
+_READ_AHEAD = 2  # runs on their way from disk or store, still encoded, while one is decoded
 
 
 class Rows:
@@ -26,27 +30,37 @@ class Rows:
 
     def __init__(
         self,
-        store: CacheStore,
         key: CompatibilityKey,
         codec: Codec,
         tiers: Tiers,
         persister: Persister,
         faults: Faults,
     ) -> None:
-        self._store, self._key, self._codec, self._tiers = store, key, codec, tiers
+        self._key, self._codec, self._tiers = key, codec, tiers
         self._persister, self._faults = persister, faults
+        self._readers = ThreadPoolExecutor(2 * _READ_AHEAD, "read-ahead")
+        self.windows = Windows(key.spec, self.tensors, self.keep, tiers.pool.drop)
 
     # ---- from the loop's thread
 
-    def append(self, memory: AgentMemory, branch: Branch, start: int, rows: KVRows) -> None:
-        """Hand over rows start, start + 1, …; returns at once. branch.exported moves on."""
-        branch.exported = start + rows[0].k.shape[1]
+    def append(
+        self, memory: AgentMemory, branch: Branch, start: int, stop: int, rows: KVRows
+    ) -> None:
+        """Hand over rows start..stop; returns at once. branch.exported moves on."""
+        branch.exported = stop
         ids = branch.tokens[: branch.exported]
         self._persister.submit(lambda: self._append(memory, branch, start, rows, ids))
 
+    def checkpoint(self, memory: AgentMemory, branch: Branch, start: int, rows: KVRows) -> None:
+        """Hand over the sliding rows of positions from `start` to the branch's end, where its
+        window is kept from now on. All rows of the other layers have been handed over."""
+        at = branch.windowed = branch.exported
+        ends = {at for reply in branch.replies[-3:] for at in (reply.stop - 1, reply.stop)}
+        self._persister.submit(lambda: self._checkpoint(memory, branch, start, at, rows, ends))
+
     def cut(self, memory: AgentMemory, branch: Branch, keep: int) -> None:
         """Forget the rows after the first `keep`."""
-        branch.exported = min(branch.exported, keep)
+        branch.exported, branch.windowed = min(branch.exported, keep), 0
         ids = branch.tokens[:keep]
         self._persister.submit(lambda: self._take(memory, branch, branch, ids))
 
@@ -76,11 +90,18 @@ class Rows:
             elif not self._seal(memory, branch, piece, ids):
                 return
 
+    def _checkpoint(
+        self, memory: AgentMemory, branch: Branch, start: int, at: int, rows: KVRows, ends: set[int]
+    ) -> None:
+        if branch.rows == at:  # else rows were lost, and with them this position
+            sliding = encode_rows(self._key.spec, self._codec, rows, "sliding")
+            self.windows.checkpoint(memory, branch, start, at, sliding, ends)
+
     def _seal(self, memory: AgentMemory, branch: Branch, piece: Tensors, ids: list[int]) -> bool:
         """Join the tail and the piece that fills it up to a block, code by code."""
         pieces = []
         for run in branch.tail:
-            tensors = self._tensors(memory, run)
+            tensors = self.tensors(memory, run, "full")
             if tensors is None:
                 branch.tail = []
                 branch.exported = branch.rows
@@ -90,42 +111,48 @@ class Rows:
         start = size * len(branch.blocks)
         parent = branch.blocks[-1].id if branch.blocks else ""
         run = Run(self._chain(memory).block_id(parent, ids[start : start + size]), size)
-        self._keep(memory, run, concat_rows([*pieces, piece]))
+        run.carried = self.windows.joined(memory, branch.tail)
+        self.keep(memory, run, "full", concat_rows([*pieces, piece]))
         branch.blocks = [*branch.blocks, run]
         branch.tail = []
         return True
 
     def _add_segment(
         self, memory: AgentMemory, branch: Branch, tensors: Tensors, ids: list[int]
-    ) -> None:
+    ) -> Run:
         start = self._key.spec.block_tokens * len(branch.blocks)
         filled, rows = sum(run.rows for run in branch.tail), count_rows(tensors)
         parent = branch.blocks[-1].id if branch.blocks else ""
         in_block = ids[start : start + filled + rows]
         run = Run(self._chain(memory).segment_id(parent, in_block, filled), rows)
-        self._keep(memory, run, tensors)
+        self.keep(memory, run, "full", tensors)
         branch.tail = [*branch.tail, run]
+        return run
 
     def _chain(self, memory: AgentMemory) -> Chain:
         salt = memory.card.cache_salt if memory.card else ""
         return Chain(self._key.digest, self._codec.name, memory.agent.tenant, salt)
 
-    def _keep(self, memory: AgentMemory, run: Run, tensors: Tensors) -> None:
-        """Rows into the pool and the store. If the store fails they stay in RAM while there is
-        room, and every commit tries again."""
-        self._tiers.put(run.id, tensors, pinned=True)
+    def keep(self, memory: AgentMemory, run: Run, part: Part, tensors: Tensors) -> None:
+        """Rows into the pool and onto a disk. If that fails they stay in RAM while there is room,
+        and every commit tries again."""
+        pool = self._tiers.pool
+        pool.put((run.id, part), tensors, pinned=True)
         try:
-            run.ref = self._tiers.write(memory.agent.tenant, run.id, run.rows, tensors)
+            ref = self._tiers.write(memory.agent, run.id, part, tensors)
+            if ref is not None:
+                run.note("local" if self._tiers.local else "shared", part, ref)
         except StoreUnavailable as error:
             self._faults.count("store_unavailable", error)
         finally:
-            self._tiers.unpin(run.id)
+            pool.unpin((run.id, part))
 
     def _take(self, memory: AgentMemory, branch: Branch, source: Branch, ids: list[int]) -> None:
         """The branch gets the rows that `source` has of its first tokens, `ids`; codes are copied.
         Whole blocks and whole segments are shared, the one that is cut in the middle is sliced."""
         size, keep = self._key.spec.block_tokens, len(ids)
         runs, source_rows = list(positions(source)), source.rows
+        branch.checkpoints = [at for at in source.checkpoints if at <= keep]
         branch.blocks = source.blocks[: keep // size]
         branch.tail = []
         for start, run in runs:
@@ -136,60 +163,77 @@ class Rows:
             if run.rows < size and start + run.rows <= keep:
                 branch.tail = [*branch.tail, run]
                 continue
-            tensors = self._tensors(memory, run)
+            tensors = self.tensors(memory, run, "full")
             if tensors is None:
                 break
-            self._add_segment(memory, branch, slice_rows(tensors, 0, keep - start), ids)
+            part = self._add_segment(memory, branch, slice_rows(tensors, 0, keep - start), ids)
+            self.windows.cut(memory, run, part)
         if branch.rows < min(keep, source_rows):  # some could not be read: export them again
             branch.exported = min(branch.exported, branch.rows)
 
-    def _tensors(self, memory: AgentMemory, run: Run) -> Tensors | None:
-        """A run's rows, or None after counting why not."""
+    def tensors(self, memory: AgentMemory, run: Run, part: Part) -> Tensors | None:
+        """One part of a run's rows, or None after counting why not."""
+        tenant, local, shared = memory.agent.tenant, run.ref("local"), run.ref("shared")
         try:
-            tensors = self._tiers.read(memory.agent.tenant, run.id, run.rows, run.ref)
+            found = self._tiers.read(tenant, run.id, run.rows, part, local, shared)
         except CorruptData as error:
             self._faults.count("corrupt", error)
             return None
-        except StoreUnavailable as error:
+        except StorageError as error:
             self._faults.count("store_unavailable", error)
             return None
-        if tensors is None:
-            path = run.id
-            if run.ref is not None:
-                path = self._store.block_path(memory.agent.tenant, run.ref, "full")
+        if found is None:
+            ref = shared or local
+            path = self._tiers.shared.block_path(tenant, ref, part) if ref else run.id
             self._faults.count("missing", CorruptData(path, "the block is missing"))
-        return tensors
+        return found
 
     def store_again(self, memory: AgentMemory, branch: Branch) -> None:
-        """Try to store what the store refused before."""
+        """Try to store what the disk refused before."""
+        place = "local" if self._tiers.local else "shared"
         for run in branch.runs:
-            tensors = self._tiers.resident(run.id) if run.ref is None else None
-            if tensors is not None:
-                self._keep(memory, run, tensors)
+            stored = run.local if place == "local" else run.shared
+            wanted: tuple[Part, ...] = ("full", "sliding") if run.has_window else ("full",)
+            for part in wanted:
+                if part in stored or part in run.shared:
+                    continue
+                tensors = self._tiers.pool.get((run.id, part))
+                if tensors is not None:
+                    self.keep(memory, run, part, tensors)
 
     # ---- from a worker
 
-    def read(self, memory: AgentMemory, branch: Branch, keep: int) -> Iterator[Tensors]:
-        """The encoded rows of the first `keep` tokens, run by run in order. Stops early at a run
-        that is missing or cannot be trusted; the branch then forgets it and what follows."""
-        for start, run in list(positions(branch)):
-            if start >= keep:
-                return
-            tensors = self._tensors(memory, run)
+    def read(
+        self, memory: AgentMemory, branch: Branch, keep: int
+    ) -> Iterator[tuple[Tensors, Tensors | None]]:
+        """The encoded rows of the first `keep` tokens, run by run in order, each with its sliding
+        rows where the window needs them. With sliding windows, rows end at the last checkpoint.
+        Stops early at a run that is missing or cannot be trusted; the branch then forgets it and
+        what follows."""
+        keep, windows = self.windows.restorable(memory, branch, keep)
+        runs = [(start, run) for start, run in positions(branch) if start < keep]
+        ahead: deque[Future[Tensors | None]] = deque()
+        for n, (start, run) in enumerate(runs):
+            while len(ahead) < min(_READ_AHEAD, len(runs) - n):
+                wanted = runs[n + len(ahead)][1]
+                ahead.append(self._readers.submit(self.tensors, memory, wanted, "full"))
+            tensors = ahead.popleft().result()
             if tensors is None:
                 self.cut(memory, branch, start)
                 return
             if start + run.rows > keep:
                 tensors = slice_rows(tensors, 0, keep - start)
-            yield tensors
+            yield tensors, windows.get(start)
 
     # ---- reports
 
     def in_ram(self, branch: Branch, keep: int | None = None) -> bool:
         """Whether the encoded rows of the first `keep` tokens, or all, are in the pool."""
         needed = [run for at, run in positions(branch) if keep is None or at < keep]
-        return all(self._tiers.size_of(run.id) for run in needed)
+        return all(self._tiers.pool.size_of((run.id, "full")) for run in needed)
 
     def ram_bytes(self, branches: Sequence[Branch]) -> int:
         """Bytes of the branches' rows in the pool, shared ones counted once."""
-        return sum(self._tiers.size_of(i) for i in {run.id for b in branches for run in b.runs})
+        ids = {run.id for b in branches for run in b.runs}
+        parts: tuple[Part, ...] = ("full", "sliding")
+        return sum(self._tiers.pool.size_of((i, part)) for i in ids for part in parts)

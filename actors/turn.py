@@ -60,6 +60,7 @@ class TurnStarted:
     cached_tokens: int
     cache: CacheState
     node: str
+    durable_tokens: int = 0  # of the agent's memory so far, in the shared store
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,12 @@ class _Cluster:
             "Stored memory that was refused or lost, and prefilled instead.",
             labels=["node", "reason"],
         )
+        lag = GaugeMetricFamily(
+            "kvferry_lagging_bytes", "On a node's disk, not in the shared store.", labels=["node"]
+        )
+        written = CounterMetricFamily(
+            "kvferry_local_written_bytes", "Written to a node's disk.", labels=["node"]
+        )
         for node in report["nodes"]:
             if node["pid"] is None:
                 continue
@@ -72,8 +78,11 @@ class _Cluster:
             up.add_metric([name], float(node["replica"] == "ready"))
             for tier, value in node["bytes"].items():
                 size.add_metric([name, tier], value)
+            if node["local"]:
+                lag.add_metric([name], node["local"]["lagging_bytes"])
+                written.add_metric([name], node["local"]["written_bytes"])
             queued.add_metric([name], node["waiting"])
             running.add_metric([name], node["running"])
             for reason, count in node["faults"].items():
                 faults.add_metric([name, reason], count)
-        yield from (up, size, queued, running, faults)
+        yield from (up, size, lag, written, queued, running, faults)

@@ -189,6 +189,7 @@ async def _chat(context: Context, request: Request, body: ChatCompletionRequest)
         "x-kvferry-cache": started.cache,
         "x-kvferry-cached-tokens": str(started.cached_tokens),
         "x-kvferry-prefilled-tokens": str(started.prompt_tokens - started.cached_tokens),
+        "x-kvferry-durable-tokens": str(started.durable_tokens),
     }
     if body.stream:
         usage = body.stream_options is not None and body.stream_options.include_usage

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -47,6 +48,7 @@ class Started:
     cache: str
     prompt_tokens: int
     cached_tokens: int
+    durable_tokens: int  # of the agent's memory so far, in the shared store
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,19 @@ class Turns:
         several attempts fail.
         """
         log = TurnLog(request)
+        chars: list[int] = []
+        try:
+            async with aclosing(self._run(log, chars)) as events:
+                async for event in events:
+                    yield event
+        finally:
+            if request.persist:
+                n_chars = chars[0] if chars else None
+                self._router.ended.remote(request.agent, request.id, n_chars)
+
+    async def _run(self, log: TurnLog, chars: list[int]) -> AsyncGenerator[Event, None]:
+        """`chars` gets the length of the conversation when the turn was answered."""
+        request = log.request
         began = time.monotonic()
         deadline = began + self._config.request_timeout_s
         avoid: set[str] = set()
@@ -99,8 +114,8 @@ class Turns:
                             n_chars += len(event.text)
                             if len(log.ids) == event.n_tokens > 0:
                                 self._metrics.first_token.observe(time.monotonic() - began)
-                        elif isinstance(event, Done) and request.persist:
-                            self._router.spoken.remote(request.agent, n_chars)
+                        elif isinstance(event, Done):
+                            chars.append(n_chars)
                         yield event
                         if isinstance(event, Done):
                             return
@@ -129,6 +144,7 @@ class Turns:
                         request.agent,
                         n_chars,
                         min(request.sampling.max_tokens or _REPLY_TOKENS, _REPLY_TOKENS),
+                        turn_id=request.id,
                         persist=request.persist,
                         avoid=avoid,
                     ),
@@ -166,7 +182,15 @@ class Turns:
             if not log.accept_start(item):
                 return []
             self._metrics.cache.labels(item.cache).inc()
-            return [Started(item.node, item.cache, len(item.prompt_ids), item.cached_tokens)]
+            return [
+                Started(
+                    item.node,
+                    item.cache,
+                    len(item.prompt_ids),
+                    item.cached_tokens,
+                    item.durable_tokens,
+                )
+            ]
         if isinstance(item, Tokens) and log.accept(item):
             return [Text(item.text, len(item.ids))]
         if isinstance(item, TurnFinished) and log.accept(item):

@@ -49,7 +49,7 @@ def up(
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
     store: Annotated[str | None, typer.Option(help="Directory or URL of the store.")] = None,
-    codec: Annotated[str | None, typer.Option(help="q4 or f16.")] = None,
+    codec: Annotated[str | None, typer.Option(help="q4, k8v4, q8 or f16.")] = None,
     slots: Annotated[int | None, typer.Option(help="Sequences per replica.")] = None,
     config: Annotated[Path | None, typer.Option(help="A TOML file of settings.")] = None,
 ) -> None:
@@ -216,6 +216,23 @@ def ttft(
     try:
         settings = load_config(None, os.environ, {"model": model, "nodes": nodes})
         code = importlib.import_module("bench.ttft").run(settings, lengths, runs, text)
+    except (ConfigError, ModelUnavailable) as error:
+        _fail(str(error))
+    raise typer.Exit(code)
+
+
+@bench.command()
+def storage(
+    model: Annotated[str | None, typer.Option(help="Path to a GGUF, pkg:// or hf://.")] = None,
+    codec: Annotated[str | None, typer.Option(help="One of the codecs.")] = None,
+    tokens: Annotated[int, typer.Option(min=256, help="Tokens of the restored agent.")] = 4096,
+    runs: Annotated[int, typer.Option(min=1, help="Restores.")] = 5,
+    agents: Annotated[bool, typer.Option(help="Measure a store of 10,000 agents, too.")] = True,
+) -> None:
+    """Codecs, restore, bytes per turn, many agents; in this process, without a cluster."""
+    try:
+        settings = load_config(None, os.environ, {"model": model, "codec": codec})
+        code = importlib.import_module("bench.storage").run(settings, tokens, runs, agents)
     except (ConfigError, ModelUnavailable) as error:
         _fail(str(error))
     raise typer.Exit(code)

@@ -18,6 +18,7 @@ from cluster.errors import ConfigError
 from cluster.placement import PlacementConfig
 from storage.card import TENANT_PATTERN
 from storage.codec import CODECS
+from storage.files import is_remote
 from storage.spec import check_equivalent_digests
 from storage.store import CacheStore
 
@@ -150,8 +151,10 @@ def _bytes(text: str) -> int:
 def _compose(values: Mapping[str, Any]) -> ClusterConfig:
     """Relative paths are the caller's: replicas are other processes, in other directories."""
     values = _known() | dict(values)
-    for name in ("store", "model"):
-        if "://" not in values[name]:
+    for name in ("store", "model", "local"):
+        if name == "local" and not values[name]:
+            values[name] = ".kvferry/local" if is_remote(values["store"]) else ""
+        if values[name] and "://" not in values[name]:
             path = Path(values[name]).expanduser().absolute()
             values[name] = f"file://{path}" if name == "store" else str(path)
     sections = {
@@ -174,6 +177,8 @@ def _validate(config: ClusterConfig) -> None:
         ("prefill_chunk_busy", replica.prefill_chunk_busy, 1, 512),
         ("cells", replica.cells, 0, 1 << 24),
         ("pool_bytes", replica.pool_bytes, 0, 1 << 50),
+        ("local_bytes", replica.local_bytes, 0, 1 << 50),
+        ("daily_write_bytes", replica.daily_write_bytes, 0, 1 << 50),
         ("threads", replica.threads, 0, 1024),
         ("temperature", http.temperature, 0, 2),
         ("top_p", http.top_p, 1e-6, 1),
@@ -187,6 +192,8 @@ def _validate(config: ClusterConfig) -> None:
     for name, value, low, high in bounds:
         if not low <= value <= high:
             raise ConfigError(f"{name} = {value}: must be between {low} and {high}")
+    if replica.durability not in ("behind", "sync"):
+        raise ConfigError(f"durability = {replica.durability!r}: behind or sync")
     if replica.codec not in CODECS:
         raise ConfigError(f"codec = {replica.codec!r}: known codecs are {', '.join(CODECS)}")
     try:

@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from actors.errors import ActorError, AgentMoved
+from actors.errors import ActorError
 from cluster.errors import MigrationFailed
 from cluster.remote import ReplicaLost, call
 from storage.card import AgentId
@@ -41,14 +41,17 @@ async def migrate(
 
     Raises MigrationFailed; the agent is then served where its next claim succeeds.
     """
+    # Before anything stops: most of what the target will need. What this misses it reads later.
+    await _quietly(call(target[1].prefetch.remote(agent), timeout))
     began = time.monotonic()
     frozen = False
     if source is not None:
         try:
             await call(source[1].freeze.remote(agent), timeout)
             frozen = True
-        except AgentMoved:
-            frozen = False  # not its owner (any more): the claim decides
+        except (ActorError, StorageError) as error:
+            # Not its owner any more, or its engine is dead: the target's claim decides.
+            logger.warning("agent %s cannot be frozen on %s: %s", agent, source[0], error)
         except ReplicaLost as error:
             if not error.dead:  # it may still be running the agent, or freeze it when it wakes
                 source[1].thaw.remote(agent)

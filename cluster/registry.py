@@ -15,6 +15,9 @@ from cluster.placement import Location
 from storage.card import AgentId
 from storage.store import LoadedCard
 
+_CHARS_PER_TOKEN = 4.0  # nothing is tokenized before placement
+_MIN_NEW_TOKENS = 16  # the template's own, around a new message
+
 
 @dataclass(frozen=True)
 class AgentRecord:
@@ -28,6 +31,7 @@ class AgentRecord:
     tokens: int = 0
     rows: int = 0
     in_ram: bool = False
+    durable_rows: int = 0
     ram_bytes: int = 0
     stored_bytes: int = 0
     last_used: float = 0.0
@@ -45,6 +49,9 @@ class Registry:
         self._records: dict[AgentId, AgentRecord] = {}
         self._per_node: Counter[str | None] = Counter()
         self._chars: dict[AgentId, int] = {}  # of the messages and the reply of its last turn
+        # Until when, by the caller's clock: an operator's migrations, and turns that run.
+        self._settled: dict[AgentId, float] = {}
+        self._turns: dict[AgentId, dict[str, float]] = {}
 
     def __len__(self) -> int:
         return len(self._records)
@@ -62,15 +69,37 @@ class Registry:
         return self._per_node[node]
 
     def spoken(self, agent: AgentId, n_chars: int) -> None:
-        """A turn has ended: so long are its messages and its reply."""
+        """A turn was answered: so long are its messages and its reply."""
         if agent in self._records:
             self._chars[agent] = n_chars
 
-    def new_chars(self, agent: AgentId, n_chars: int) -> int:
-        """How much of a prompt's text the agent has not seen: all of it, if it goes on elsewhere
-        than where its last turn ended."""
+    def new_tokens(self, agent: AgentId, n_chars: int) -> int:
+        """Roughly how much of a prompt the agent has not seen. Where its last turn does not say,
+        because the prompt does not go on where that ended, its rows do."""
         known = self._chars.get(agent, 0)
-        return n_chars - known if n_chars >= known else n_chars
+        if not 0 < known <= n_chars:
+            known = int(self.location(agent).tokens * _CHARS_PER_TOKEN)
+        return max(_MIN_NEW_TOKENS, int((n_chars - known) / _CHARS_PER_TOKEN))
+
+    def settled(self, agent: AgentId, until: float) -> None:
+        """An operator said where it lives."""
+        self._settled[agent] = until
+
+    def turn_began(self, agent: AgentId, turn_id: str, until: float) -> None:
+        """Each attempt says so again; `until` bounds a turn whose end nobody tells."""
+        self._turns.setdefault(agent, {})[turn_id] = until
+
+    def turn_ended(self, agent: AgentId, turn_id: str) -> None:
+        turns = self._turns.get(agent, {})
+        turns.pop(turn_id, None)
+        if not turns:
+            self._turns.pop(agent, None)
+
+    def stays(self, agent: AgentId, now: float) -> bool:
+        """While a turn of it runs, and at first after an operator moved it, an agent is not moved
+        for another turn's sake."""
+        untils = [self._settled.get(agent, 0.0), *self._turns.get(agent, {}).values()]
+        return now < max(untils)
 
     def location(self, agent: AgentId) -> Location:
         record = self._records.get(agent)
@@ -113,6 +142,7 @@ class Registry:
                 branches=len(card.branches),
                 tokens=len(latest.tokens) if latest else 0,
                 rows=latest.rows if latest else 0,
+                durable_rows=latest.rows if latest else 0,
                 stored_bytes=card.bytes_stored,
                 last_used=card.updated,
             )
@@ -126,6 +156,8 @@ class Registry:
 
     def forget(self, agent: AgentId) -> None:
         self._chars.pop(agent, None)
+        self._settled.pop(agent, None)
+        self._turns.pop(agent, None)
         self._remove(agent)
 
     def _remove(self, agent: AgentId) -> None:

@@ -31,9 +31,7 @@ logger = logging.getLogger(__name__)
 ROUTER_NAME = "router"
 _CALL_TIMEOUT_S = 15.0
 _PLACE_TIMEOUT_S = 30.0  # to wait for a replica, when none is ready
-_CHARS_PER_TOKEN = 4.0  # nothing is tokenized before placement
 _STAY_S = 60.0  # after an operator's migration
-_MIN_NEW_TOKENS = 16  # the template's own, around a new message
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,6 @@ class PlacementRouter:
         )
         self._key: CompatibilityKey | None = None
         self._scanned = asyncio.Event()
-        self._stay_until: dict[AgentId, float] = {}  # monotonic seconds
         self._migrations = 0
         self._tasks = [asyncio.create_task(self._pool.run())]
 
@@ -71,6 +68,7 @@ class PlacementRouter:
         n_chars: int,
         reply_tokens: int,
         *,
+        turn_id: str = "",
         persist: bool = True,
         avoid: frozenset[str] = frozenset(),
     ) -> Decision:
@@ -85,14 +83,12 @@ class PlacementRouter:
             if location.node is not None and location.node not in self._pool.replicas:
                 self._registry.node_lost(location.node)
                 location = self._registry.location(agent)
-            new_chars = self._registry.new_chars(agent, n_chars)
-            if new_chars == n_chars:  # not known from its last turn: its rows say how much is
-                new_chars -= int(location.tokens * _CHARS_PER_TOKEN)
-            new_tokens = max(_MIN_NEW_TOKENS, int(new_chars / _CHARS_PER_TOKEN))
-            counted = [candidate(r, self._registry.count(n)) for n, r in replicas.items()]
-            candidates = [c for c in counted if c is not None]
+            new_tokens = self._registry.new_tokens(agent, n_chars)
+            counts = self._registry.count
+            candidates = [c for n, r in replicas.items() if (c := candidate(r, counts(n)))]
             owner = location.node
-            if self._stays(agent, replicas.get(owner or ""), avoid):
+            able = owner in replicas and _incarnation(replicas[owner]) not in avoid
+            if able and self._registry.stays(agent, time.monotonic()):
                 candidates = [c for c in candidates if c.node == owner]
             decision = place(new_tokens, reply_tokens, location, candidates, self._config.placement)
             node = decision.node
@@ -104,10 +100,11 @@ class PlacementRouter:
                     node = owner
             if persist:
                 self._registry.assign(agent, node)
-                self._stay_until[agent] = time.monotonic() + self._config.http.request_timeout_s
+                until = time.monotonic() + self._config.http.request_timeout_s
+                self._registry.turn_began(agent, turn_id, until)
             chosen = next(e for e in decision.estimates if e.node == node)
             replicas[node].promised_s += chosen.total_s - chosen.queue_s
-            return _decision(replicas[node], decision)
+            return Decision(node, _incarnation(replicas[node]), replicas[node].actor, decision)
 
     async def _ready(self, avoid: frozenset[str]) -> dict[str, Replica]:
         """Replicas that can take a turn, waiting for one if need be."""
@@ -122,17 +119,11 @@ class PlacementRouter:
                 raise NoReplica(f"no replica is ready{f' ({reasons})' if reasons else ''}")
             await asyncio.sleep(0.05)
 
-    def spoken(self, agent: AgentId, n_chars: int) -> None:
-        """A turn has ended: so long are its messages and its reply."""
-        self._registry.spoken(agent, n_chars)
-        self._stay_until.pop(agent, None)
-
-    def _stays(self, agent: AgentId, owner: Replica | None, avoid: frozenset[str]) -> bool:
-        """While a turn of it runs, and at first after an operator moved it, an agent is not moved
-        for another turn's sake."""
-        if owner is None or _incarnation(owner) in avoid:
-            return False
-        return time.monotonic() < self._stay_until.get(agent, 0.0)
+    def ended(self, agent: AgentId, turn_id: str, n_chars: int | None) -> None:
+        """A turn is over; n_chars: of its messages and its reply, None if it was not answered."""
+        self._registry.turn_ended(agent, turn_id)
+        if n_chars is not None:
+            self._registry.spoken(agent, n_chars)
 
     def suspect(self, incarnation: str) -> None:
         """An ingress lost this replica in the middle of a turn."""
@@ -152,9 +143,10 @@ class PlacementRouter:
                 raise NoReplica(f"the replica on {target} is not ready")
             source = self._pool.replicas.get(record.node) if record.node else None
             if source is replica:
-                return Migration(target, target, record.epoch, 0.0)
-            done = await self._move(agent, source, replica)
-            self._stay_until[agent] = time.monotonic() + _STAY_S
+                done = Migration(target, target, record.epoch, 0.0)
+            else:
+                done = await self._move(agent, source, replica)
+            self._registry.settled(agent, time.monotonic() + _STAY_S)
             return done
 
     async def _move(self, agent: AgentId, source: Replica | None, target: Replica) -> Migration:
@@ -179,7 +171,6 @@ class PlacementRouter:
             except ReplicaLost as error:
                 raise NoReplica(f"the replica on {replica.node.id} was lost: {error}") from error
             self._registry.forget(agent)
-            self._stay_until.pop(agent, None)
 
     async def agent(self, agent: AgentId) -> dict[str, Any]:
         """One agent's record. Raises UnknownAgent."""
@@ -267,10 +258,6 @@ class PlacementRouter:
         return self._locks.setdefault(agent, asyncio.Lock())
 
 
-def _decision(replica: Replica, placement: Placement) -> Decision:
-    return Decision(replica.node.id, _incarnation(replica), replica.actor, placement)
-
-
 def _incarnation(replica: Replica) -> str:
     return replica.info.incarnation if replica.info is not None else ""
 
@@ -284,6 +271,7 @@ def _record(record: AgentRecord) -> dict[str, Any]:
         "generation": record.generation,
         "branches": record.branches,
         "tokens": record.tokens,
+        "durable_tokens": record.durable_rows,
         "bytes": {"ram": record.ram_bytes, "store": record.stored_bytes},
         "last_used": record.last_used,
     }
@@ -310,7 +298,9 @@ def _node(node: str, address: str, has_device: bool, replica: Replica | None) ->
         "bytes": {
             "engine": info.kv_bytes if info else 0,
             "pool": status.pool_bytes if status else 0,
+            "local": status.local.used_bytes if status and status.local else 0,
         },
+        "local": asdict(status.local) if status and status.local else None,
         "rates": asdict(status.rates) if status else {},
         "faults": status.faults if status else {},
         "served": status.served if status else {},

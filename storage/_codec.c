@@ -1,9 +1,12 @@
-/* The q4 codec's arithmetic, fast: storage/codec.py says what it computes and is its reference.
+/* The quantizers' arithmetic, fast: storage/quantizers.py says what it computes and is its
+ * reference.
  *
  * Both give the same bits: the butterflies run in the same order and nothing is contracted to FMA
  * (-ffp-contract=off). Vectors are taken 16 at a time and transposed, so that every inner loop
- * runs over 16 independent lanes and the compiler vectorises all of it (AVX2, AVX-512, NEON).
- * Little-endian, as the format. The GIL is released while it computes.
+ * runs over 16 independent lanes and the compiler vectorises all of it (AVX2, AVX-512, NEON). The
+ * number of bits is a constant wherever it matters. Little-endian, as the format. The GIL is
+ * released while it computes, and results go where the caller says, so that threads can fill one
+ * array together.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -25,6 +28,8 @@
 typedef float tile_t[LANES];
 typedef uint16_t halves_t[LANES];
 typedef float vector_t __attribute__((vector_size(LANES * sizeof(float)), may_alias));
+typedef uint32_t words_t __attribute__((vector_size(LANES * sizeof(uint32_t))));
+typedef int32_t ints_t __attribute__((vector_size(LANES * sizeof(int32_t))));
 
 INLINE float from_bits(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
 INLINE uint32_t to_bits(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
@@ -50,13 +55,13 @@ INLINE float half_to_float(uint16_t h) {
     return from_bits(bits | (uint32_t)(h & 0x8000) << 16);
 }
 
-INLINE uint16_t float_to_half(float f) { /* round to nearest, ties to even */
-    uint32_t x = to_bits(f), sign = x >> 16 & 0x8000;
+INLINE uint16_t float_to_half(float f) { /* round to nearest, ties to even; saturates */
+    uint32_t x = to_bits(f), sign = x >> 16 & 0x8000, max_half = 0x477fe000;
     x &= 0x7fffffff;
+    x = x < max_half ? x : max_half;
     uint32_t normal = (x + 0xc8000fff + (x >> 13 & 1)) >> 13;
     uint32_t subnormal = to_bits(from_bits(x) + 0.5f) - 0x3f000000;
     uint32_t half = choose(x < 0x38800000, subnormal, normal);
-    half = choose(x >= 0x47800000, choose(x > 0x7f800000, 0x7e00, 0x7c00), half);
     return (uint16_t)(half | sign);
 }
 
@@ -121,11 +126,34 @@ INLINE void store_rows(halves_t *columns, int lanes, int dim, uint16_t *rows) {
         }
 }
 
-CLONES static void encode(const uint16_t *in, Py_ssize_t n, int dim, int group, int block,
-                          float scale, uint32_t *codes, uint16_t *scales, uint16_t *biases) {
+/* The range of every lane's group: what is subtracted, what is multiplied by, and what is stored. */
+INLINE void fit(tile_t *v, int group, int levels, float *bias, float *inverse, uint16_t *scales,
+                uint16_t *biases) {
+    tile_t low, high;
+    memcpy(low, v[0], sizeof low);
+    memcpy(high, v[0], sizeof high);
+    for (int d = 1; d < group; d++)
+        for (int l = 0; l < LANES; l++) {
+            low[l] = smaller(v[d][l], low[l]);
+            high[l] = larger(v[d][l], high[l]);
+        }
+    for (int l = 0; l < LANES; l++) {
+        low[l] = smaller(larger(low[l], -MAX_HALF), MAX_HALF) + 0.0f; /* -0 becomes 0 */
+        high[l] = smaller(larger(high[l], -MAX_HALF), MAX_HALF) + 0.0f;
+        scales[l] = float_to_half((high[l] - low[l]) / (float)levels);
+        biases[l] = float_to_half(low[l]);
+        float scale = half_to_float(scales[l]);
+        inverse[l] = scale != 0.0f ? 1.0f / scale : 0.0f;
+        bias[l] = half_to_float(biases[l]);
+    }
+}
+
+INLINE void encode(const uint16_t *in, Py_ssize_t n, int dim, int bits, int group, int block,
+                   float scale, uint32_t *codes, uint16_t *scales, uint16_t *biases) {
     _Alignas(64) tile_t x[MAX_DIM];
     _Alignas(64) halves_t halves[MAX_DIM];
-    int n_groups = dim / group;
+    int n_groups = dim / group, per_word = 32 / bits, n_words = dim / per_word;
+    uint32_t levels = (1u << bits) - 1;
     for (Py_ssize_t first = 0; first < n; first += LANES) {
         int lanes = n - first < LANES ? (int)(n - first) : LANES;
         load_columns(in + first * dim, lanes, dim, halves);
@@ -135,65 +163,53 @@ CLONES static void encode(const uint16_t *in, Py_ssize_t n, int dim, int group, 
         for (int d = 0; d < dim; d++)
             for (int l = 0; l < LANES; l++) x[d][l] *= scale;
         for (int g = 0; g < n_groups; g++) {
-            tile_t low, high, inverse;
+            tile_t bias, inverse;
+            halves_t s, b;
             tile_t *v = x + g * group;
-            memcpy(low, v[0], sizeof low);
-            memcpy(high, v[0], sizeof high);
-            for (int d = 1; d < group; d++)
-                for (int l = 0; l < LANES; l++) {
-                    low[l] = smaller(v[d][l], low[l]);
-                    high[l] = larger(v[d][l], high[l]);
-                }
-            for (int l = 0; l < LANES; l++) {
-                low[l] = smaller(larger(low[l], -MAX_HALF), MAX_HALF) + 0.0f; /* -0 becomes 0 */
-                high[l] = smaller(larger(high[l], -MAX_HALF), MAX_HALF) + 0.0f;
-                uint16_t s = float_to_half((high[l] - low[l]) / 15.0f), b = float_to_half(low[l]);
-                float sf = half_to_float(s);
-                inverse[l] = sf != 0.0f ? 1.0f / sf : 0.0f;
-                low[l] = half_to_float(b);
-                if (l < lanes) {
-                    scales[(first + l) * n_groups + g] = s;
-                    biases[(first + l) * n_groups + g] = b;
-                }
+            fit(v, group, (int)levels, bias, inverse, s, b);
+            for (int l = 0; l < lanes; l++) {
+                scales[(first + l) * n_groups + g] = s[l];
+                biases[(first + l) * n_groups + g] = b[l];
             }
-            for (int w = 0; w < group / 8; w++) {
+            for (int w = 0; w < group / per_word; w++) {
                 uint32_t word[LANES] = {0};
-                for (int i = 0; i < 8; i++)
+                for (int i = 0; i < per_word; i++)
                     for (int l = 0; l < LANES; l++) {
-                        float q = (v[w * 8 + i][l] - low[l]) * inverse[l];
-                        q = smaller(larger(q, 0.0f), 15.0f);
+                        float q = (v[w * per_word + i][l] - bias[l]) * inverse[l];
+                        q = smaller(larger(q, 0.0f), (float)levels);
                         /* adding 2^23 rounds to an integer, ties to even, in the low bits */
-                        word[l] |= (to_bits(q + 0x1p23f) & 15) << (4 * i);
+                        word[l] |= (to_bits(q + 0x1p23f) & levels) << (bits * i);
                     }
                 for (int l = 0; l < lanes; l++)
-                    codes[(first + l) * (dim / 8) + g * (group / 8) + w] = word[l];
+                    codes[(first + l) * n_words + g * (group / per_word) + w] = word[l];
             }
         }
     }
 }
 
-CLONES static void decode(const uint32_t *codes, const uint16_t *scales, const uint16_t *biases,
-                          Py_ssize_t n, int dim, int group, int block, float scale,
-                          uint16_t *out) {
+INLINE void decode(const uint32_t *codes, const uint16_t *scales, const uint16_t *biases,
+                   Py_ssize_t n, int dim, int bits, int group, int block, float scale,
+                   uint16_t *out) {
     _Alignas(64) tile_t x[MAX_DIM];
     _Alignas(64) halves_t halves[MAX_DIM];
-    int n_groups = dim / group;
+    int n_groups = dim / group, per_word = 32 / bits, n_words = dim / per_word;
+    uint32_t levels = (1u << bits) - 1;
     for (Py_ssize_t first = 0; first < n; first += LANES) {
         int lanes = n - first < LANES ? (int)(n - first) : LANES;
         for (int g = 0; g < n_groups; g++) {
-            tile_t s = {0}, b = {0};
+            vector_t s = {0}, b = {0}, *v = (vector_t *)(x + g * group);
             for (int l = 0; l < lanes; l++) {
                 s[l] = half_to_float(scales[(first + l) * n_groups + g]);
                 b[l] = half_to_float(biases[(first + l) * n_groups + g]);
             }
-            for (int w = 0; w < group / 8; w++) {
-                uint32_t word[LANES] = {0};
+            for (int w = 0; w < group / per_word; w++) {
+                words_t word = {0};
                 for (int l = 0; l < lanes; l++)
-                    word[l] = codes[(first + l) * (dim / 8) + g * (group / 8) + w];
-                for (int i = 0; i < 8; i++)
-                    for (int l = 0; l < LANES; l++)
-                        x[g * group + w * 8 + i][l] =
-                            (float)(int32_t)(word[l] >> (4 * i) & 15) * s[l] + b[l];
+                    word[l] = codes[(first + l) * n_words + g * (group / per_word) + w];
+                for (int i = 0; i < per_word; i++) {
+                    ints_t q = (ints_t)(word >> (bits * i) & levels);
+                    v[w * per_word + i] = __builtin_convertvector(q, vector_t) * s + b;
+                }
             }
         }
         rotate(x, dim, block);
@@ -203,6 +219,23 @@ CLONES static void decode(const uint32_t *codes, const uint16_t *scales, const u
     }
 }
 
+#define ENCODE(bits)                                                                              \
+    CLONES static void encode_##bits(const uint16_t *in, Py_ssize_t n, int dim, int group,        \
+                                     int block, float scale, uint32_t *codes, uint16_t *scales,   \
+                                     uint16_t *biases) {                                          \
+        encode(in, n, dim, bits, group, block, scale, codes, scales, biases);                     \
+    }
+#define DECODE(bits)                                                                              \
+    CLONES static void decode_##bits(const uint32_t *codes, const uint16_t *scales,               \
+                                     const uint16_t *biases, Py_ssize_t n, int dim, int group,    \
+                                     int block, float scale, uint16_t *out) {                     \
+        decode(codes, scales, biases, n, dim, bits, group, block, scale, out);                    \
+    }
+ENCODE(4)
+ENCODE(8)
+DECODE(4)
+DECODE(8)
+
 /* 1/sqrt(block), rounded once from double, as numpy's float32(block ** -0.5). */
 static float rotation_scale(int block) {
     double root = 1.0;
@@ -210,86 +243,96 @@ static float rotation_scale(int block) {
     return (float)(block == 2 ? root * 0.70710678118654757 : root);
 }
 
-static int check(Py_ssize_t dim, int group, int block) {
-    if (dim <= 0 || dim > MAX_DIM || group <= 0 || group % 8 || dim % group || block <= 0 ||
-        (block & (block - 1)) || dim % block) {
-        PyErr_Format(PyExc_ValueError, "q4: dim %zd, group %d, block %d do not fit", dim, group,
-                     block);
-        return 0;
+/* What both functions take: vectors of dim halves, and their stored fields. */
+typedef struct {
+    Py_buffer vectors, codes, scales, biases;
+    int bits, group, block;
+} call_t;
+
+static void release(call_t *c) {
+    PyBuffer_Release(&c->vectors);
+    PyBuffer_Release(&c->codes);
+    PyBuffer_Release(&c->scales);
+    PyBuffer_Release(&c->biases);
+}
+
+/* The length of the vectors, or -1 with an exception set. */
+static Py_ssize_t check(const call_t *c) {
+    const Py_buffer *v = &c->vectors;
+    Py_ssize_t dim = v->ndim ? v->shape[v->ndim - 1] : 0;
+    int bits = c->bits, group = c->group, block = c->block;
+    if (v->itemsize != 2 || c->codes.itemsize != 4) {
+        PyErr_SetString(PyExc_ValueError, "vectors are (..., D) float16, their codes uint32");
+        return -1;
     }
-    return 1;
+    if ((bits != 4 && bits != 8) || dim <= 0 || dim > MAX_DIM || group <= 0 || group % 8 ||
+        dim % group || block <= 0 || (block & (block - 1)) || dim % block) {
+        PyErr_Format(PyExc_ValueError, "dim %zd, %d bits, group %d, block %d do not fit", dim, bits,
+                     group, block);
+        return -1;
+    }
+    Py_ssize_t n = v->len / (2 * dim);
+    if (c->codes.len != n * dim * bits / 8 || c->scales.len != n * (dim / group) * 2 ||
+        c->biases.len != c->scales.len) {
+        PyErr_SetString(PyExc_ValueError, "codes, scales or biases do not fit the vectors");
+        return -1;
+    }
+    return dim;
+}
+
+/* "O" and not "y*": only a buffer that was asked for its shape has one. */
+static int take(PyObject *args, int encoding, call_t *c) {
+    PyObject *arrays[4];
+    Py_buffer *buffers[4] = {&c->vectors, &c->codes, &c->scales, &c->biases};
+    memset(c, 0, sizeof *c); /* releasing a buffer of zeros does nothing */
+    if (!PyArg_ParseTuple(args, "OOOOiii", &arrays[0], &arrays[1], &arrays[2], &arrays[3],
+                          &c->bits, &c->group, &c->block))
+        return 0;
+    for (int i = 0; i < 4; i++) {
+        int flags = PyBUF_ND | PyBUF_C_CONTIGUOUS;
+        if (encoding == (i > 0)) flags |= PyBUF_WRITABLE;
+        if (PyObject_GetBuffer(arrays[i], buffers[i], flags)) return 0;
+    }
+    return check(c) >= 0;
 }
 
 static PyObject *py_encode(PyObject *self, PyObject *args) {
-    PyObject *array;
-    Py_buffer in;
-    int group, block;
-    if (!PyArg_ParseTuple(args, "Oii", &array, &group, &block)) return NULL;
-    if (PyObject_GetBuffer(array, &in, PyBUF_ND | PyBUF_C_CONTIGUOUS)) return NULL;
-    PyObject *result = NULL, *codes = NULL, *scales = NULL, *biases = NULL;
+    call_t c;
     (void)self;
-    if (in.ndim != 2 || in.itemsize != 2) {
-        PyErr_SetString(PyExc_ValueError, "encode_q4 takes an (N, D) float16 array");
-        goto done;
+    int ready = take(args, 1, &c);
+    if (ready) {
+        int dim = (int)c.vectors.shape[c.vectors.ndim - 1];
+        Py_BEGIN_ALLOW_THREADS
+        (c.bits == 4 ? encode_4 : encode_8)(c.vectors.buf, c.vectors.len / (2 * dim), dim, c.group,
+                                            c.block, rotation_scale(c.block), c.codes.buf,
+                                            c.scales.buf, c.biases.buf);
+        Py_END_ALLOW_THREADS
     }
-    Py_ssize_t n = in.shape[0], dim = in.shape[1];
-    if (!check(dim, group, block)) goto done;
-    codes = PyBytes_FromStringAndSize(NULL, n * dim / 2);
-    scales = PyBytes_FromStringAndSize(NULL, n * (dim / group) * 2);
-    biases = PyBytes_FromStringAndSize(NULL, n * (dim / group) * 2);
-    if (!codes || !scales || !biases) goto done;
-    Py_BEGIN_ALLOW_THREADS
-    encode(in.buf, n, (int)dim, group, block, rotation_scale(block),
-           (uint32_t *)PyBytes_AS_STRING(codes), (uint16_t *)PyBytes_AS_STRING(scales),
-           (uint16_t *)PyBytes_AS_STRING(biases));
-    Py_END_ALLOW_THREADS
-    result = PyTuple_Pack(3, codes, scales, biases);
-done:
-    PyBuffer_Release(&in);
-    Py_XDECREF(codes);
-    Py_XDECREF(scales);
-    Py_XDECREF(biases);
-    return result;
+    release(&c);
+    if (!ready) return NULL;
+    Py_RETURN_NONE;
 }
 
 static PyObject *py_decode(PyObject *self, PyObject *args) {
-    PyObject *array, *out = NULL;
-    Py_buffer codes, scales, biases;
-    int group, block;
-    if (!PyArg_ParseTuple(args, "Oy*y*ii", &array, &scales, &biases, &group, &block)) return NULL;
-    if (PyObject_GetBuffer(array, &codes, PyBUF_ND | PyBUF_C_CONTIGUOUS)) {
-        PyBuffer_Release(&scales);
-        PyBuffer_Release(&biases);
-        return NULL;
-    }
+    call_t c;
     (void)self;
-    if (codes.ndim < 1 || codes.itemsize != 4) {
-        PyErr_SetString(PyExc_ValueError, "decode_q4 takes (..., D/8) uint32 codes");
-        goto done;
+    int ready = take(args, 0, &c);
+    if (ready) {
+        int dim = (int)c.vectors.shape[c.vectors.ndim - 1];
+        Py_BEGIN_ALLOW_THREADS
+        (c.bits == 4 ? decode_4 : decode_8)(c.codes.buf, c.scales.buf, c.biases.buf,
+                                            c.vectors.len / (2 * dim), dim, c.group, c.block,
+                                            rotation_scale(c.block), c.vectors.buf);
+        Py_END_ALLOW_THREADS
     }
-    Py_ssize_t dim = codes.shape[codes.ndim - 1] * 8;
-    if (!check(dim, group, block)) goto done;
-    Py_ssize_t n = codes.len / (dim / 2);
-    if (scales.len != n * (dim / group) * 2 || biases.len != scales.len) {
-        PyErr_SetString(PyExc_ValueError, "decode_q4: scales or biases do not fit the codes");
-        goto done;
-    }
-    out = PyBytes_FromStringAndSize(NULL, n * dim * 2);
-    if (!out) goto done;
-    Py_BEGIN_ALLOW_THREADS
-    decode(codes.buf, scales.buf, biases.buf, n, (int)dim, group, block, rotation_scale(block),
-           (uint16_t *)PyBytes_AS_STRING(out));
-    Py_END_ALLOW_THREADS
-done:
-    PyBuffer_Release(&codes);
-    PyBuffer_Release(&scales);
-    PyBuffer_Release(&biases);
-    return out;
+    release(&c);
+    if (!ready) return NULL;
+    Py_RETURN_NONE;
 }
 
 static PyMethodDef methods[] = {
-    {"encode_q4", py_encode, METH_VARARGS, "(N, D) float16, group, block -> codes, scales, biases"},
-    {"decode_q4", py_decode, METH_VARARGS, "codes, scales, biases, group, block -> float16 bytes"},
+    {"encode", py_encode, METH_VARARGS, "vectors -> codes, scales, biases; bits, group, block"},
+    {"decode", py_decode, METH_VARARGS, "vectors <- codes, scales, biases; bits, group, block"},
     {NULL, NULL, 0, NULL},
 };
 

@@ -2,7 +2,23 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-def encode_q4(x: NDArray[Any], group: int, block: int) -> tuple[bytes, bytes, bytes]: ...
-def decode_q4(
-    codes: NDArray[Any], scales: NDArray[Any], biases: NDArray[Any], group: int, block: int
-) -> bytes: ...
+def encode(
+    vectors: NDArray[Any],
+    codes: NDArray[Any],
+    scales: NDArray[Any],
+    biases: NDArray[Any],
+    bits: int,
+    group: int,
+    block: int,
+    /,
+) -> None: ...
+def decode(
+    vectors: NDArray[Any],
+    codes: NDArray[Any],
+    scales: NDArray[Any],
+    biases: NDArray[Any],
+    bits: int,
+    group: int,
+    block: int,
+    /,
+) -> None: ...

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -98,6 +98,12 @@ class ModelCacheSpec:
         """Bytes of one token's KV in float16 over all layers."""
         return sum(2 * x.n_kv_heads * (x.key_dim + x.value_dim) for x in self.layers)
 
+    @cached_property
+    def window(self) -> int:
+        """The longest sliding window in tokens, 0 if no layer has one. A token attends to itself
+        and the window - 1 tokens before it."""
+        return max((x.window for x in self.layers if x.kind == "sliding"), default=0)
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -156,6 +162,10 @@ class CompatibilityKey:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> CompatibilityKey:
         """Raises KeyError, TypeError or ValueError for what is no key."""
+        return _key(canonical_json(data))
+
+    @classmethod
+    def _read(cls, data: Mapping[str, Any]) -> CompatibilityKey:
         rope = data["rope"]
         if not isinstance(rope, dict) or not all(
             type(value) in (int, float, str) for value in rope.values()
@@ -211,6 +221,12 @@ def _text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is no text")
     return value
+
+
+@lru_cache(maxsize=64)
+def _key(raw: bytes) -> CompatibilityKey:
+    """A store's cards repeat a few keys: each is read, and its digest computed, once."""
+    return CompatibilityKey._read(json.loads(raw))
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

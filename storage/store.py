@@ -36,7 +36,7 @@ from storage.errors import (
     StoreUnavailable,
     Unsupported,
 )
-from storage.files import Files
+from storage.files import Files, FilesOptions
 from storage.spec import CompatibilityKey
 
 
@@ -67,9 +67,10 @@ class CacheStore:
         *,
         signing_key: bytes | None = None,
         on_fault: Callable[[StorageError], None] = lambda error: None,
+        options: FilesOptions | None = None,
     ) -> None:
         """Raises ValueError for a URL this version has no tested backend for."""
-        self.files = Files(url)
+        self.files = Files(url, options)
         self.url = self.files.url
         self._signing_key = signing_key
         self.on_fault = on_fault
@@ -141,7 +142,7 @@ class CacheStore:
         is unknown or nothing verifies (on_fault then was told). A tombstone is returned. Raises
         Unsupported for a card of a newer kvferry: an older card, or a claim, would bury it.
         """
-        return self._newest(self._agent_folder(agent, key), key)
+        return self._newest(self.agent_folder(agent, key), key)
 
     def _newest(self, folder: str, key: CompatibilityKey | None) -> LoadedCard | None:
         unusable: set[tuple[int, int]] = set()
@@ -161,7 +162,7 @@ class CacheStore:
 
     def epoch(self, agent: AgentId, key: CompatibilityKey) -> int:
         """The greatest epoch claimed, 0 for an unknown agent."""
-        names = self._card_names(self._agent_folder(agent, key))
+        names = self._card_names(self.agent_folder(agent, key))
         return names[-1][0] if names else 0
 
     def claim(
@@ -201,7 +202,7 @@ class CacheStore:
         if found and inherit and not tombstone and not found.card.tombstone:
             card = self._inherit(card, found.card)
         raw = encode_card(card, self._signing_key)
-        path = f"{self._agent_folder(agent, key)}/{card.name}"
+        path = f"{self.agent_folder(agent, key)}/{card.name}"
         self._create_or_read_back(path, raw, card)
         newest = self.epoch(agent, key)
         if newest > epoch:  # claimed and cleaned up by others between our look and our create
@@ -210,7 +211,7 @@ class CacheStore:
 
     def _inherit(self, card: CacheCard, old: CacheCard) -> CacheCard:
         if old.codec != card.codec:  # stored rows are never encoded again
-            path = f"{self._agent_folder(old.agent, old.key)}/{old.name}"
+            path = f"{self.agent_folder(old.agent, old.key)}/{old.name}"
             self.on_fault(Incompatible(path, [f"codec: {old.codec} != {card.codec}"]))
             return card
         return replace(
@@ -228,7 +229,7 @@ class CacheStore:
         card that is returned counts. Raises Fenced when a newer epoch exists, then nobody will
         read this card. Keeps the last two generations and the claim.
         """
-        folder = self._agent_folder(card.agent, card.key)
+        folder = self.agent_folder(card.agent, card.key)
         names = self._card_names(folder)
         if names and names[-1][0] > card.epoch:
             raise Fenced(str(card.agent), names[-1][0])
@@ -247,10 +248,28 @@ class CacheStore:
                 self.files.remove(f"{folder}/{card_name(*name)}")
         return LoadedCard(card, CardRef(card.epoch, card.generation, sha256(raw)))
 
+    # ---- cards of a local tier, whose claims are in another store
+
+    def journal(self, card: CacheCard) -> None:
+        """Write a card without a claim, in place of the agent's others. Raises StoreUnavailable."""
+        folder = self.agent_folder(card.agent, card.key)
+        raw = encode_card(card, self._signing_key)
+        self._create_or_read_back(f"{folder}/{card.name}", raw, card)
+        self.drop_cards(card.agent, card.key, but=card)
+
+    def drop_cards(
+        self, agent: AgentId, key: CompatibilityKey, *, but: CacheCard | None = None
+    ) -> None:
+        """Remove an agent's cards, all or all but one."""
+        folder = self.agent_folder(agent, key)
+        for name in self._card_names(folder):
+            if but is None or name != (but.epoch, but.generation):
+                self.files.remove(f"{folder}/{card_name(*name)}")
+
     def delete(self, template: CacheCard) -> None:
         """A claim with a tombstone: what an old owner still writes is never read. Raises Fenced."""
         claimed = self.claim(template, tombstone=True).card
-        folder = self._agent_folder(claimed.agent, claimed.key)
+        folder = self.agent_folder(claimed.agent, claimed.key)
         for epoch, generation in self._card_names(folder):
             if epoch < claimed.epoch:
                 self.files.remove(f"{folder}/{card_name(epoch, generation)}")
@@ -278,7 +297,7 @@ class CacheStore:
     def _block_folder(self, tenant: str, block_id: str) -> str:
         return self.files.path("blocks", tenant, block_id[:3])
 
-    def _agent_folder(self, agent: AgentId, key: CompatibilityKey) -> str:
+    def agent_folder(self, agent: AgentId, key: CompatibilityKey) -> str:
         return self.files.path("agents", agent.tenant, agent.digest(key.digest))
 
     def _card_names(self, folder: str) -> list[tuple[int, int]]:
@@ -287,7 +306,7 @@ class CacheStore:
     def _read_card(self, path: str, key: CompatibilityKey | None) -> LoadedCard:
         raw = self.files.read(path)
         card = decode_card(raw, path, key=key, signing_key=self._signing_key)
-        home = f"{self._agent_folder(card.agent, card.key)}/{card.name}"
+        home = f"{self.agent_folder(card.agent, card.key)}/{card.name}"
         if path != home:  # a sound card, copied here from another agent, tenant or epoch
             raise CorruptData(path, f"the card inside belongs to {home}")
         return LoadedCard(card, CardRef(card.epoch, card.generation, sha256(raw)))

@@ -1,118 +1,137 @@
-"""Encoded rows in RAM, and below them the store.
+"""Encoded rows in RAM, on the node's disk, and in the shared store.
 
-The pool holds blocks and tail segments as tensors, by id, within a budget in bytes; the least
-recently used leave first. Rows that are not in the store yet are pinned. Reading falls through to
-the store, verifies, and brings the rows back. Called by actors.memory; thread-safe.
+    pool (RAM)  ->  local tier (this node's disk; optional)  ->  shared store
+
+A block or segment has a `full` part and, for models with sliding windows, a `sliding` part, which
+may hold only the last of its rows. Reading falls through, verifies, and brings the rows up.
+Writing goes to the first tier that has a disk; the shared store is filled from there. Called by
+actors.rows; thread-safe.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections import OrderedDict
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 
 from storage.cache_file import PAGE, load, save
-from storage.card import BlockRef
-from storage.codec import Codec, Tensors, check_tensors, tensor_bytes
-from storage.errors import CorruptData
+from storage.card import AgentId, BlockRef, PartRef
+from storage.codec import Codec, Tensors, check_tensors, count_rows
+from storage.errors import CorruptData, StorageError
+from storage.local import LocalTier
+from storage.pool import Pool
 from storage.spec import ModelCacheSpec, Part
 from storage.store import CacheStore
 
+logger = logging.getLogger(__name__)
 BLOCK_SCHEMA = "kvferry.block.v1"
-
-
-@dataclass
-class _Entry:
-    tensors: Tensors
-    size: int
-    pins: int
+_MAX_KEEPING = 8  # blocks on their way into the local tier
 
 
 class Tiers:
-    """RAM over a store, for one spec and codec."""
+    """For one spec and codec. Without a local tier, rows are written to the shared store."""
 
     def __init__(
-        self, store: CacheStore, spec: ModelCacheSpec, codec: Codec, pool_bytes: int
+        self,
+        shared: CacheStore,
+        spec: ModelCacheSpec,
+        codec: Codec,
+        pool_bytes: int,
+        local: LocalTier | None = None,
     ) -> None:
-        self._store = store
-        self._spec = spec
-        self._codec = codec
-        self.pool_bytes = pool_bytes
-        self._entries: OrderedDict[str, _Entry] = OrderedDict()
-        self._used = 0
-        self._lock = threading.Lock()
+        self.shared, self.local, self.pool = shared, local, Pool(pool_bytes)
+        self._spec, self._codec = spec, codec
+        self._keeper = ThreadPoolExecutor(1, "local-tier")
+        self._keeping = threading.BoundedSemaphore(_MAX_KEEPING)
 
-    @property
-    def used_bytes(self) -> int:
-        return self._used
+    def read(
+        self,
+        tenant: str,
+        run_id: str,
+        rows: int,
+        part: Part,
+        local: BlockRef | None,
+        shared: BlockRef | None,
+    ) -> Tensors | None:
+        """The rows from the nearest place that has them; None when they are nowhere.
 
-    def put(self, run_id: str, tensors: Tensors, *, pinned: bool) -> None:
-        """Add rows to the pool, or pin the ones that are there."""
-        with self._lock:
-            entry = self._entries.get(run_id)
-            if entry is None:
-                entry = self._entries[run_id] = _Entry(tensors, tensor_bytes(tensors), 0)
-                self._used += entry.size
-            entry.pins += pinned
-            self._entries.move_to_end(run_id)
-            self._evict()
-
-    def unpin(self, run_id: str) -> None:
-        """The rows may be evicted: the store has them, or nobody can keep them."""
-        with self._lock:
-            entry = self._entries.get(run_id)
-            if entry is not None:
-                entry.pins = max(0, entry.pins - 1)
-                self._evict()
-
-    def _evict(self) -> None:
-        for run_id in list(self._entries):
-            if self._used <= self.pool_bytes:
-                return
-            if not self._entries[run_id].pins:
-                self._used -= self._entries.pop(run_id).size
-
-    def evict_all(self) -> None:
-        """Drop everything that is not pinned."""
-        with self._lock:
-            for run_id in [i for i, entry in self._entries.items() if not entry.pins]:
-                self._used -= self._entries.pop(run_id).size
-
-    def size_of(self, run_id: str) -> int:
-        """Bytes the rows take in RAM, 0 if they are not there."""
-        entry = self._entries.get(run_id)
-        return entry.size if entry else 0
-
-    def resident(self, run_id: str) -> Tensors | None:
-        """The rows, if they are in RAM."""
-        with self._lock:
-            entry = self._entries.get(run_id)
-            if entry is None:
-                return None
-            self._entries.move_to_end(run_id)
-            return entry.tensors
-
-    def read(self, tenant: str, run_id: str, rows: int, ref: BlockRef | None) -> Tensors | None:
-        """The rows from RAM or, verified, from the store; None when they are nowhere.
-
-        Raises CorruptData for bytes that cannot be trusted, StoreUnavailable.
+        `rows`: of the run; a sliding part may hold fewer. Raises CorruptData for bytes that cannot
+        be trusted when no other place has sound ones, StoreUnavailable.
         """
-        tensors = self.resident(run_id)
-        if tensors is not None or ref is None:
+        tensors = self.pool.get((run_id, part))
+        if tensors is not None:
             return tensors
-        raw = self._store.get_block(tenant, ref, "full")
+        refs = [ref for ref in (local, shared) if ref is not None and part in ref.parts]
+        failure: StorageError | None = None
+        for ref in refs:
+            try:
+                found = self._bytes(tenant, ref, part)
+                if found is None:
+                    continue
+                raw, path = found
+                tensors = unpack_block(raw, path, self._spec, self._codec, run_id, rows, part)
+            except StorageError as error:
+                failure = error
+                continue
+            self.pool.put((run_id, part), tensors, pinned=False)
+            return tensors
+        if failure is not None:
+            raise failure
+        return None
+
+    def _bytes(self, tenant: str, ref: BlockRef, part: Part) -> tuple[bytes, str] | None:
+        if self.local is not None:
+            try:
+                raw = self.local.get(tenant, ref, part)
+            except CorruptData as error:  # forgotten there; the shared store may have it
+                self.shared.on_fault(error)
+                raw = None
+            if raw is not None:
+                return raw, self.local.store.block_path(tenant, ref, part)
+        raw = self.shared.get_block(tenant, ref, part)
         if raw is None:
             return None
-        path = self._store.block_path(tenant, ref, "full")
-        tensors = unpack_block(raw, path, self._spec, self._codec, run_id, rows)
-        self.put(run_id, tensors, pinned=False)
-        return tensors
+        self._keep(tenant, ref, part, raw)
+        return raw, self.shared.block_path(tenant, ref, part)
 
-    def write(self, tenant: str, run_id: str, rows: int, tensors: Tensors) -> BlockRef:
-        """Store the rows. Raises StoreUnavailable."""
-        raw = pack_block(self._codec, run_id, rows, tensors)
-        part = self._store.put_block(tenant, run_id, "full", raw)
-        return BlockRef(id=run_id, rows=rows, parts={"full": part})
+    def _keep(self, tenant: str, ref: BlockRef, part: Part, raw: bytes) -> None:
+        """Cache on the node's disk, behind the reader's back; skipped when the disk is slow."""
+        local = self.local
+        if local is None or not self._keeping.acquire(blocking=False):
+            return
+
+        def write() -> None:
+            try:
+                local.keep(tenant, ref, part, raw)
+            except StorageError as error:
+                logger.warning("not cached: %s", error)
+            finally:
+                self._keeping.release()
+
+        self._keeper.submit(write)
+
+    def write(self, agent: AgentId, run_id: str, part: Part, tensors: Tensors) -> PartRef | None:
+        """Store rows in the first tier that has a disk. None when the local tier takes nothing at
+        the moment. Raises StoreUnavailable."""
+        raw = pack_block(self._codec, run_id, count_rows(tensors), tensors, part)
+        if self.local is not None:
+            return self.local.put(agent, run_id, part, raw)
+        return self.shared.put_block(agent.tenant, run_id, part, raw)
+
+    def upload(
+        self, tenant: str, run_id: str, part: Part, local: BlockRef | None
+    ) -> PartRef | None:
+        """Store rows of the local tier or the pool in the shared store; None when they are in
+        neither. Raises StoreUnavailable, CorruptData."""
+        raw = None
+        if self.local is not None and local is not None and part in local.parts:
+            raw = self.local.get(tenant, local, part)
+        if raw is None:
+            tensors = self.pool.get((run_id, part))
+            if tensors is None:
+                return None
+            raw = pack_block(self._codec, run_id, count_rows(tensors), tensors, part)
+        return self.shared.put_block(tenant, run_id, part, raw)
 
 
 def pack_block(
@@ -138,17 +157,15 @@ def unpack_block(
     rows: int,
     part: Part = "full",
 ) -> Tensors:
-    """Tensors of a file, checked against what was asked for. Raises CorruptData."""
+    """Tensors of a file, checked against what was asked for. A sliding part holds the last of its
+    run's rows, as many as its metadata say. Raises CorruptData."""
     tensors, metadata = load(raw, path)
-    expected = {
-        "schema": BLOCK_SCHEMA,
-        "id": run_id,
-        "part": part,
-        "rows": rows,
-        "codec": codec.name,
-    }
+    expected = {"schema": BLOCK_SCHEMA, "id": run_id, "part": part, "codec": codec.name}
     for name, value in expected.items():
         if metadata.get(name) != value:
             raise CorruptData(path, f"{name} is {metadata.get(name)!r}, not {value!r}")
-    check_tensors(spec, codec, tensors, rows, path, part)
+    found = metadata.get("rows")
+    if type(found) is not int or (found != rows if part == "full" else not 0 < found <= rows):
+        raise CorruptData(path, f"rows is {found!r}, not {rows}")
+    check_tensors(spec, codec, tensors, found, path, part)
     return tensors

@@ -169,6 +169,7 @@ class FakeRouter:
         self.placed: list[dict[str, Any]] = []
         self.suspected: list[str] = []
         self.said: list[tuple[AgentId, int]] = []
+        self.over: list[str] = []  # ids of turns that ended, answered or not
         self.fail: dict[str, list[Exception]] = {}  # method -> what its next calls raise
         self.state: dict[str, Any] = {"ready": True, "replicas": 2, "errors": {}}
 
@@ -182,6 +183,7 @@ class FakeRouter:
         n_chars: int,
         reply_tokens: int,
         *,
+        turn_id: str = "",
         persist: bool = True,
         avoid: frozenset[str] = frozenset(),
     ) -> Decision:
@@ -204,8 +206,10 @@ class FakeRouter:
         handle = Handle(self.replicas[node])
         return Decision(node, f"life-{node}", handle, Placement(node, "stay", ()))
 
-    def spoken(self, agent: AgentId, n_chars: int) -> None:
-        self.said.append((agent, n_chars))
+    def ended(self, agent: AgentId, turn_id: str, n_chars: int | None) -> None:
+        self.over.append(turn_id)
+        if n_chars is not None:
+            self.said.append((agent, n_chars))
 
     def suspect(self, incarnation: str) -> None:
         self._may_fail("suspect")
@@ -250,7 +254,8 @@ class FakeRouter:
                 "id": node,
                 "pid": 1,
                 "replica": "ready",
-                "bytes": {"engine": 1000, "pool": 20},
+                "bytes": {"engine": 1000, "pool": 20, "local": 30},
+                "local": {"lagging_bytes": 7, "written_bytes": 40},
                 "waiting": 3,
                 "running": 2,
                 "faults": {"corrupt": 5, "incompatible": 1},

@@ -23,6 +23,7 @@ from actors.turn import (
 )
 from storage.card import AgentId, Owner
 from storage.codec import get_codec
+from storage.local import LocalTier
 from storage.store import CacheStore
 from storage.tiers import Tiers
 
@@ -42,12 +43,15 @@ def make_loop(
     pool_bytes: int = 1 << 30,
     loop: LoopConfig | None = None,
     memory: MemoryConfig | None = None,
+    local: Path | None = None,
+    local_bytes: int = 1 << 30,
 ) -> ReplicaLoop:
     """A replica without Ray. The caller closes it."""
     if isinstance(store, Path):
         store = CacheStore(str(store))
     chosen = get_codec(codec)
-    tiers = Tiers(store, engine.key.spec, chosen, pool_bytes)
+    disk = LocalTier(CacheStore(str(local)), engine.key, local_bytes) if local else None
+    tiers = Tiers(store, engine.key.spec, chosen, pool_bytes, disk)
     made = Memory(
         store, engine.key, chosen, tiers, Owner(node, "life"), memory or MemoryConfig(), {}
     )
@@ -183,7 +187,8 @@ def assistant(text: str) -> dict[str, str]:
 
 
 def settle(loop: ReplicaLoop) -> None:
-    """Until finished turns have handed over their rows and the store has what it gets."""
+    """Until finished turns have handed over their rows and the store has what it gets, or has
+    refused it."""
     done = threading.Event()
 
     def look() -> None:
@@ -194,7 +199,7 @@ def settle(loop: ReplicaLoop) -> None:
 
     loop.call(look)
     assert done.wait(WAIT)
-    loop.memory.persister.flush().result(WAIT)
+    loop.memory.settle().result(WAIT)
 
 
 def memory_of(loop: ReplicaLoop, session: str = "a") -> AgentMemory:
@@ -208,7 +213,7 @@ def evict(loop: ReplicaLoop, *, pool: bool = False) -> None:
     settle(loop)
     loop.call(loop.residency.evict_idle).result(WAIT)
     if pool:
-        loop.memory.tiers.evict_all()
+        loop.memory.tiers.pool.evict_all()
 
 
 def block_files(store: Path) -> dict[str, bytes]:

@@ -701,6 +701,9 @@ def test_metrics_parse_and_count(http: Http) -> None:
     assert http.metric("kvferry_tokens_total", kind="prefilled") == 2 * 9
     assert http.metric("kvferry_time_to_first_token_seconds_count") == 2
     assert http.metric("kvferry_kv_bytes", node="a", tier="pool") == 20
+    assert http.metric("kvferry_kv_bytes", node="a", tier="local") == 30
+    assert http.metric("kvferry_lagging_bytes", node="a") == 7
+    assert http.metric("kvferry_local_written_bytes_total", node="a") == 40
     assert http.metric("kvferry_replica_losses_total") == 2
     assert http.metric("kvferry_turns_waiting", node="a") == 3
 
@@ -802,7 +805,7 @@ async def _until(condition: Callable[[], object]) -> None:
 def test_a_client_that_goes_away_cancels_its_turn(http: Http, writes_fail: bool, then: Any) -> None:
     async def go() -> None:
         http.a.fails(then, after=3)
-        body = {"messages": HELLO, "stream": True}
+        body = {"messages": HELLO, "stream": True, "session_id": "s"}
         leaves = None if writes_fail else asyncio.Event()
         gone = asgi(http, body=body, leaves=leaves, refuses_after=5 if writes_fail else None)
         try:
@@ -813,6 +816,7 @@ def test_a_client_that_goes_away_cancels_its_turn(http: Http, writes_fail: bool,
             assert writes_fail, error  # noqa: PT017
             assert type(error).__name__ == "ClientDisconnect"  # noqa: PT017
         await _until(lambda: http.a.cancelled == [http.a.requests[0].id])
+        await _until(lambda: http.router.over == [http.a.requests[0].id])
         assert len(http.a.requests) == 1
         assert http.b.requests == []
 

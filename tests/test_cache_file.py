@@ -119,6 +119,8 @@ def golden_segment() -> bytes:
     ("name", "make"),
     [
         ("block.q4", lambda: golden_block("q4")),
+        ("block.q8", lambda: golden_block("q8")),
+        ("block.k8v4", lambda: golden_block("k8v4")),
         ("block.f16", lambda: golden_block("f16")),
         ("segment.q4", golden_segment),
     ],

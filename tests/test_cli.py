@@ -90,7 +90,7 @@ def test_up_refuses_a_model(model: str, reason: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        (["--codec", "q5"], "known codecs are q4, f16"),
+        (["--codec", "q5"], "known codecs are q4, k8v4, q8, f16"),
         (["--store", "s3://bucket/kv"], "s3:// is not supported"),
         (["--store", "memory://"], "would not share it"),
         (["--store", "file"], "NotADirectoryError"),

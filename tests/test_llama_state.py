@@ -7,11 +7,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.engines.llama_state import MAGIC, build, parse, to_half_split, to_interleaved
+from actors.engines.llama_state import (
+    MAGIC,
+    Cache,
+    Cells,
+    Stack,
+    build,
+    parse,
+    to_half_split,
+    to_interleaved,
+)
 from actors.errors import EngineFault
 
 CELLS = 16  # offset of the cells
 KV = tuple[np.ndarray, np.ndarray]
+ONE = (Stack((0, 1), 8, 6),)  # a cache of two equal layers
+# Layers of three geometries that take turns; two of them at equal distances, one without V.
+MIXED = (Stack((0, 2, 5), 8, 6), Stack((1, 4), 4, 4), Stack((3,), 10, 0))
+LATENT = (Stack((0, 1, 2), 12, 0),)
 
 
 def rows(n_layers: int, n: int, k_row: int = 8, v_row: int = 6) -> KV:
@@ -28,11 +41,46 @@ def assert_rows(found: KV, wanted: KV) -> None:
         np.testing.assert_array_equal(a, b)
 
 
-@given(st.integers(1, 4), st.integers(1, 9), st.integers(0, 1000), st.integers(0, 7))
-def test_what_is_built_is_parsed(n_layers: int, n: int, start: int, seq_id: int) -> None:
-    k, v = rows(n_layers, n)
-    raw = build(k, v, start, seq_id)
-    assert_rows(parse(raw.tobytes(), start, start + n), (k, v))
+def cells(cache: Cache, n: int, start: int) -> Cells:
+    rng = np.random.default_rng(n)
+    kv = []
+    for x in cache:
+        k, v = (rng.standard_normal((len(x.places), n, row)) for row in (x.k_row, x.v_row))
+        kv.append((k.astype(np.float16), v.astype(np.float16)))
+    return Cells(start if n else 0, tuple(kv))
+
+
+def assert_cells(found: list[Cells], wanted: list[Cells]) -> None:
+    assert [(x.start, x.n_rows) for x in found] == [(x.start, x.n_rows) for x in wanted]
+    for x, y in zip(found, wanted, strict=True):
+        for a, b in zip(x.kv, y.kv, strict=True):
+            assert_rows(a, b)
+
+
+def one(k: np.ndarray, v: np.ndarray, start: int, seq_id: int) -> np.ndarray:
+    """The bytes of a single cache whose layers are all alike."""
+    stack = Stack(tuple(range(len(k))), k.shape[2], v.shape[2])
+    return build(seq_id, [((stack,), Cells(start, ((k, v),)))])
+
+
+def parse_one(raw: bytes, start: int, stop: int) -> KV:
+    (found,) = parse(raw, [ONE])
+    assert (found.start, found.n_rows) == (start, stop - start)
+    return found.kv[0]
+
+
+@given(st.sampled_from([ONE, MIXED, LATENT]), st.integers(1, 9), st.integers(0, 1000))
+def test_what_is_built_is_parsed(cache: Cache, n: int, start: int) -> None:
+    wanted = cells(cache, n, start)
+    raw = build(5, [(cache, wanted)])
+    assert_cells(parse(raw.tobytes(), [cache]), [wanted])
+
+
+@given(st.sampled_from([ONE, MIXED]), st.integers(0, 9), st.integers(0, 9), st.integers(0, 1000))
+def test_two_caches_of_their_own_lengths(cache: Cache, n: int, m: int, start: int) -> None:
+    wanted = [cells(cache, n, start), cells(ONE, m, start + 100)]
+    raw = build(5, list(zip([cache, ONE], wanted, strict=True)))
+    assert_cells(parse(raw.tobytes(), [cache, ONE]), wanted)
 
 
 def test_golden_bytes() -> None:
@@ -43,16 +91,40 @@ def test_golden_bytes() -> None:
     wanted += struct.pack("<II", 0, 1)
     wanted += struct.pack("<iQ", 1, 4) + struct.pack("<4e", 1, 2, 3, 4)
     wanted += struct.pack("<iQ", 1, 4) + struct.pack("<4e", 5, 6, 7, 8)
-    assert build(k, v, 10, 3).tobytes() == wanted
+    assert one(k, v, 10, 3).tobytes() == wanted
+
+
+def test_golden_bytes_of_two_caches_one_latent() -> None:
+    k = np.array([[[1.0, 2.0]], [[3.0, 4.0]]], np.float16)
+    none = np.empty((2, 1, 0), np.float16)
+    stack = Stack((0, 1), 2, 0)
+    full, sliding = Cells(9, ((k, none),)), Cells(10, ((k[:, :0], none[:, :0]),))
+    wanted = struct.pack("<IiII", 0xAF143CD8, 3, 1, 1) + struct.pack("<iIi", 9, 1, 3)
+    wanted += struct.pack("<II", 0, 2)
+    wanted += struct.pack("<iQ", 1, 4) + struct.pack("<2e", 1, 2)
+    wanted += struct.pack("<iQ", 1, 4) + struct.pack("<2e", 3, 4)
+    wanted += struct.pack("<II", 1, 0)  # no cells: neither v_trans nor layers
+    assert build(3, [((stack,), full), ((stack,), sliding)]).tobytes() == wanted
+
+
+def test_layers_are_written_in_the_order_of_the_cache() -> None:
+    wanted = cells(MIXED, 3, 0)
+    raw = build(0, [(MIXED, wanted)]).tobytes()
+    sizes = [struct.unpack_from("<iQ", raw, CELLS + 36 + 8)]
+    offset = CELLS + 36 + 8
+    for _ in range(5):
+        offset += 12 + 3 * sizes[-1][1]
+        sizes.append(struct.unpack_from("<iQ", raw, offset))
+    assert sizes == [(1, 16), (1, 8), (1, 16), (1, 20), (1, 8), (1, 16)]
 
 
 @given(st.permutations(range(7)))
 def test_cells_in_any_place_come_out_in_order(order: list[int]) -> None:
     k, v = rows(2, 7)
-    raw = build(k[:, order], v[:, order], 0, 0)
+    raw = one(k[:, order], v[:, order], 0, 0)
     cells = raw[CELLS : CELLS + 12 * 7].view("<i4").reshape(7, 3)
     cells[:, 0] = 40 + np.array(order)
-    assert_rows(parse(raw.tobytes(), 40, 47), (k, v))
+    assert_rows(parse_one(raw.tobytes(), 40, 47), (k, v))
 
 
 @pytest.mark.parametrize(
@@ -74,26 +146,46 @@ def test_cells_in_any_place_come_out_in_order(order: list[int]) -> None:
     ],
 )
 def test_other_content_is_refused(offset: int, form: str, value: int) -> None:
-    raw = bytearray(build(*rows(2, 3), 10, 0).tobytes())
+    raw = bytearray(one(*rows(2, 3), 10, 0).tobytes())
     struct.pack_into(form, raw, offset, value)
     with pytest.raises(EngineFault):
-        parse(bytes(raw), 10, 13)
+        parse(bytes(raw), [ONE])
 
 
-def test_other_positions_are_refused() -> None:
-    raw = build(*rows(2, 3), 10, 0).tobytes()
-    for start, stop in ((9, 12), (11, 14), (10, 12), (10, 14)):
+@pytest.mark.parametrize("cache", [ONE, MIXED, LATENT])
+def test_layers_that_differ_in_one_place_only_are_refused(cache: Cache) -> None:
+    raw = build(0, [(cache, cells(cache, 3, 10))]).tobytes()
+    at = [i for i in range(len(raw) - 12) if raw[i : i + 4] == b"\1\0\0\0" and not raw[i + 6]]
+    heads = [i for i in at if i > CELLS + 40 and raw[i + 4] and not any(raw[i + 5 : i + 12])]
+    assert len(heads) >= sum(len(x.places) * (2 if x.v_row else 1) for x in cache)
+    for i in heads:
+        changed = bytearray(raw)
+        changed[i] = 8  # q8_0
         with pytest.raises(EngineFault):
-            parse(raw, start, stop)
+            parse(bytes(changed), [cache])
+
+
+def test_a_cache_of_another_geometry_is_refused() -> None:
+    raw = build(0, [(ONE, cells(ONE, 3, 10))]).tobytes()
+    for other in ((Stack((0, 1), 6, 8),), (Stack((0, 1), 8, 0),), (Stack((0,), 8, 6),), LATENT):
+        with pytest.raises(EngineFault):
+            parse(raw, [other])
+
+
+def test_more_or_fewer_caches_are_refused() -> None:
+    raw = build(0, [(ONE, cells(ONE, 3, 10)), (ONE, cells(ONE, 2, 11))]).tobytes()
+    for caches in ([ONE], [ONE, ONE, ONE], []):
+        with pytest.raises(EngineFault):
+            parse(raw, caches)
 
 
 def test_every_truncation_and_every_addition_is_refused() -> None:
-    raw = build(*rows(2, 3), 10, 0).tobytes()
+    raw = build(0, [(ONE, cells(ONE, 3, 10)), (MIXED, cells(MIXED, 2, 11))]).tobytes()
     for size in range(len(raw)):
         with pytest.raises(EngineFault):
-            parse(raw[:size], 10, 13)
+            parse(raw[:size], [ONE, MIXED])
     with pytest.raises(EngineFault):
-        parse(raw + b"\0", 10, 13)
+        parse(raw + b"\0", [ONE, MIXED])
 
 
 def test_half_split_by_hand() -> None:
@@ -102,6 +194,9 @@ def test_half_split_by_hand() -> None:
     assert to_half_split(k, 4).ravel().tolist() == [0, 2, 1, 3, 4, 5, 6, 7]
     assert to_interleaved(k, 8).ravel().tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
     assert to_interleaved(k, 4).ravel().tolist() == [0, 2, 1, 3, 4, 5, 6, 7]
+    assert to_half_split(k, 4, 4).ravel().tolist() == [0, 1, 2, 3, 4, 6, 5, 7]
+    assert to_half_split(k, 4, 2).ravel().tolist() == [0, 1, 2, 4, 3, 5, 6, 7]
+    assert to_interleaved(k, 4, 4).ravel().tolist() == [0, 1, 2, 3, 4, 6, 5, 7]
 
 
 @given(st.sampled_from([(64, 64), (32, 32), (80, 32), (64, 16), (6, 2)]), st.integers(0, 5))

@@ -160,9 +160,9 @@ def test_a_block_sealed_from_segments_holds_their_codes(loop_on: MakeLoop) -> No
         def __getattr__(self, name: str) -> object:
             return getattr(real, name)
 
-        def encode(self, x):  # type: ignore[no-untyped-def]
+        def encode(self, side, x, executor=None):  # type: ignore[no-untyped-def]
             seen.append(x.shape[1])
-            return whole(x)
+            return whole(side, x, executor)
 
     real = loop.memory.codec
     loop.memory.rows._codec = Counting()
@@ -189,7 +189,7 @@ def test_more_agents_than_sequences(loop_on: MakeLoop, tmp_path: Path, codec: st
                 assert answer.prefilled < 320
     assert loop.residency.evictions > 5
     settle(loop)
-    loop.memory.tiers.evict_all()
+    loop.memory.tiers.pool.evict_all()
     for session, messages in talks.items():
         answer = talk(loop, messages, "And now?", session=session)
         assert answer.prefilled < 30
@@ -221,7 +221,7 @@ def test_a_pool_too_small_for_one_block_reads_from_the_store(loop_on: MakeLoop, 
         assert answer.cache == "warm"
         assert answer.prefilled < 40
         settle(loop)
-        assert loop.memory.tiers.used_bytes <= 1
+        assert loop.memory.tiers.pool.used_bytes <= 1
     assert not loop.memory.faults
 
 
@@ -339,14 +339,13 @@ def test_a_sound_file_under_the_wrong_name_is_refused(loop_on: MakeLoop, tmp_pat
     blocks = memory.branches[0].blocks
     names = names_in_card(loop)
     (source,) = (tmp_path / "store").rglob(f"{names[1][0]}.safetensors")
-    ref = blocks[1].ref
+    ref = blocks[1].ref("shared")
     assert ref is not None
     wrong = source.with_name(f"{blocks[0].id}.full.{ref.parts['full'].sha256}.safetensors")
     folder = wrong.parent.parent / blocks[0].id[:3]
     folder.mkdir(exist_ok=True)
     shutil.copyfile(source, folder / wrong.name)
-    part = PartRef(ref.parts["full"].sha256, ref.parts["full"].size)
-    blocks[0].ref = type(ref)(blocks[0].id, 256, {"full": part})
+    blocks[0].note("shared", "full", ref.parts["full"])
     evict(loop, pool=True)
     answer = talk(loop, messages, "And the ships?")
     assert answer.cached == 0
@@ -539,7 +538,7 @@ def test_without_a_session_nothing_is_left_in_the_store(loop_on: MakeLoop, tmp_p
     store = tmp_path / "store"
     assert [p for p in store.rglob("*") if p.is_file()] == []
     assert loop.memory.agents() == []
-    assert loop.memory.tiers.used_bytes == 0
+    assert loop.memory.tiers.pool.used_bytes == 0
     assert loop.residency.cells_used == 0
 
 

@@ -109,6 +109,65 @@ def test_agents_are_listed_per_tenant_latest_first() -> None:
     assert registry.count("n1") == 2
 
 
+def test_an_agent_stays_until_its_turn_ends_or_its_time_is_up() -> None:
+    registry = Registry()
+    assert not registry.stays(A, 0.0)
+    registry.turn_began(A, "t1", 100.0)
+    assert registry.stays(A, 99.9)
+    assert not registry.stays(A, 100.0)
+    assert not registry.stays(B, 99.9)
+    registry.turn_began(A, "t1", 200.0)
+    registry.turn_began(A, "t2", 150.0)
+    registry.turn_ended(A, "t1")
+    assert registry.stays(A, 149.9)
+    registry.turn_ended(A, "t1")
+    assert registry.stays(A, 149.9)
+    registry.turn_ended(A, "t2")
+    assert not registry.stays(A, 0.0)
+
+
+def test_where_an_operator_settled_an_agent_outlives_its_turns() -> None:
+    registry = Registry()
+    registry.settled(A, 60.0)
+    registry.turn_began(A, "t1", 600.0)
+    registry.turn_ended(A, "t1")
+    assert registry.stays(A, 59.9)
+    assert not registry.stays(A, 60.0)
+
+
+def test_a_forgotten_agent_does_not_stay() -> None:
+    registry = Registry()
+    registry.assign(A, "n1")
+    registry.settled(A, 100.0)
+    registry.turn_began(A, "t1", 100.0)
+    registry.forget(A)
+    assert not registry.stays(A, 0.0)
+
+
+def test_what_a_prompt_adds_to_the_last_turn_is_new() -> None:
+    registry = Registry()
+    registry.reported("n1", [report(rows=50)])
+    registry.spoken(A, 4000)
+    assert registry.new_tokens(A, 4400) == 100
+    registry.spoken(B, 4000)  # never heard of: it may have been deleted meanwhile
+    assert registry.new_tokens(B, 4400) == 1100
+
+
+def test_without_a_last_turn_to_go_by_what_the_rows_do_not_hold_is_new() -> None:
+    registry = Registry()
+    assert registry.new_tokens(A, 4000) == 1000
+    registry.reported("n1", [report(rows=50)])
+    assert registry.new_tokens(A, 4000) == 950
+    registry.spoken(A, 8000)
+    assert registry.new_tokens(A, 4000) == 950  # not the last turn's continuation: a branch
+
+
+def test_a_message_is_never_free() -> None:
+    registry = Registry()
+    registry.reported("n1", [report(rows=5000)])
+    assert registry.new_tokens(A, 4) == registry.new_tokens(B, 0) == 16
+
+
 def test_a_card_of_the_store_counts_where_nobody_has_reported(tmp_path: Path) -> None:
     engine = FakeEngine()
     store = CacheStore(str(tmp_path))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import random
 import stat
 import sys
 
@@ -22,7 +21,6 @@ from tests.store_contract import (
     Interleaved,
     StoreContract,
     card_files,
-    card_path,
     template,
     tokens_of,
     with_tokens,
@@ -38,6 +36,8 @@ class TestFileStore(StoreContract):
         self.put(store)
         store.commit(with_tokens(store.claim(template(ALICE)).card, 1))
         files = [path for path in tmp_path.rglob("*") if path.is_file()]
+        folders = [path for path in tmp_path.rglob("*") if path.is_dir()]
+        assert {stat.S_IMODE(path.stat().st_mode) for path in folders} == {0o700}
         assert len(files) == 3
         assert all(path.suffix == ".safetensors" for path in files)
         assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
@@ -69,7 +69,9 @@ class TestFileStore(StoreContract):
         real = {name: getattr(os, name) for name in ("fsync", "link", "mkdir")}
 
         def record(name, *args):
-            target = os.readlink(f"/proc/self/fd/{args[0]}") if name == "fsync" else args[-1]
+            target = args[1] if name == "link" else args[0]
+            if name == "fsync":
+                target = os.readlink(f"/proc/self/fd/{target}")
             events.append((name, os.path.basename(target)))
             return real[name](*args)
 
@@ -100,7 +102,7 @@ class TestFileStore(StoreContract):
         def refuse(*args, **kwargs):
             raise PermissionError(errno.EACCES, "Permission denied")
 
-        monkeypatch.setattr(store.files.fs, "ls", refuse)
+        monkeypatch.setattr(os, "listdir", refuse)
         for call in (
             lambda: store.latest(AGENT, KEY),
             lambda: store.claim(template(ALICE)),
@@ -120,9 +122,9 @@ class TestMemoryStore(StoreContract):
         sys.setswitchinterval(interval)
 
 
-@pytest.mark.parametrize("url", ["s3://bucket/x", "gs://b", "http://host/x", "nonsense://"])
+@pytest.mark.parametrize("url", ["gs://b", "http://host/x", "nonsense://"])
 def test_an_unsupported_scheme_is_refused(url):
-    with pytest.raises(ValueError, match=r"scheme .* is not supported; use file://, memory://"):
+    with pytest.raises(ValueError, match=r"scheme .* is not supported; use file://, memory:"):
         CacheStore(url)
 
 
@@ -194,42 +196,3 @@ def test_a_create_that_cannot_be_read_back_owns_nothing(memory_store, monkeypatc
         memory_store.claim(template(ALICE))
     monkeypatch.setattr(memory_store.files.fs, "blind", False)
     assert memory_store.claim(template(BOB)).card.epoch == 2
-
-
-def test_no_interleaving_of_two_owners_shows_the_older_ones_later_writes(memory_store):
-    """2,000 random schedules. `alice` owns epoch 1; `bob` claims at a random point, which may be
-    inside one of her commits (between her look and her create). Every commit writes new tokens, so
-    a read that returns what alice wrote after bob's claim is seen."""
-    rng = random.Random(20240229)
-    bob, overtaken = memory_store, 0
-    for schedule in range(2000):
-        agent = type(AGENT)("acme", f"s{schedule}")
-        alice = Interleaved("memory://backend")
-        cards = {"alice": alice.claim(template(ALICE, agent)).card}
-        visible: tuple[int, ...] | None = None
-
-        def bob_claims(agent=agent, cards=cards):
-            cards["bob"] = bob.claim(template(BOB, agent), after=1).card
-
-        for step in range(rng.randint(2, 4)):
-            writer = rng.choice(("alice", "bob"))
-            if writer == "bob" and "bob" not in cards:
-                bob_claims()
-            elif writer == "bob":
-                cards["bob"] = bob.commit(with_tokens(cards["bob"], 2, step)).card
-                visible = (2, step)
-            else:
-                lost = "bob" in cards
-                if not lost and rng.random() < 0.3:
-                    alice.before_create = bob_claims
-                    lost = True
-                    overtaken += 1
-                try:
-                    cards["alice"] = alice.commit(with_tokens(cards["alice"], 1, step)).card
-                    assert not lost
-                    visible = (1, step)
-                except Fenced:
-                    assert lost
-            assert tokens_of(bob, agent) == visible
-        bob.files.fs.rm(card_path(bob, 0, 0, agent).rsplit("/", 1)[0], recursive=True)
-    assert overtaken > 200

@@ -3,6 +3,12 @@
 An engine knows tokens, positions and rows. It does not know agents, storage, scheduling or text
 beyond its vocabulary. One thread owns it; only `vocab` may be used from others. Rows enter and
 leave in the engine-neutral form of storage.spec.GroupRows: float16, keys after RoPE, half-split.
+
+Sliding-window layers. The rows of sliding groups are needed for the last positions only, and an
+engine drops the others when it likes. So they travel apart: `export` gives the full part, whose
+rows all exist, `export_window` the sliding part, as far as it is held. In both, groups of the other
+part have T = 0. A sequence of n rows goes on correctly while the sliding rows of positions
+n - window + 1 .. n are held; an engine refuses to compute otherwise.
 """
 
 from __future__ import annotations
@@ -60,6 +66,7 @@ class Engine(Protocol):
     n_cells: int  # tokens all sequences may hold together
     n_seq_max: int
     n_batch: int  # tokens of one step
+    window: int  # of the sliding layers, in tokens; 0: the model has none
     kv_bytes: int  # allocated for the cells
 
     def step(self, chunks: Sequence[Chunk]) -> dict[int, Logits]:
@@ -67,19 +74,38 @@ class Engine(Protocol):
         ...
 
     def export(self, seq_id: int, start: int, stop: int) -> KVRows:
-        """A copy of rows start..stop."""
+        """A copy of rows start..stop of the full part."""
+        ...
+
+    def export_window(self, seq_id: int, start: int, stop: int) -> KVRows:
+        """A copy of the sliding part's rows that end before position `stop`: of start..stop those
+        in the window before `stop` and still held. The number of rows says which."""
         ...
 
     def load(self, seq_id: int, start: int, rows: KVRows) -> None:
-        """Append rows at position `start`, which must be the sequence's length; verified."""
+        """Append rows at position `start`, which must be the sequence's length; verified. Sliding
+        groups have the last rows of the same run: all, fewer, or none where no window to come
+        will reach them. On EngineFault the sequence is as it was."""
         ...
 
     def fork(self, source: int, target: int, n_rows: int) -> None:
-        """The empty `target` gets the first rows of `source`; cells are shared if possible."""
+        """The empty `target` gets the first rows of `source`; cells are shared if possible. Raises
+        EngineFault unless can_truncate(source, n_rows)."""
+        ...
+
+    def window_start(self, seq_id: int) -> int:
+        """First position from which on all sliding rows are held; n_rows: none is. Without sliding
+        layers 0."""
+        ...
+
+    def can_truncate(self, seq_id: int, n_rows: int) -> bool:
+        """Whether the sequence can be cut to its first n_rows and go on correctly; asked with its
+        present length, whether it can go on as it is. Without sliding layers: always."""
         ...
 
     def truncate(self, seq_id: int, n_rows: int) -> None:
-        """Keep the first n_rows; 0 frees the sequence."""
+        """Keep the first n_rows; 0 frees the sequence, its length or more changes nothing. Raises
+        EngineFault unless can_truncate."""
         ...
 
     def n_rows(self, seq_id: int) -> int:
@@ -89,3 +115,8 @@ class Engine(Protocol):
     def close(self) -> None:
         """Free everything; the engine is not used again."""
         ...
+
+
+def count_rows(rows: KVRows) -> int:
+    """T of a run of rows whose sliding groups may have fewer."""
+    return max(int(group.k.shape[1]) for group in rows)

@@ -1,8 +1,11 @@
 """A deterministic engine in numpy: the same contract as a real one, in microseconds per token.
 
-Every row is a hash of its token and of all rows before it, so a row that is missing, stale, moved
-or from another agent changes the next token. Logits depend on the float16 rows alone, so exported
-rows carry all of it. Its vocabulary is bytes. `step_delay` makes it as slow as a test wants.
+Every row is a hash of its token and of all rows it sees, so a row that is missing, stale, moved or
+from another agent changes the next token. Logits depend on the float16 rows alone, so exported rows
+carry all of it. Its vocabulary is bytes. `step_delay` makes it as slow as a test wants.
+
+With `window` one more layer slides: a token sees its last `window` rows, itself included, and no
+more than the window - 1 rows that the next token will see are kept.
 """
 
 from __future__ import annotations
@@ -14,11 +17,12 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.engines.base import Chunk, Logits, Vocab
+from actors.engines.base import Chunk, Logits, Vocab, count_rows
 from actors.errors import EngineFault
-from storage.spec import CompatibilityKey, GroupRows, KVRows, LayerSpec, ModelCacheSpec
+from storage.spec import CompatibilityKey, GroupRows, KVRows, LayerSpec, ModelCacheSpec, Part
 
-_LAYERS, _HEADS, _DIM = 2, 2, 32
+_LAYERS, _HEADS, _DIM = 2, 2, 32  # of the full part
+Row = NDArray[np.float16]  # (n_layers, 2, n_kv_heads, head dim): K and V of one token
 _TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -70,18 +74,24 @@ class FakeEngine:
         n_cells: int | None = None,
         step_delay: float = 0.0,
         seed: int = 0,
+        window: int = 0,
     ) -> None:
-        spec = ModelCacheSpec("fake", (LayerSpec("full", _HEADS, _DIM, _DIM),) * _LAYERS)
+        layers = [LayerSpec("full", _HEADS, _DIM, _DIM)] * _LAYERS
+        if window:  # first, as in real models: the sliding group is not the last one
+            layers.insert(0, LayerSpec("sliding", _HEADS, _DIM, _DIM, window))
+        spec = ModelCacheSpec("fake", tuple(layers))
         digest = hashlib.sha256(f"fake-{seed}".encode()).hexdigest()
         self.key = CompatibilityKey(digest, digest, (), spec)
         self.vocab: Vocab = FakeVocab()
         self.n_cells = n_cells or n_ctx * n_seq_max
         self.n_ctx, self.n_seq_max, self.n_batch = min(n_ctx, self.n_cells), n_seq_max, 512
         self.kv_bytes = self.n_cells * spec.f16_row_bytes
+        self.window = window
         self._seed = seed
         self._delay = step_delay
-        self._rows: list[list[NDArray[np.float16]]] = [[] for _ in range(n_seq_max)]
+        self._rows: list[list[Row]] = [[] for _ in range(n_seq_max)]
         self._states: list[list[bytes]] = [[] for _ in range(n_seq_max)]  # digest of rows so far
+        self._sliding: list[dict[int, Row]] = [{} for _ in range(n_seq_max)]  # position -> row
 
     def step(self, chunks: Sequence[Chunk]) -> dict[int, Logits]:
         if self._delay:
@@ -96,23 +106,53 @@ class FakeEngine:
             rows = self._rows[chunk.seq_id]
             if len(rows) != chunk.start:
                 raise EngineFault(f"position {chunk.start} after {len(rows)} rows")
-            states = self._states[chunk.seq_id]
+            if not self.can_truncate(chunk.seq_id, chunk.start):
+                raise EngineFault(f"position {chunk.start} without its window")
             for token in chunk.token_ids:
-                self._append(chunk.seq_id, self._next_row(token, states[-1] if states else b""))
+                state = self._compute(chunk.seq_id, token)
             if chunk.wants_logits:
-                logits[chunk.seq_id] = self._logits(states[-1])
+                logits[chunk.seq_id] = self._logits(state)
         return logits
 
-    def _append(self, seq_id: int, row: NDArray[np.float16]) -> None:
+    def _compute(self, seq_id: int, token: int) -> bytes:
+        """Append the token's rows; the digest of all it sees, itself included."""
+        rows, sliding = self._rows[seq_id], self._sliding[seq_id]
+        full, own = self._next_rows(token, self._seen(seq_id, len(rows)))
+        if self.window:
+            sliding[len(rows)] = own
+        self._append(seq_id, full)
+        state = self._seen(seq_id, len(rows))
+        self._slide(seq_id)
+        return state
+
+    def _seen(self, seq_id: int, n_rows: int) -> bytes:
+        """Digest of the full rows and of the sliding ones in the window before n_rows."""
+        states, sliding = self._states[seq_id], self._sliding[seq_id]
+        state = states[n_rows - 1] if n_rows else b""
+        if not self.window or not n_rows:
+            return state
+        first = max(0, n_rows - self.window)
+        window = b"".join(sliding[i].tobytes() for i in range(first, n_rows) if i in sliding)
+        return hashlib.blake2b(state + window).digest()
+
+    def _slide(self, seq_id: int) -> None:
+        """Drop what the next token will not see."""
+        first = len(self._rows[seq_id]) - self.window + 1
+        for position in [i for i in self._sliding[seq_id] if i < first]:
+            del self._sliding[seq_id][position]
+
+    def _append(self, seq_id: int, row: Row) -> None:
         states = self._states[seq_id]
         before = states[-1] if states else b""
         self._rows[seq_id].append(row)
         states.append(hashlib.blake2b(before + row.tobytes()).digest())
 
-    def _next_row(self, token: int, state: bytes) -> NDArray[np.float16]:
-        digest = hashlib.shake_128(f"{self._seed}.{token}.".encode() + state).digest(256)
-        row = np.frombuffer(digest, np.uint8).astype(np.float16) / np.float16(256)
-        return row.reshape(_LAYERS, 2, _HEADS, _DIM)
+    def _next_rows(self, token: int, state: bytes) -> tuple[Row, Row]:
+        """(full, sliding) rows of a token that sees `state`."""
+        digest = hashlib.shake_128(f"{self._seed}.{token}.".encode() + state).digest(384)
+        rows = np.frombuffer(digest, np.uint8).astype(np.float16) / np.float16(256)
+        rows = rows.reshape(_LAYERS + 1, 2, _HEADS, _DIM)
+        return rows[:_LAYERS], rows[_LAYERS:]
 
     def _logits(self, state: bytes) -> Logits:
         noise = np.frombuffer(state * 5, np.uint8)
@@ -123,27 +163,75 @@ class FakeEngine:
         return logits
 
     def export(self, seq_id: int, start: int, stop: int) -> KVRows:
+        self._check_range(seq_id, start, stop)
+        return self._stacked("full", self._rows[seq_id][start:stop])
+
+    def export_window(self, seq_id: int, start: int, stop: int) -> KVRows:
+        self._check_range(seq_id, start, stop)
+        first = max(start, self.window_start(seq_id), stop - self.window)
+        return self._stacked("sliding", [self._sliding[seq_id][i] for i in range(first, stop)])
+
+    def _check_range(self, seq_id: int, start: int, stop: int) -> None:
         if not 0 <= start < stop <= len(self._rows[seq_id]):
             raise EngineFault(f"rows {start}..{stop} of {len(self._rows[seq_id])}")
-        stacked = np.stack(self._rows[seq_id][start:stop], axis=1)  # (L, T, 2, H, D)
-        return (GroupRows(k=stacked[:, :, 0].copy(), v=stacked[:, :, 1].copy()),)
+
+    def _stacked(self, part: Part, rows: list[Row]) -> KVRows:
+        groups = []
+        for g in self.key.spec.groups:
+            x = np.empty((len(g.layers), 0, 2, _HEADS, _DIM), np.float16)
+            if g.part == part and rows:
+                x = np.stack(rows, axis=1)  # (n_layers, T, 2, n_kv_heads, head dim)
+            groups.append(GroupRows(k=x[:, :, 0].copy(), v=x[:, :, 1].copy()))
+        return tuple(groups)
 
     def load(self, seq_id: int, start: int, rows: KVRows) -> None:
         if len(self._rows[seq_id]) != start:
             raise EngineFault(f"load at {start} after {len(self._rows[seq_id])} rows")
-        stacked = np.stack([rows[0].k, rows[0].v], axis=2)
-        for row in stacked.swapaxes(0, 1):
-            self._append(seq_id, np.ascontiguousarray(row))
+        stop = start + count_rows(rows)
+        pairs = list(zip(self.key.spec.groups, rows, strict=True))
+        full = [x.k.shape[1] for g, x in pairs if g.part == "full"]
+        if stop == start or set(full) != {stop - start}:
+            raise EngineFault(f"{full} full rows to fill {start}..{stop}")
+        for g, x in pairs:
+            stacked = np.stack([x.k, x.v], axis=2).swapaxes(0, 1)  # (T, L, 2, H, D)
+            if g.part == "sliding":
+                self._sliding[seq_id] |= dict(enumerate(stacked.copy(), stop - len(stacked)))
+            else:
+                for row in stacked:
+                    self._append(seq_id, np.ascontiguousarray(row))
+        self._slide(seq_id)
 
     def fork(self, source: int, target: int, n_rows: int) -> None:
         if self._rows[target]:
             raise EngineFault(f"fork into sequence {target}, which is not empty")
+        if not self.can_truncate(source, n_rows):
+            raise EngineFault(f"sequence {source} cannot be forked at {n_rows}: no window there")
         self._rows[target] = self._rows[source][:n_rows]
         self._states[target] = self._states[source][:n_rows]
+        self._sliding[target] = {i: x for i, x in self._sliding[source].items() if i < n_rows}
+
+    def window_start(self, seq_id: int) -> int:
+        if not self.window:
+            return 0
+        first = len(self._rows[seq_id])
+        while first - 1 in self._sliding[seq_id]:
+            first -= 1
+        return first
+
+    def can_truncate(self, seq_id: int, n_rows: int) -> bool:
+        if not 0 < n_rows <= len(self._rows[seq_id]):
+            return n_rows == 0
+        return self.window_start(seq_id) <= max(0, n_rows - self.window + 1)
 
     def truncate(self, seq_id: int, n_rows: int) -> None:
+        if 0 < len(self._rows[seq_id]) <= n_rows:
+            return
+        if not self.can_truncate(seq_id, n_rows):
+            raise EngineFault(f"sequence {seq_id} cannot be cut to {n_rows} rows: no window there")
         del self._rows[seq_id][n_rows:]
         del self._states[seq_id][n_rows:]
+        for position in [i for i in self._sliding[seq_id] if i >= n_rows]:
+            del self._sliding[seq_id][position]
 
     def n_rows(self, seq_id: int) -> int:
         return len(self._rows[seq_id])

@@ -1,18 +1,23 @@
 """llama.cpp's sequence-state bytes <-> K/V arrays. Pure numpy; knows no llama.cpp library.
 
 The bytes of `llama_state_seq_get_data` (llama-kv-cache.cpp, state_write; llama-cpp-python 0.3.36)
-for a cache with one stream (kv_unified) and untransposed V (flash attention):
+for caches with one stream (kv_unified) and untransposed V (flash attention):
 
-    u32 magic, i32 seq_id, u32 n_stream = 1, u32 cell_count
+    u32 magic, i32 seq_id, then for each cache (one, or full and sliding, llama-kv-cache-iswa.cpp):
+    u32 n_stream = 1, u32 cell_count; if there are cells:
     per cell   i32 pos, u32 n_seq_id = 1, i32 seq_id
     u32 v_trans = 0, u32 n_layer
     per layer  i32 ggml type, u64 row size, cell_count rows of K
-    per layer  i32 ggml type, u64 row size, cell_count rows of V
+    per layer  i32 ggml type, u64 row size, cell_count rows of V; no V at all for MLA
+
+A sliding cache gives only the cells that the sequence's last token sees.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,88 +29,194 @@ _F16 = 1  # ggml_type
 _LAYER = 12  # bytes of a layer's header
 
 Side = NDArray[np.float16]  # (n_layers, T, row) float16
+KV = tuple[Side, Side]
 
 
-def parse(raw: bytes | memoryview, start: int, stop: int) -> tuple[Side, Side]:
-    """K and V of positions start..stop in order. Raises EngineFault on any other content."""
+@dataclass(frozen=True)
+class Stack:
+    """Layers of one geometry in a cache, which may hold several such stacks."""
+
+    places: tuple[int, ...]  # of the layers, in the cache's own order
+    k_row: int  # values of one token
+    v_row: int  # 0: the cache holds no V
+
+
+Cache = tuple[Stack, ...]
+
+
+@dataclass(frozen=True)
+class Cells:
+    """What one cache holds of a sequence: T positions start, start + 1, …; K and V per stack."""
+
+    start: int  # 0 when T = 0
+    kv: tuple[KV, ...]
+
+    @property
+    def n_rows(self) -> int:
+        return int(self.kv[0][0].shape[1])
+
+
+def parse(raw: bytes | memoryview, caches: Sequence[Cache]) -> list[Cells]:
+    """The cells of each cache, in order of position. Raises EngineFault on any other content.
+
+    Arrays of a stack whose layers lie at equal distances are views of `raw`.
+    """
     try:
-        return _parse(raw, start, stop)
+        magic, _ = struct.unpack_from("<Ii", raw)
+        if magic != MAGIC:
+            raise EngineFault(f"state with magic {magic:#x}")
+        found, offset = [], 8
+        for cache in caches:
+            cells, offset = _cells(raw, offset, cache)
+            found.append(cells)
     except (struct.error, ValueError) as error:
         raise EngineFault(f"state of {len(raw)} bytes ends too early: {error}") from error
+    if offset != len(raw):
+        raise EngineFault(f"state has {len(raw) - offset} bytes more than its cells")
+    return found
 
 
-def _parse(raw: bytes | memoryview, start: int, stop: int) -> tuple[Side, Side]:
-    magic, _, n_stream, n_cells = struct.unpack_from("<IiII", raw)
-    if magic != MAGIC or n_stream != 1 or n_cells != stop - start:
-        raise EngineFault(f"state of {n_cells} cells in {n_stream} streams, magic {magic:#x}")
-    cells = np.frombuffer(raw, "<i4", 3 * n_cells, 16).reshape(n_cells, 3)
-    offset = 16 + 12 * n_cells
+def _cells(raw: bytes | memoryview, offset: int, cache: Cache) -> tuple[Cells, int]:
+    n_stream, n_cells = struct.unpack_from("<II", raw, offset)
+    if n_stream != 1:
+        raise EngineFault(f"state of {n_stream} streams")
+    offset += 8
+    if not n_cells:
+        empty = [
+            [np.empty((len(s.places), 0, n), "<f2") for n in (s.k_row, s.v_row)] for s in cache
+        ]
+        return Cells(0, tuple((k, v) for k, v in empty)), offset
+    positions = np.frombuffer(raw, "<i4", 3 * n_cells, offset).reshape(n_cells, 3)[:, 0]
+    offset += 12 * n_cells
     v_trans, n_layers = struct.unpack_from("<II", raw, offset)
     if v_trans:
         raise EngineFault("state with transposed V: flash attention is off")
-    offset += 8
-    k, offset = _side(raw, offset, n_layers, n_cells)
-    v, offset = _side(raw, offset, n_layers, n_cells)
-    if offset != len(raw):
-        raise EngineFault(f"state has {len(raw) - offset} bytes more than its cells")
-    order = np.argsort(cells[:, 0], kind="stable")
-    if not np.array_equal(cells[order, 0], np.arange(start, stop)):
-        raise EngineFault(f"state does not hold positions {start} to {stop - 1}")
+    if n_layers != sum(len(s.places) for s in cache):
+        raise EngineFault(f"state has {n_layers} layers: not those of the spec")
+    k, offset = _sides(raw, offset + 8, n_cells, [(s.places, s.k_row) for s in cache])
+    v, offset = _sides(raw, offset, n_cells, [(s.places, s.v_row) for s in cache])
+    order = np.argsort(positions, kind="stable")
+    start = int(positions[order[0]])
+    if not np.array_equal(positions[order], np.arange(start, start + n_cells)):
+        raise EngineFault(f"state does not hold {n_cells} positions from {start} on")
     if not np.array_equal(order, np.arange(n_cells)):  # cells come in the order of their place
-        k, v = k[:, order], v[:, order]
-    return k, v
+        k, v = [x[:, order] for x in k], [x[:, order] for x in v]
+    return Cells(start, tuple(zip(k, v, strict=True))), offset
 
 
-def _side(raw: bytes | memoryview, offset: int, n_layers: int, n_cells: int) -> tuple[Side, int]:
-    kind, row = struct.unpack_from("<iQ", raw, offset)
-    stride = _LAYER + n_cells * row
-    end = offset + n_layers * stride
-    if kind != _F16 or end > len(raw):
-        raise EngineFault(f"state with ggml type {kind}, row {row}: only f16 can be exported")
-    shape, strides = (n_layers, n_cells, row // 2), (stride, row, 2)
-    return np.ndarray(shape, "<f2", raw, offset + _LAYER, strides), end
+def _sides(
+    raw: bytes | memoryview,
+    offset: int,
+    n_cells: int,
+    stacks: Sequence[tuple[tuple[int, ...], int]],
+) -> tuple[list[Side], int]:
+    """K or V of every stack: (places, row); and where they end."""
+    offsets, end = _offsets(offset, n_cells, stacks)
+    if end > len(raw):
+        raise EngineFault(f"state ends {end - len(raw)} bytes too early")
+    sides = []
+    for places, row in stacks:
+        shape, at = (len(places), n_cells, row), [offsets[place] for place in places if row]
+        strides = set(np.diff(at).tolist())
+        if not row:
+            side = np.empty(shape, "<f2")
+        elif len(strides) <= 1:
+            stride = strides.pop() if strides else 0
+            heads = np.ndarray((len(at), _LAYER), "u1", raw, at[0], (stride, 1))
+            side = np.ndarray(shape, "<f2", raw, at[0] + _LAYER, (stride, 2 * row, 2))
+        else:  # layers of different geometries take turns
+            heads = np.stack([np.frombuffer(raw, "u1", _LAYER, o) for o in at])
+            flat = [np.frombuffer(raw, "<f2", n_cells * row, o + _LAYER) for o in at]
+            side = np.stack(flat).reshape(shape)
+        if row and (heads != np.frombuffer(_head(row), "u1")).any():
+            raise EngineFault(f"state with other layers than f16 rows of {row} values")
+        sides.append(side)
+    return sides, end
 
 
-def build(k: Side, v: Side, start: int, seq_id: int) -> NDArray[np.uint8]:
-    """State bytes that put rows at positions start, start + 1, … of a sequence."""
-    n_layers, n_cells, _ = k.shape
-    cells = np.empty((n_cells, 3), "<i4")
-    cells[:, 0] = np.arange(start, start + n_cells)
-    cells[:, 1], cells[:, 2] = 1, seq_id
-    head = struct.pack("<IiII", MAGIC, seq_id, 1, n_cells) + cells.tobytes()
-    head += struct.pack("<II", 0, n_layers)
-    sizes = [_LAYER + 2 * n_cells * side.shape[2] for side in (k, v)]
-    raw = np.empty(len(head) + n_layers * sum(sizes), np.uint8)
-    raw[: len(head)] = np.frombuffer(head, np.uint8)
-    offset = len(head)
-    for side, stride in zip((k, v), sizes, strict=True):
-        row = 2 * side.shape[2]
-        layers = raw[offset : offset + n_layers * stride].reshape(n_layers, stride)
-        layers[:, :_LAYER] = np.frombuffer(struct.pack("<iQ", _F16, row), np.uint8)
-        layers[:, _LAYER:] = np.ascontiguousarray(side).view(np.uint8).reshape(n_layers, -1)
-        offset += n_layers * stride
+def _head(row: int) -> bytes:
+    return struct.pack("<iQ", _F16, 2 * row)
+
+
+def _offsets(
+    offset: int, n_cells: int, stacks: Sequence[tuple[tuple[int, ...], int]]
+) -> tuple[dict[int, int], int]:
+    """Where each place's header is, and where the last place's rows end."""
+    rows = sorted((place, row) for places, row in stacks for place in places)
+    offsets = {}
+    for place, row in rows:
+        offsets[place] = offset
+        offset += _LAYER + 2 * n_cells * row if row else 0
+    return offsets, offset
+
+
+def build(
+    seq_id: int, caches: Sequence[tuple[Cache, Cells]], buffer: NDArray[np.uint8] | None = None
+) -> NDArray[np.uint8]:
+    """State bytes that put the cells of each cache into a sequence; in `buffer` if they fit."""
+    heads, size = [], 8
+    for cache, cells in caches:
+        n = cells.n_rows
+        head = struct.pack("<II", 1, n)
+        if n:
+            meta = np.empty((n, 3), "<i4")
+            meta[:, 0] = np.arange(cells.start, cells.start + n)
+            meta[:, 1], meta[:, 2] = 1, seq_id
+            head += meta.tobytes() + struct.pack("<II", 0, sum(len(s.places) for s in cache))
+            sides = ((s.places, row) for s in cache for row in (s.k_row, s.v_row) if row)
+            size += sum(len(places) * (_LAYER + 2 * n * row) for places, row in sides)
+        heads.append(head)
+        size += len(head)
+    fits = buffer is not None and buffer.size >= size
+    raw = buffer[:size] if buffer is not None and fits else np.empty(size, np.uint8)
+    raw[:8] = np.frombuffer(struct.pack("<Ii", MAGIC, seq_id), np.uint8)
+    offset = 8
+    for head, (cache, cells) in zip(heads, caches, strict=True):
+        raw[offset : offset + len(head)] = np.frombuffer(head, np.uint8)
+        offset += len(head)
+        if cells.n_rows:
+            k, v = zip(*cells.kv, strict=True)
+            offset = _put(raw, offset, [(s.places, s.k_row) for s in cache], k)
+            offset = _put(raw, offset, [(s.places, s.v_row) for s in cache], v)
     return raw
 
 
-def to_half_split(k: NDArray[np.float16], rope_dims: int) -> NDArray[np.float16]:
-    """Interleaved rope pairs (x0 y0 x1 y1 …) -> halves (x0 x1 … y0 y1 …), on the last axis.
+def _put(
+    raw: NDArray[np.uint8],
+    offset: int,
+    stacks: Sequence[tuple[tuple[int, ...], int]],
+    sides: Sequence[Side],
+) -> int:
+    offsets, end = _offsets(offset, sides[0].shape[1], stacks)
+    for (places, row), side in zip(stacks, sides, strict=True):
+        for place, rows in zip(places if row else (), side, strict=False):
+            at = offsets[place] + _LAYER
+            raw[at - _LAYER : at] = np.frombuffer(_head(row), np.uint8)
+            out = raw[at : at + rows.size * 2].view("<f2").reshape(rows.shape)
+            np.copyto(out, rows)
+    return end
+
+
+def to_half_split(k: Side, rope_dims: int, offset: int = 0) -> Side:
+    """Interleaved rope pairs (x0 y0 x1 y1 …) -> halves (x0 x1 … y0 y1 …), on the last axis; only
+    the `rope_dims` dims from the even `offset` on are turned by rope.
 
     A pair is read as one uint32 word, x in its low half: several times faster than strided copies.
     """
-    out, half = np.empty(k.shape, "<f2"), rope_dims // 2
-    pairs, halves = k[..., :rope_dims].view("<u4"), out.view("<u2")
-    np.copyto(halves[..., :half], pairs, casting="unsafe")
-    np.copyto(halves[..., half:rope_dims], pairs >> np.uint32(16), casting="unsafe")
-    out[..., rope_dims:] = k[..., rope_dims:]
+    out, half, end = np.empty(k.shape, "<f2"), offset + rope_dims // 2, offset + rope_dims
+    pairs, halves = k[..., offset:end].view("<u4"), out.view("<u2")
+    np.copyto(halves[..., offset:half], pairs, casting="unsafe")
+    np.copyto(halves[..., half:end], pairs >> np.uint32(16), casting="unsafe")
+    out[..., :offset], out[..., end:] = k[..., :offset], k[..., end:]
     return out
 
 
-def to_interleaved(k: NDArray[np.float16], rope_dims: int) -> NDArray[np.float16]:
+def to_interleaved(k: Side, rope_dims: int, offset: int = 0) -> Side:
     """Inverse of to_half_split."""
-    out, half = np.empty(k.shape, "<f2"), rope_dims // 2
-    pairs, halves = out[..., :rope_dims].view("<u4"), k.view("<u2")
-    np.copyto(pairs, halves[..., half:rope_dims])
+    out, half, end = np.empty(k.shape, "<f2"), offset + rope_dims // 2, offset + rope_dims
+    pairs, halves = out[..., offset:end].view("<u4"), k.view("<u2")
+    np.copyto(pairs, halves[..., half:end])
     pairs <<= np.uint32(16)
-    pairs |= halves[..., :half]
-    out[..., rope_dims:] = k[..., rope_dims:]
+    pairs |= halves[..., offset:half]
+    out[..., :offset], out[..., end:] = k[..., :offset], k[..., end:]
     return out

@@ -1,0 +1,125 @@
+"""Sliding-window rows: kept at a branch's checkpoints only.
+
+A model with sliding windows can continue from position c when its sliding layers have the rows of
+the window before c. Those rows are kept for the ends of the last turns (checkpoints), so most
+sliding rows are never stored. A run's sliding part holds the last rows of the run, from where the
+oldest window that needs it begins. Runs on the persister's thread, `restorable` on a worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from actors.branches import AgentMemory, Branch, Run, positions
+from storage.codec import Tensors, concat_rows, count_rows, slice_rows
+from storage.pool import Key
+from storage.spec import ModelCacheSpec, Part
+
+_TURN_STARTS = 2  # checkpoints kept besides the branch's end
+
+Read = Callable[[AgentMemory, Run, Part], Tensors | None]
+Keep = Callable[[AgentMemory, Run, Part, Tensors], None]
+
+
+class Windows:
+    """`read` and `keep` are those of actors.rows; `drop` forgets rows in the pool."""
+
+    def __init__(
+        self, spec: ModelCacheSpec, read: Read, keep: Keep, drop: Callable[[Key], None]
+    ) -> None:
+        self.size = spec.window
+        self._read, self._keep, self._drop = read, keep, drop
+
+    def first_needed(self, branch: Branch, at: int) -> int:
+        """From where sliding rows must be handed over for a checkpoint at `at`."""
+        return max(branch.windowed, at - self.size + 1, 0)
+
+    def checkpoint(
+        self,
+        memory: AgentMemory,
+        branch: Branch,
+        start: int,
+        at: int,
+        sliding: Tensors,
+        ends: set[int],
+    ) -> None:
+        """Add the sliding rows of positions start..at to the runs they belong to. Kept with it:
+        the last two checkpoints that are ends of turns."""
+        needed = max(0, at - self.size + 1)
+        last = branch.checkpoints[-1] if branch.checkpoints else 0
+        if start > max(needed, last):
+            return  # what lies between was forgotten meanwhile: no checkpoint here
+        for first, run in positions(branch):
+            stop = first + run.rows
+            if stop <= needed or (run.has_window and stop <= last):
+                continue
+            if stop <= start:
+                return
+            if run.carried is not None and first < last < stop and last >= needed:
+                piece = slice_rows(sliding, last - start, stop - start)
+                piece = concat_rows([run.carried, piece])
+            else:
+                piece = slice_rows(sliding, max(first - start, 0), stop - start)
+            run.carried, run.has_window = None, True
+            self._keep(memory, run, "sliding", piece)
+        before = [c for c in branch.checkpoints if c in ends and c != at]
+        branch.checkpoints = [*before[-_TURN_STARTS:], at]
+        self._drop_unneeded(memory, branch)
+
+    def _drop_unneeded(self, memory: AgentMemory, branch: Branch) -> None:
+        for first, run in positions(branch):
+            kept = [at for b in memory.branches if run in b.runs for at in b.checkpoints]
+            needed = (first < at and first + run.rows > at - self.size + 1 for at in kept)
+            if run.has_window and not any(needed):
+                run.drop_window()
+                self._drop((run.id, "sliding"))
+
+    def joined(self, memory: AgentMemory, tail: Sequence[Run]) -> Tensors | None:
+        """The sliding rows at the end of a tail that becomes a block, code by code."""
+        pieces: list[Tensors] = []
+        for run in reversed(tail):
+            piece = self._read(memory, run, "sliding") if run.has_window else None
+            if piece is None:
+                break
+            pieces.insert(0, piece)
+            if count_rows(piece) < run.rows:
+                break
+        return concat_rows(pieces) if pieces else None
+
+    def cut(self, memory: AgentMemory, run: Run, part: Run) -> None:
+        """`part` is the first rows of `run`: it gets those of its sliding rows."""
+        if not run.has_window:
+            return
+        sliding = self._read(memory, run, "sliding")
+        first = run.rows - count_rows(sliding) if sliding is not None else run.rows
+        if sliding is not None and part.rows > first:
+            part.has_window = True
+            self._keep(memory, part, "sliding", slice_rows(sliding, 0, part.rows - first))
+
+    def restorable(
+        self, memory: AgentMemory, branch: Branch, keep: int
+    ) -> tuple[int, dict[int, Tensors]]:
+        """(how many of the first `keep` rows can be continued from, start of a run -> its sliding
+        rows up to there). Without sliding windows: (keep, {})."""
+        if not self.size:
+            return keep, {}
+        for at in sorted((c for c in branch.checkpoints if c <= keep), reverse=True):
+            windows = self._window(memory, branch, at)
+            if windows is not None:
+                return at, windows
+        return 0, {}
+
+    def _window(self, memory: AgentMemory, branch: Branch, at: int) -> dict[int, Tensors] | None:
+        """Sliding rows of the window before `at`, by run; None when one is missing."""
+        needed = max(0, at - self.size + 1)
+        windows = {}
+        for first, run in positions(branch):
+            stop = first + run.rows
+            if stop <= needed or first >= at:
+                continue
+            sliding = self._read(memory, run, "sliding") if run.has_window else None
+            if sliding is None or stop - count_rows(sliding) > max(first, needed):
+                return None
+            held = stop - count_rows(sliding)
+            windows[first] = slice_rows(sliding, 0, min(stop, at) - held)
+        return windows

@@ -1,0 +1,258 @@
+"""A node's own disk, between the pool in RAM and the shared store.
+
+    <folder>/blocks/…    as in a store: a cache within a budget; the least recently used leave first
+    <folder>/agents/…    cards of agents whose newest rows the shared store lacks: a journal
+    <folder>/written     bytes written today, against wear
+
+A card is here only as long as it is ahead of the shared one; the blocks it names, and those that
+were written for the next one, are pinned. Claims are never made here: who owns an agent is decided
+in the shared store. Thread-safe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import threading
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+
+from storage.card import AgentId, BlockRef, CacheCard, PartRef
+from storage.errors import StorageError
+from storage.spec import CompatibilityKey, Part
+from storage.store import CacheStore, LoadedCard
+
+logger = logging.getLogger(__name__)
+_NOTE_BYTES = 16 << 20  # the count of a day's bytes is written down this often
+
+
+class LocalTier:
+    def __init__(
+        self,
+        store: CacheStore,
+        key: CompatibilityKey,
+        budget_bytes: int,
+        daily_write_bytes: int = 0,
+    ) -> None:
+        """`store` is on file:// and this replica's alone. daily_write_bytes 0: no limit."""
+        if not store.url.startswith("file://"):
+            raise ValueError(f"local tier {store.url!r}: wants a directory of this machine")
+        self.store, self.key = store, key
+        self.budget_bytes, self._daily = budget_bytes, daily_write_bytes
+        self._root = Path(store.files.root)
+        self._lock = threading.Lock()
+        self._sizes: OrderedDict[str, int] = OrderedDict()  # path -> bytes, oldest first
+        self._pins: Counter[str] = Counter()
+        self._carded: dict[str, set[str]] = {}  # agent's folder -> paths its card names
+        self._fresh: dict[str, set[str]] = {}  # agent's folder -> paths written since
+        self._newest: dict[str, tuple[int, int]] = {}  # agent's folder -> its card
+        self.used_bytes = 0
+        self.written_bytes = 0  # by this process
+        self._refused = ""  # why nothing is written at the moment
+        self._day, self._today, self._noted = self._read_wear()
+        self._index()
+
+    # ---- start
+
+    def _index(self) -> None:
+        found = []
+        for folder, _, names in os.walk(self._root / "blocks"):
+            for name in names:
+                if name.endswith(".safetensors") and not name.startswith("."):
+                    path = f"{folder}/{name}"
+                    with contextlib.suppress(FileNotFoundError):
+                        stat = os.stat(path)
+                        found.append((stat.st_mtime, path, stat.st_size))
+        for _, path, size in sorted(found):
+            self._sizes[path] = size
+            self.used_bytes += size
+        for card in self.cards():
+            self._pin_card(card)
+        with self._lock:
+            self._evict(0)
+
+    def cards(self) -> Iterator[CacheCard]:
+        """Cards that were ahead of the shared store when they were written, one per agent."""
+        for loaded in self.store.cards(self.store.tenants(), self.key):
+            yield loaded.card
+
+    # ---- blocks
+
+    def put(self, agent: AgentId, run_id: str, part: Part, raw: bytes) -> PartRef | None:
+        """Write a block for the agent's next card; it is pinned until then. None when there is no
+        room or the day's bytes are spent. Raises StoreUnavailable."""
+        with self._lock:
+            if not self._may_write(len(raw)):
+                return None
+        ref = self.store.put_block(agent.tenant, run_id, part, raw)
+        path = self._path(agent.tenant, run_id, ref, part)
+        with self._lock:
+            self._add(path, ref.size)
+            fresh = self._fresh.setdefault(self.store.agent_folder(agent, self.key), set())
+            if path not in fresh:
+                fresh.add(path)
+                self._pins[path] += 1
+        return ref
+
+    def keep(self, tenant: str, ref: BlockRef, part: Part, raw: bytes) -> None:
+        """Cache a block that came from the shared store, if there is room. Raises
+        StoreUnavailable."""
+        path = self.store.block_path(tenant, ref, part)
+        with self._lock:
+            if path in self._sizes or not self._may_write(len(raw)):
+                return
+        stored = self.store.put_block(tenant, ref.id, part, raw)
+        with self._lock:
+            self._add(self._path(tenant, ref.id, stored, part), stored.size)
+
+    def get(self, tenant: str, ref: BlockRef, part: Part) -> bytes | None:
+        """The verified bytes; None when they are not here. Raises CorruptData: the file is then
+        forgotten here, so that a sound copy can take its place."""
+        path = self.store.block_path(tenant, ref, part)
+        with self._lock:
+            if path not in self._sizes:
+                return None
+            self._sizes.move_to_end(path)
+        try:
+            raw = self.store.get_block(tenant, ref, part)
+        except StorageError:
+            self._forget_file(path)
+            raise
+        if raw is None:
+            self._forget_file(path)
+        return raw
+
+    def _path(self, tenant: str, run_id: str, ref: PartRef, part: Part) -> str:
+        return self.store.block_path(tenant, BlockRef(run_id, 0, {part: ref}), part)
+
+    def _add(self, path: str, size: int) -> None:
+        if path not in self._sizes:
+            self.used_bytes += size
+            self.written_bytes += size
+            self._count_wear(size)
+        self._sizes[path] = size
+        self._sizes.move_to_end(path)
+
+    def _forget_file(self, path: str) -> None:
+        with self._lock:
+            self.used_bytes -= self._sizes.pop(path, 0)
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+    def _may_write(self, size: int) -> bool:
+        """Make room for `size` bytes; says why not, once."""
+        reason = ""
+        if self._daily and self._wear_today() + size > self._daily:
+            reason = f"the daily budget of {self._daily} bytes is spent"
+        elif not self._evict(size):
+            reason = f"{self.used_bytes} bytes wait for the shared store, all there is room for"
+        if reason and not self._refused:
+            logger.warning("local tier %s writes nothing: %s", self._root, reason)
+        self._refused = reason
+        return not reason
+
+    def _evict(self, size: int) -> bool:
+        if size > self.budget_bytes:
+            return False
+        victims, excess = [], self.used_bytes + size - self.budget_bytes
+        for path, stored in self._sizes.items():
+            if excess <= 0:
+                break
+            if path not in self._pins:
+                victims.append(path)
+                excess -= stored
+        for path in victims:
+            self.used_bytes -= self._sizes.pop(path)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+        return self.used_bytes + size <= self.budget_bytes
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Bytes that the shared store lacks."""
+        with self._lock:
+            return sum(self._sizes.get(path, 0) for path in self._pins)
+
+    @property
+    def writes(self) -> bool:
+        """False while nothing more can be written here."""
+        return not self._refused
+
+    # ---- the journal
+
+    def write_card(self, card: CacheCard) -> None:
+        """The agent's newest card, ahead of the shared store's. Raises StoreUnavailable."""
+        self.store.journal(card)
+        self._pin_card(card)
+
+    def card(self, agent: AgentId) -> LoadedCard | None:
+        return self.store.latest(agent, self.key)
+
+    def drop_card(self, card: CacheCard) -> None:
+        """The shared store has caught up with this card; a newer one stays."""
+        folder = self.store.agent_folder(card.agent, card.key)
+        with self._lock:
+            if self._newest.get(folder) != (card.epoch, card.generation):
+                return
+            del self._newest[folder]
+            self._unpin(self._carded.pop(folder, set()))
+            self.store.drop_cards(card.agent, card.key)
+
+    def forget(self, agent: AgentId) -> None:
+        """The agent is another node's: what is here of it is only a cache."""
+        folder = self.store.agent_folder(agent, self.key)
+        with self._lock:
+            self._unpin(self._carded.pop(folder, set()))
+            self._unpin(self._fresh.pop(folder, set()))
+            self._newest.pop(folder, None)
+            self.store.drop_cards(agent, self.key)
+
+    def _pin_card(self, card: CacheCard) -> None:
+        folder = self.store.agent_folder(card.agent, card.key)
+        refs = [ref for b in card.branches for ref in (*b.blocks, *b.tail)]
+        tenant = card.agent.tenant
+        named = {self.store.block_path(tenant, ref, part) for ref in refs for part in ref.parts}
+        with self._lock:
+            self._pins.update(named)
+            self._unpin(self._carded.pop(folder, set()))
+            self._unpin(self._fresh.pop(folder, set()))
+            self._carded[folder] = named
+            self._newest[folder] = (card.epoch, card.generation)
+
+    def _unpin(self, paths: set[str]) -> None:
+        for path in paths:
+            self._pins[path] -= 1
+            if self._pins[path] <= 0:
+                del self._pins[path]
+
+    # ---- wear
+
+    def _wear_today(self) -> int:
+        if self._day != _today():
+            self._day, self._today, self._noted = _today(), 0, 0
+        return self._today
+
+    def _count_wear(self, size: int) -> None:
+        self._today = self._wear_today() + size
+        if self._today - self._noted >= _NOTE_BYTES:
+            self._noted = self._today
+            note = {"day": self._day, "bytes": self._today}
+            with contextlib.suppress(OSError):  # a full disk: the count goes on in RAM
+                (self._root / "written").write_text(json.dumps(note))
+
+    def _read_wear(self) -> tuple[str, int, int]:
+        try:
+            note = json.loads((self._root / "written").read_text())
+            if note["day"] == _today():
+                return note["day"], int(note["bytes"]), int(note["bytes"])
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # none yet, or cut short by a crash: the day starts at 0
+        return _today(), 0, 0
+
+
+def _today() -> str:
+    return time.strftime("%Y-%m-%d", time.gmtime())

@@ -1,0 +1,293 @@
+"""Write-behind: the node's disk first, the store follows; nothing names what is not there."""
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from actors.engines.fake_engine import FakeEngine
+from actors.loop import LoopConfig, ReplicaLoop
+from actors.turn import TurnFinished
+from storage.card import CacheCard
+from storage.files import Files
+from storage.store import CacheStore
+from tests.loops import (
+    Answer,
+    agent_id,
+    assistant,
+    evict,
+    make_loop,
+    memory_of,
+    run,
+    settle,
+    start,
+    user,
+)
+
+MakeLoop = Callable[..., ReplicaLoop]
+LONG = "Tell me about the sea, the wind and the old harbour of the town. " * 10  # 650 tokens
+
+
+class Shared:
+    """A shared store that can be slow, or gone."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.down, self.delay = folder, threading.Event(), 0.0
+        create = Files.create
+
+        def guarded(files: Files, path: str, raw: bytes) -> None:
+            if str(path).startswith(str(folder)):
+                time.sleep(self.delay)
+                if self.down.is_set():
+                    raise OSError("the shared store is gone")
+            create(files, path, raw)
+
+        monkeypatch.setattr(Files, "create", guarded)
+
+
+@pytest.fixture
+def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shared:
+    monkeypatch.setattr("actors.replicator._FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr("actors.replicator._LONGEST_PAUSE_S", 0.1)
+    return Shared(tmp_path / "shared", monkeypatch)
+
+
+@pytest.fixture
+def node(tmp_path: Path, shared: Shared) -> Iterator[MakeLoop]:
+    """Replicas by node name, each with a disk of its own."""
+    loops: list[ReplicaLoop] = []
+
+    def make(name: str = "n0", **options: object) -> ReplicaLoop:
+        made = make_loop(
+            FakeEngine(4), shared.folder, node=name, local=tmp_path / name, codec="q4", **options
+        )  # type: ignore[arg-type]
+        loops.append(made)
+        return made
+
+    yield make
+    for made in loops:
+        if made.alive:
+            made.close(5.0)
+
+
+def talk(loop: ReplicaLoop, messages: list[dict[str, str]], question: str) -> Answer:
+    messages.append(user(question))
+    answer = run(loop, messages)
+    messages.append(assistant(answer.text))
+    return answer
+
+
+def missing(folder: Path, card: CacheCard) -> list[str]:
+    """Blocks that a store's card names and the store lacks."""
+    store = CacheStore(str(folder))
+    return [
+        ref.id
+        for branch in card.branches
+        for ref in (*branch.blocks, *branch.tail)
+        for part in ref.parts
+        if store.get_block(card.agent.tenant, ref, part) is None
+    ]
+
+
+def card_in(folder: Path, loop: ReplicaLoop) -> CacheCard | None:
+    found = CacheStore(str(folder)).latest(agent_id(), loop.memory.key)
+    return found.card if found else None
+
+
+def test_when_the_shared_store_has_caught_up_the_local_card_goes(
+    node: MakeLoop, shared: Shared, tmp_path: Path
+) -> None:
+    loop, messages = node(), []
+    for question in (LONG, "And the ships?", LONG):
+        talk(loop, messages, question)
+        settle(loop)
+        card = card_in(shared.folder, loop)
+        assert card is not None
+        assert card.branches[0].rows == memory_of(loop).branches[0].rows > 0
+        assert missing(shared.folder, card) == []
+        assert card_in(tmp_path / "n0", loop) is None
+    local = loop.memory.tiers.local
+    assert local is not None
+    assert local.used_bytes > 0
+    assert local.pinned_bytes == 0
+    assert not loop.memory.faults
+
+
+def test_a_local_card_may_be_ahead_and_no_card_names_what_its_store_lacks(
+    node: MakeLoop, shared: Shared, tmp_path: Path
+) -> None:
+    loop, messages = node(), []
+    first = talk(loop, messages, LONG)
+    settle(loop)
+    shared.down.set()
+    second = talk(loop, messages, "And the ships?" + LONG)
+    settle(loop)
+    ahead, behind = card_in(tmp_path / "n0", loop), card_in(shared.folder, loop)
+    assert ahead is not None
+    assert behind is not None
+    assert ahead.branches[0].rows > behind.branches[0].rows == len(first.prompt) + 19
+    assert missing(tmp_path / "n0", ahead) == missing(shared.folder, behind) == []
+    # The owner dies with its disk: another node has the shared card, and prefills the rest.
+    shared.down.clear()
+    asked = [*messages, user("And then?")]
+    elsewhere = run(make_loop(FakeEngine(4), shared.folder, node="n1", codec="q4"), asked)
+    assert elsewhere.cached == behind.branches[0].rows
+    assert elsewhere.cached < len(second.prompt)
+    # What the old owner still has is never read again: it is fenced, and lets go.
+    deadline = time.monotonic() + 10
+    while loop.memory.get(agent_id()) is not None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert loop.memory.get(agent_id()) is None
+    assert loop.memory.faults["fenced"] == 1
+    assert card_in(tmp_path / "n0", loop) is None
+    now = card_in(shared.folder, loop)
+    assert now is not None
+    assert now.owner.node == "n1"
+
+
+@pytest.mark.parametrize("recovers", ["at start", "at the next turn"])
+def test_a_restarted_node_brings_what_the_shared_store_lacks(
+    node: MakeLoop, shared: Shared, recovers: str
+) -> None:
+    loop, messages = node(), []
+    talk(loop, messages, LONG)
+    settle(loop)
+    shared.down.set()
+    talk(loop, messages, "And the ships?" + LONG)
+    settle(loop)
+    rows = memory_of(loop).branches[0].rows
+    loop.close(5.0)
+    shared.down.clear()
+    loop = node()
+    if recovers == "at start":
+        loop.memory.recover()
+    else:
+        answer = run(loop, [*messages, user("And then?")], n=1)
+        assert answer.cached == rows
+        assert answer.cache == "warm"
+    settle(loop)
+    card = card_in(shared.folder, loop)
+    assert card is not None
+    assert card.branches[0].rows >= rows
+    assert missing(shared.folder, card) == []
+    assert not loop.memory.faults
+
+
+def test_a_node_that_lost_the_agent_meanwhile_does_not_take_it_back(
+    node: MakeLoop, shared: Shared, tmp_path: Path
+) -> None:
+    loop, messages = node(), []
+    talk(loop, messages, LONG)
+    settle(loop)
+    shared.down.set()
+    talk(loop, messages, "And the ships?")
+    settle(loop)
+    loop.close(1.0)
+    shared.down.clear()
+    other = node("n1")
+    run(other, [*messages, user("And then?")])
+    settle(other)
+    owned = card_in(shared.folder, other)
+    again = node()
+    again.memory.recover()
+    assert again.memory.get(agent_id()) is None
+    assert card_in(tmp_path / "n0", again) is None
+    assert card_in(shared.folder, other) == owned
+
+
+def test_an_answer_does_not_wait_for_the_store(node: MakeLoop, shared: Shared) -> None:
+    loop, messages = node(), []
+    talk(loop, messages, LONG)
+    settle(loop)
+    shared.delay = 1.0
+    began = time.monotonic()
+    talk(loop, messages, "And the ships?")
+    assert time.monotonic() - began < 1.0
+    assert loop.memory.replicator is not None
+    shared.delay = 0.0
+    settle(loop)
+
+
+@pytest.mark.parametrize("down", [False, True])
+def test_a_sync_turn_ends_when_its_memory_is_stored(
+    node: MakeLoop, shared: Shared, down: bool
+) -> None:
+    loop = node(loop=LoopConfig(sync=True))
+    run(loop, [user("Hello")])
+    if down:
+        shared.down.set()
+    else:
+        shared.delay = 0.3
+    began = time.monotonic()
+    answer = run(loop, [user("Hello"), assistant("x"), user("And the ships?")])
+    assert isinstance(answer.last, TurnFinished)
+    card = card_in(shared.folder, loop)
+    assert card is not None
+    if down:  # the store is gone: the answer still comes, and the fault is counted
+        assert loop.memory.faults["store_unavailable"] > 0
+    else:
+        assert time.monotonic() - began > 0.3
+        assert card.branches[-1].rows == memory_of(loop).branches[-1].rows
+
+
+def test_rows_the_disk_has_no_room_for_go_to_the_shared_store(
+    node: MakeLoop, shared: Shared
+) -> None:
+    loop, messages = node(local_bytes=1000), []
+    talk(loop, messages, LONG)
+    settle(loop)
+    local = loop.memory.tiers.local
+    assert local is not None
+    assert (local.used_bytes, local.writes) == (0, False)
+    card = card_in(shared.folder, loop)
+    assert card is not None
+    assert card.branches[0].rows == memory_of(loop).branches[0].rows
+    evict(loop, pool=True)
+    assert talk(loop, messages, "And the ships?").cached == card.branches[0].rows
+
+
+def test_a_damaged_local_file_is_read_from_the_shared_store(node: MakeLoop, tmp_path: Path) -> None:
+    loop, messages = node(), []
+    talk(loop, messages, LONG)
+    settle(loop)
+    rows = memory_of(loop).branches[0].rows
+    for path in (tmp_path / "n0" / "blocks").rglob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1])
+    evict(loop, pool=True)
+    assert talk(loop, messages, "And the ships?").cached == rows
+    assert loop.memory.faults["corrupt"] > 0
+    settle(loop)
+
+
+def test_a_prefetched_agent_is_in_ram_and_on_disk_before_it_is_owned(
+    node: MakeLoop, shared: Shared, tmp_path: Path
+) -> None:
+    source, messages = node(), []
+    talk(source, messages, LONG)
+    settle(source)
+    target = node("n1")
+    rows = target.memory.prefetch(agent_id())
+    assert rows == memory_of(source).branches[0].rows
+    assert target.memory.get(agent_id()) is None
+    target.memory.adopt(agent_id())
+    shutil.rmtree(shared.folder / "blocks")
+    answer = run(target, [*messages, user("And then?")])
+    assert (answer.cached, answer.cache) == (rows, "hot")
+    assert target.memory.prefetch(agent_id("unknown")) == 0
+
+
+def test_a_frozen_agent_is_in_the_shared_store(node: MakeLoop, shared: Shared) -> None:
+    loop = node()
+    stream = start(loop, [user(LONG)], n=400)
+    stream.take(8)
+    shared.delay = 0.05
+    loop.call(lambda: loop.handoff.freeze(agent_id())).result(10).result(10)
+    card = card_in(shared.folder, loop)
+    assert card is not None
+    assert card.branches[0].rows == memory_of(loop).branches[0].rows
+    assert card.branches[0].rows >= len(stream.answer.prompt) + 7
+    loop.call(lambda: loop.handoff.release(agent_id())).result(10)
+    stream.result()

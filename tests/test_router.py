@@ -1,0 +1,281 @@
+"""The router without Ray: who moves and when, on replicas that only say how busy they are."""
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from actors.config import ReplicaConfig
+from actors.engines.fake_engine import FakeEngine
+from actors.rates import Rates
+from actors.report import AgentReport, ReplicaInfo, ReplicaStatus
+from cluster import router as router_module
+from cluster.config import ClusterConfig
+from cluster.errors import MigrationFailed, NoReplica, UnknownAgent, UnknownNode
+from cluster.migration import Migration
+from cluster.pool import Node, Replica, ReplicaPool
+from cluster.router import PlacementRouter
+from storage.card import AgentId
+from tests.fake_cluster import Handle, lost
+
+AGENT = AgentId("default", "s")
+TURN_S = ClusterConfig().http.request_timeout_s
+
+
+class Device:
+    """A replica that runs nothing. It notes what migrations ask of it, and reports the agents it
+    owns with 1,000 rows each."""
+
+    def __init__(self, node: str) -> None:
+        self.node = node
+        self.queue_s = 0.0
+        self.owns: dict[AgentId, int] = {}  # epochs
+        self.asked: list[str] = []
+        self.fault: Exception | None = None  # of the next adopt
+
+    def info(self) -> ReplicaInfo:
+        key = FakeEngine().key
+        return ReplicaInfo(
+            self.node, f"life-{self.node}", 1, 1, "fake", "none", 4096, 4, "f16", key, 0
+        )
+
+    def status(self, since: float) -> ReplicaStatus:
+        reports = tuple(
+            AgentReport(agent, epoch, 1, 1, 1000, 1000, True, 0, 0, 0.0)
+            for agent, epoch in self.owns.items()
+        )
+        rates = Rates(200.0, 0.02, 10_000.0, 2.0)
+        return ReplicaStatus(0.0, 0, 0, 0, self.queue_s, rates, 0, 0, len(reports), reports)
+
+    def prefetch(self, agent: AgentId) -> int:
+        return 0
+
+    def freeze(self, agent: AgentId) -> None:
+        self.asked.append("freeze")
+
+    def adopt(self, agent: AgentId) -> int:
+        self.asked.append("adopt")
+        if self.fault is not None:
+            raise self.fault
+        self.owns[agent] = 2
+        return 2
+
+    def thaw(self, agent: AgentId) -> None:
+        self.asked.append("thaw")
+
+    def release(self, agent: AgentId) -> None:
+        self.asked.append("release")
+        del self.owns[agent]
+
+
+class QuietPool(ReplicaPool):
+    """Follows no Ray cluster: a test says which replicas there are."""
+
+    async def run(self) -> None:
+        pass
+
+
+class Cluster:
+    """A router on the devices a and b. Agent s is idle on a, both devices are, and the clock
+    stands still."""
+
+    def __init__(self, config: ClusterConfig, runner: asyncio.Runner) -> None:
+        self.now = 1000.0
+        self.a, self.b = Device("a"), Device("b")
+        self.a.owns[AGENT] = 1
+        self._runner = runner
+        runner.run(self._start(config))
+
+    async def _start(self, config: ClusterConfig) -> None:
+        self.router = PlacementRouter(config)
+        self.replicas = self.router._pool.replicas
+        for device in (self.a, self.b):
+            node = Node(device.node, f"ray-{device.node}", "127.0.0.1", True)
+            self.replicas[node.id] = Replica(node, Handle(device), device.info(), healthy=True)
+        await self.router._pool.refresh_all()
+
+    def busy(self, a: float = 0.0, b: float = 0.0) -> None:
+        """Both report how many seconds a new turn would wait."""
+        self.a.queue_s, self.b.queue_s = a, b
+        self._runner.run(self.router._pool.refresh_all())
+
+    def place(self, *, persist: bool = True, avoid: frozenset[str] = frozenset()) -> str:
+        """Where a turn of a short message runs that may answer with 20 tokens."""
+        work = self.router.place(AGENT, 40, 20, persist=persist, avoid=avoid)
+        return self._runner.run(work).node
+
+    def migrate(self, target: str, agent: AgentId = AGENT) -> Migration:
+        return self._runner.run(self.router.migrate(agent, target))
+
+    @property
+    def asked(self) -> tuple[list[str], list[str]]:
+        return self.a.asked, self.b.asked
+
+
+MOVED = (["freeze", "release"], ["adopt"])
+UNTOUCHED: tuple[list[str], list[str]] = ([], [])
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    config = ClusterConfig(ReplicaConfig(model="fake://", store=tmp_path.as_uri()))
+    monkeypatch.setattr(router_module, "ReplicaPool", QuietPool)
+    with asyncio.Runner() as runner:
+        made = Cluster(config, runner)
+        clock = SimpleNamespace(monotonic=lambda: made.now)
+        monkeypatch.setattr(router_module, "time", clock)
+        yield made
+
+
+# ---- an idle agent
+
+
+@pytest.mark.parametrize(
+    ("wait", "node"), [(0.0, "a"), (0.3, "a"), (0.9, "a"), (1.0, "b"), (30.0, "b")]
+)
+def test_an_idle_agent_moves_for_a_large_gain_only(
+    cluster: Cluster, wait: float, node: str
+) -> None:
+    """By default: bringing 1,000 rows costs 0.3 s more than staying, and the hysteresis is 0.5 s
+    and a quarter of the 0.8 s that the turn takes on b."""
+    cluster.busy(a=wait)
+    assert cluster.place() == node
+    assert cluster.asked == (MOVED if node == "b" else UNTOUCHED)
+
+
+def test_an_agent_that_moved_is_at_home_there(cluster: Cluster) -> None:
+    cluster.busy(a=30.0)
+    assert cluster.place() == "b"
+    cluster.router.ended(AGENT, "", 80)
+    cluster.busy(b=0.9)
+    assert cluster.place() == "b"
+    assert cluster.asked == MOVED
+
+
+def test_a_one_off_goes_where_it_is_cheapest_and_moves_nobody(cluster: Cluster) -> None:
+    cluster.busy(a=30.0)
+    assert cluster.place(persist=False) == "b"
+    assert cluster.asked == UNTOUCHED
+    assert cluster.router._registry.location(AGENT).node == "a"
+
+
+def test_an_agent_that_cannot_move_is_served_by_its_owner(cluster: Cluster) -> None:
+    cluster.busy(a=30.0)
+    cluster.b.fault = lost()
+    assert cluster.place() == "a"
+    assert cluster.asked == (["freeze", "thaw"], ["adopt"])
+
+
+# ---- while a turn runs
+
+
+def test_a_running_agent_is_not_moved_for_another_turn(cluster: Cluster) -> None:
+    assert cluster.place() == "a"
+    cluster.busy(a=300.0)
+    assert cluster.place() == "a"
+    assert cluster.asked == UNTOUCHED
+
+
+def test_an_agent_may_move_when_its_turn_has_ended(cluster: Cluster) -> None:
+    assert cluster.place() == "a"
+    cluster.router.ended(AGENT, "", 80)
+    cluster.busy(a=30.0)
+    assert cluster.place() == "b"
+    assert cluster.asked == MOVED
+
+
+@pytest.mark.parametrize(("passed", "node"), [(TURN_S - 0.1, "a"), (TURN_S, "b")])
+def test_a_turn_whose_end_nobody_told_holds_its_agent_as_long_as_turns_may_take(
+    cluster: Cluster, passed: float, node: str
+) -> None:
+    assert cluster.place() == "a"
+    cluster.now += passed
+    cluster.busy(a=30.0)
+    assert cluster.place() == node
+
+
+def test_a_running_agent_leaves_an_owner_that_failed_the_turn(cluster: Cluster) -> None:
+    """Not by a migration: the owner does not answer, and the other one claims the agent."""
+    assert cluster.place() == "a"
+    assert cluster.place(avoid=frozenset({"life-a"})) == "b"
+    assert cluster.asked == UNTOUCHED
+
+
+def test_a_running_agent_leaves_an_owner_that_is_not_ready(cluster: Cluster) -> None:
+    assert cluster.place() == "a"
+    cluster.router.suspect("life-a")
+    assert cluster.place() == "b"
+    assert cluster.asked == UNTOUCHED
+
+
+def test_where_all_have_failed_the_turn_the_owner_keeps_nobody(cluster: Cluster) -> None:
+    assert cluster.place() == "a"
+    cluster.busy(a=30.0)
+    assert cluster.place(avoid=frozenset({"life-a", "life-b"})) == "b"
+    assert cluster.asked == MOVED
+
+
+def test_an_owner_to_avoid_is_used_when_nothing_else_is_ready(cluster: Cluster) -> None:
+    assert cluster.place() == "a"
+    cluster.router.suspect("life-b")
+    assert cluster.place(avoid=frozenset({"life-a"})) == "a"
+
+
+# ---- after an operator's migrate
+
+
+@pytest.mark.parametrize(("passed", "node"), [(0.0, "b"), (59.9, "b"), (60.0, "a")])
+def test_an_agent_stays_for_a_minute_where_an_operator_moved_it(
+    cluster: Cluster, passed: float, node: str
+) -> None:
+    done = cluster.migrate("b")
+    assert (done.source, done.target, done.epoch) == ("a", "b", 2)
+    assert cluster.asked == MOVED
+    cluster.now += passed
+    cluster.busy(b=30.0)
+    assert cluster.place() == node
+
+
+def test_an_operator_moves_an_agent_whose_turn_runs(cluster: Cluster) -> None:
+    assert cluster.place() == "a"
+    assert cluster.migrate("b").target == "b"
+    cluster.busy(b=30.0)
+    assert cluster.place() == "b"  # the turn's next attempt
+    assert cluster.asked == MOVED
+
+
+def test_a_migration_that_failed_holds_nobody(cluster: Cluster) -> None:
+    cluster.b.fault = lost()
+    with pytest.raises(MigrationFailed):
+        cluster.migrate("b")
+    assert cluster.asked == (["freeze", "thaw"], ["adopt"])
+    cluster.b.fault = None
+    cluster.busy(a=30.0)
+    assert cluster.place() == "b"
+
+
+def test_migrating_where_the_agent_is_asks_nobody(cluster: Cluster) -> None:
+    done = cluster.migrate("a")
+    assert (done.source, done.target, done.epoch) == ("a", "a", 1)
+    assert cluster.asked == UNTOUCHED
+
+
+def test_an_unknown_target_is_refused_by_name(cluster: Cluster) -> None:
+    with pytest.raises(UnknownNode, match=r"'c'.*there are: a, b$"):
+        cluster.migrate("c")
+    assert cluster.asked == UNTOUCHED
+
+
+def test_a_target_that_is_not_ready_is_refused(cluster: Cluster) -> None:
+    cluster.replicas["b"].healthy = False
+    with pytest.raises(NoReplica, match="b is not ready"):
+        cluster.migrate("b")
+    assert cluster.asked == UNTOUCHED
+
+
+def test_an_unknown_agent_is_refused(cluster: Cluster) -> None:
+    with pytest.raises(UnknownAgent, match="nobody"):
+        cluster.migrate("b", AgentId("default", "nobody"))
+    assert cluster.asked == UNTOUCHED
