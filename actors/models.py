@@ -121,19 +121,20 @@ def _load(config: ReplicaConfig) -> Engine:
 
 def open_store(config: ReplicaConfig) -> CacheStore:
     """The configured store, with its signing key. Raises ValueError, StoreUnavailable."""
-    return _open(config.store, config)
+    return CacheStore(config.store, signing_key=read_signing_key(config))
 
 
-def _open(url: str, config: ReplicaConfig) -> CacheStore:
+def read_signing_key(config: ReplicaConfig) -> bytes | None:
+    """None when none is configured. Raises ValueError, StoreUnavailable."""
     if not config.signing_key_file:
-        return CacheStore(url)
+        return None
     try:
         signing_key = Path(config.signing_key_file).read_bytes().strip()
     except OSError as error:
         raise StoreUnavailable(config.store, f"cannot read the signing key: {error}") from error
     if len(signing_key) < 16:
         raise ValueError(f"{config.signing_key_file}: a signing key has at least 16 bytes")
-    return CacheStore(url, signing_key=signing_key)
+    return signing_key
 
 
 def open_local(config: ReplicaConfig, node: str, key: CompatibilityKey) -> LocalTier | None:
@@ -142,7 +143,7 @@ def open_local(config: ReplicaConfig, node: str, key: CompatibilityKey) -> Local
     if not config.local_bytes or not config.local:
         return None
     folder = Path(config.local).expanduser().absolute() / node
-    store = _open(f"file://{folder}", config)
+    store = CacheStore(f"file://{folder}", signing_key=read_signing_key(config))
     return LocalTier(store, key, config.local_bytes, config.daily_write_bytes)
 
 

@@ -1,7 +1,8 @@
-"""kvferry up | status | agents | migrate | demo | bench.
+"""kvferry up | status | agents | migrate | export | import | demo | bench.
 
-`up` owns a local cluster; everything else speaks HTTP to a running one. What a command needs from
-outside this package (the ingress, the benchmarks) is started by import string.
+`up` owns a local cluster, export and import work on a store; everything else speaks HTTP to a
+running cluster. What a command needs from outside this package (the ingress, the benchmarks) is
+started by import string.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from rich.table import Table
 
 from actors.errors import ModelUnavailable
 from actors.models import is_fake, open_store, resolve, served_name
+from cluster import bundle_cli
 from cluster.config import ClusterConfig, load_config
 from cluster.errors import ConfigError
 from storage.errors import StoreUnavailable
@@ -189,6 +191,9 @@ def demo(
     """Four agents, two rounds, a migration, and the death of the node that is speaking."""
     raise typer.Exit(importlib.import_module("bench.demo").run(url, api_key, tokens))
 
+
+app.command("export")(bundle_cli.export)
+app.command("import")(bundle_cli.import_)
 
 bench = typer.Typer(help="Measure what the README claims.", no_args_is_help=True)
 app.add_typer(bench, name="bench")

@@ -85,7 +85,11 @@ def piece_of(
         name: np.broadcast_to(np.zeros((), info.dtype), info.shape)
         for name, info in tensors.items()
     }
-    check_tensors(card.key.spec, codec_of(card, path), declared, rows, path, part)
+    codec = codec_of(card, path)
+    try:
+        check_tensors(card.key.spec, codec, declared, rows, path, part)
+    except ValueError as error:  # a geometry that the codec cannot store
+        raise CorruptData(path, str(error)) from error
     return Piece(ref, part, rows, tensors, start, stop)
 
 

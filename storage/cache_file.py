@@ -114,9 +114,8 @@ def save(tensors: Tensors, metadata: dict[str, Any], *, align: int = 8) -> bytes
     )
     (header,) = struct.unpack_from("<Q", raw)
     pad = -(8 + header) % align
-    if header + pad > MAX_HEADER:
-        raise ValueError(f"header of {header} bytes is above the limit of {MAX_HEADER}")
     body = 8 + header
+    _check_header(raw[8:body], header + pad)
     return b"".join((struct.pack("<Q", header + pad), raw[8:body], b" " * pad, raw[body:]))
 
 
@@ -137,9 +136,17 @@ def header_bytes(
         }  # fmt: skip
     text = _compact_json(table)
     text += b" " * (-(8 + len(text)) % align)
-    if len(text) > MAX_HEADER:
-        raise ValueError(f"header of {len(text)} bytes is above the limit of {MAX_HEADER}")
+    _check_header(text, len(text))
     return struct.pack("<Q", len(text)) + text
+
+
+def _check_header(text: bytes, size: int) -> None:
+    """Raises ValueError for a header that is too long, or so dense with lists and mappings as no
+    honest one is: Python's would take many times its size."""
+    if size > MAX_HEADER:
+        raise ValueError(f"header of {size} bytes is above the limit of {MAX_HEADER}")
+    if text.count(b"[") + text.count(b"{") > 256 + len(text) // 12:
+        raise ValueError(f"header of {size} bytes with too many lists and mappings")
 
 
 def load(raw: Buffer, path: str) -> tuple[Tensors, dict[str, Any]]:
@@ -193,6 +200,7 @@ def parse_header(head: Buffer, path: str) -> Header:
         raise CorruptData(path, f"header of {end - 8} bytes does not fit")
     try:
         text = bytes(head[8:end]).rstrip(b" ")
+        _check_header(text, end - 8)
         header = json.loads(text)
         canonical = _compact_json(header) == text
         inner = header.pop("__metadata__")[_METADATA_KEY]
@@ -206,7 +214,7 @@ def parse_header(head: Buffer, path: str) -> Header:
         raise CorruptData(path, "header is not in canonical form")
     try:
         tensors = {name: _tensor_info(entry, end) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptData(path, f"tensor table is malformed ({error!r})") from error
     return Header(metadata, tensors, end, _check_layout(tensors, end, path))
 

@@ -584,6 +584,9 @@ REFUSED = {
     "rows in another order": last("runs.2.full.0.k.codes"),
     "rows of two runs mixed up": mixed_up,
     "digests before the rows": digests_first,
+    "a geometry no codec stores": lambda m, t: m["card"]["key"]["spec"]["layers"][0].update(
+        key_dim=2
+    ),
     "one block at two places": use_twice,
     "one place, two blocks": one_prefix_two_ids,
 }

@@ -30,6 +30,7 @@ from storage.cache_file import (
 from storage.card import BlockRef, PartRef
 from storage.codec import encode_rows, get_codec, slice_rows
 from storage.errors import CorruptData
+from storage.spec import canonical_json
 from storage.store import CacheStore
 from storage.tiers import pack_block, unpack_block
 from tests.store_contract import FIXED, KEY, SPEC, flip, sample_rows
@@ -223,6 +224,16 @@ def test_the_limit_leaves_room_for_long_cards():
     assert 16_000 * len(json.dumps(json.dumps(ref))) < MAX_HEADER
 
 
+def test_a_header_that_is_too_dense_is_neither_written_nor_read():
+    """Long cards are far below: eight lists and mappings in a block of two parts."""
+    metadata = {"x": [[]] * 1000}
+    with pytest.raises(ValueError, match="too many lists"):
+        save(TENSORS, metadata)
+    table = {"__metadata__": {"kvferry": canonical_json(metadata).decode()}}
+    with pytest.raises(CorruptData, match="too many lists"):
+        load(with_header(json.dumps(table, separators=(",", ":")).encode()), "p")
+
+
 # ---- damage
 
 
@@ -294,7 +305,7 @@ def test_deep_nesting_is_refused_or_read(depth):
     try:
         assert load(inner, "p")[1].keys() == {"x"}
     except CorruptData:
-        assert depth > 500
+        assert depth > 129
     with pytest.raises(CorruptData):
         load(outer, "p")
 
@@ -454,6 +465,9 @@ def test_a_huge_header_is_not_read():
     b'{"__metadata__":{"kvferry":{}}}', b'{"__metadata__":{"kvferry":7}}',
     b'{"__metadata__":["kvferry"]}', b'{"__metadata__":"kvferry"}', b'{"__metadata__":null}',
     b'{"__metadata__":{"kvferry":"{}"}}\t', b'{"__metadata__":{"kvferry":"{}"}}\n',
+    b'{"__metadata__":{"kvferry":"{}"},"x":[]}', b'{"__metadata__":{"kvferry":"{}"},"x":7}',
+    b'{"__metadata__":{"kvferry":"{}"},"x":{"dtype":"U8","shape":{},"data_offsets":"ab"}}',
+    b'{"__metadata__":{"kvferry":"{}"},"x":{"dtype":{},"shape":[],"data_offsets":{}}}', b"[]",
     b"\xff\xfe{\0}\0", b"{\xc3\x28}",
     b'{"__metadata__":{"kvferry":"{}"},"x":{"dtype":"F4","shape":[2],"data_offsets":[0,1]}}',
     b'{"__metadata__":{"kvferry":"{}"},"x":{"dtype":"BF16","shape":[0],"data_offsets":[0,0]}}',

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("storage", "actors", "actors.engines", "cluster", "api", "bench", "serve_app")
 WITHOUT_RAY = (
+    "cluster.bundle_cli",
     "cluster.cli",
     "cluster.config",
     "cluster.errors",
