@@ -91,7 +91,7 @@ def test_up_refuses_a_model(model: str, reason: str, tmp_path: Path) -> None:
     ("flags", "reason"),
     [
         (["--codec", "q5"], "known codecs are q4, k8v4, q8, f16"),
-        (["--store", "s3://bucket/kv"], "s3:// is not supported"),
+        (["--store", "gs://bucket/kv"], "gs:// is not supported"),
         (["--store", "memory://"], "would not share it"),
         (["--store", "file"], "NotADirectoryError"),
         (["--store", "file/below"], "NotADirectoryError"),
