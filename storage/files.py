@@ -10,9 +10,11 @@ import contextlib
 import os
 import secrets
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 
@@ -20,12 +22,28 @@ from storage.errors import StorageError, StoreUnavailable
 
 SCHEMES = ("file", "memory")
 _memory_lock = threading.Lock()  # fsspec's memory:// looks first and writes then
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class FilesOptions:
+    """How a store is reached."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file in a folder; `modified` in unix seconds by the store's clock."""
+
+    name: str
+    size: int
+    modified: float
 
 
 class Files:
     """One root on one file system; safe to use from several threads."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, options: FilesOptions | None = None) -> None:
         """A URL, or a path. Raises ValueError for a scheme without a tested backend."""
         if "://" not in url:
             url = f"file://{Path(url).expanduser().absolute()}"
@@ -50,6 +68,31 @@ class Files:
             except FileNotFoundError:
                 return []
         return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in paths)
+
+    def entries(self, folder: str) -> list[Entry]:
+        """The files in a folder, sorted by name; empty when there is none."""
+        with self.translated(), self._guard:
+            try:
+                found = self.fs.ls(folder, detail=True)
+            except FileNotFoundError:
+                return []
+        entries = [
+            Entry(
+                info["name"].rstrip("/").rsplit("/", 1)[-1],
+                info["size"],
+                info.get("mtime", info.get("created", 0.0)),
+            )
+            for info in found
+            if info["type"] == "file"
+        ]
+        return sorted(entries, key=lambda entry: entry.name)
+
+    def now(self) -> float:
+        """Unix seconds by the store's clock."""
+        return time.time()
+
+    def map(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+        return [function(item) for item in items]
 
     def read(self, path: str) -> bytes:
         with self.translated():
