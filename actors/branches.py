@@ -163,6 +163,16 @@ def note_shared(branches: Sequence[Branch], card: CacheCard) -> None:
             run.shared = dict(shared[run.id].parts)
 
 
+def note_committed(states: Sequence[BranchState], card: CacheCard) -> None:
+    """What the shared store has made of what it was to commit: a condemned block has another file
+    now, and one that was gone, with those after it, has none: it is stored again if it can be."""
+    for state, branch in zip(states, card.branches, strict=True):
+        named = {ref.id: ref.parts for ref in (*branch.blocks, *branch.tail)}
+        for run in state.runs:
+            parts = named.get(run.id, {})
+            run.shared = {part: parts[part] for part in run.shared if part in parts}
+
+
 def card_of(branch: Branch) -> BranchCard:
     """The branch's tokens as they are now; its rows are added when they are stored."""
     return BranchCard(

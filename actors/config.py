@@ -29,3 +29,5 @@ class ReplicaConfig:
     signing_key_file: str = ""  # HMAC key for cards; empty: cards carry a plain checksum
     # digest of weights or tokenizer -> the digest it counts as; see storage.spec
     equivalent_digests: Mapping[str, str] = field(default_factory=dict)
+    encryption_keys_file: str = ""  # AES-256 keys per tenant; empty: the store is plain
+    encryption_keys: str = field(default="", repr=False)  # the same, as text; never shown

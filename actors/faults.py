@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 
-from storage.errors import Incompatible, StorageError, Unsupported
+from storage.errors import Incompatible, StorageError, StoreUnavailable, Unsupported
 
 logger = logging.getLogger(__name__)
 
@@ -18,6 +18,9 @@ class Faults(Counter[str]):
         logger.warning("memory not used (%s): %s", kind, error)
 
     def card(self, error: StorageError) -> None:
-        """A card that could not be used: CacheStore's on_fault."""
-        foreign = isinstance(error, (Incompatible, Unsupported))
-        self.count("incompatible" if foreign else "corrupt", error)
+        """What CacheStore's on_fault is told: a card or block that could not be used."""
+        if isinstance(error, StoreUnavailable):
+            self.count("store_unavailable", error)
+        else:
+            foreign = isinstance(error, (Incompatible, Unsupported))
+            self.count("incompatible" if foreign else "corrupt", error)

@@ -13,7 +13,15 @@ from collections import OrderedDict
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
-from actors.branches import AgentMemory, Branch, branch_of, card_of, note_shared, state_of
+from actors.branches import (
+    AgentMemory,
+    Branch,
+    branch_of,
+    card_of,
+    note_committed,
+    note_shared,
+    state_of,
+)
 from actors.errors import AgentMoved
 from actors.faults import Faults
 from actors.matching import Match
@@ -240,6 +248,7 @@ class Memory:
             if self.replicator is None:
                 complete = snapshot.complete("shared", self.key.spec.window)
                 memory.card = self.store.commit(complete).card
+                note_committed(states, memory.card)
             else:
                 memory.card = self.replicator.commit(snapshot)
         except Fenced as error:

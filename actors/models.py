@@ -19,6 +19,7 @@ from urllib.parse import parse_qsl
 from actors.config import ReplicaConfig
 from actors.engines.base import Engine
 from actors.errors import ModelUnavailable
+from storage.crypto import Cipher, parse_keys, read_keys
 from storage.errors import StoreUnavailable
 from storage.local import LocalTier
 from storage.spec import CompatibilityKey
@@ -120,8 +121,12 @@ def _load(config: ReplicaConfig) -> Engine:
 
 
 def open_store(config: ReplicaConfig) -> CacheStore:
-    """The configured store, with its signing key. Raises ValueError, StoreUnavailable."""
-    return CacheStore(config.store, signing_key=read_signing_key(config))
+    """The configured store, with its keys. Raises ValueError, StoreUnavailable."""
+    return _open(config.store, config)
+
+
+def _open(url: str, config: ReplicaConfig) -> CacheStore:
+    return CacheStore(url, signing_key=read_signing_key(config), cipher=read_cipher(config))
 
 
 def read_signing_key(config: ReplicaConfig) -> bytes | None:
@@ -143,8 +148,23 @@ def open_local(config: ReplicaConfig, node: str, key: CompatibilityKey) -> Local
     if not config.local_bytes or not config.local:
         return None
     folder = Path(config.local).expanduser().absolute() / node
-    store = CacheStore(f"file://{folder}", signing_key=read_signing_key(config))
+    store = _open(f"file://{folder}", config)
+    store.probe()
     return LocalTier(store, key, config.local_bytes, config.daily_write_bytes)
+
+
+def read_cipher(config: ReplicaConfig) -> Cipher | None:
+    """None when the store is plain. Raises ValueError, StoreUnavailable."""
+    if config.encryption_keys and config.encryption_keys_file:
+        raise ValueError("encryption_keys and encryption_keys_file: set one of them")
+    if config.encryption_keys:
+        return parse_keys(config.encryption_keys, "encryption_keys")
+    if not config.encryption_keys_file:
+        return None
+    try:
+        return read_keys(Path(config.encryption_keys_file))
+    except OSError as error:
+        raise StoreUnavailable(config.store, f"cannot read the encryption keys: {error}") from error
 
 
 def _step_delay(model: str) -> float:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
-from actors.branches import AgentMemory, BranchState, Place, Run, with_runs
+from actors.branches import AgentMemory, BranchState, Place, Run, note_committed, with_runs
 from actors.faults import Faults
 from storage.card import AgentId, CacheCard
 from storage.errors import Fenced, StorageError
@@ -148,7 +148,8 @@ class Replicator:
         ]
         for _ in self._shared.files.map(lambda x: self._upload(memory, *x), missing):
             pass
-        self._shared.commit(snapshot.complete("shared", self._window))
+        committed = self._shared.commit(snapshot.complete("shared", self._window)).card
+        note_committed(snapshot.states, committed)
         with self._changed:
             if self._pending.get(memory.agent) is snapshot:
                 del self._pending[memory.agent]

@@ -1,8 +1,8 @@
-"""kvferry up | status | agents | migrate | export | import | demo | bench.
+"""kvferry up | status | agents | migrate | export | import | verify | gc | demo | bench.
 
-`up` owns a local cluster, export and import work on a store; everything else speaks HTTP to a
-running cluster. What a command needs from outside this package (the ingress, the benchmarks) is
-started by import string.
+`up` owns a local cluster; `export`, `import`, `verify`, `gc` and `agents --bytes` work on a store
+(see `bundle_cli`, `store_cli`); everything else speaks HTTP to a running cluster. What a command
+needs from outside this package (the ingress, the benchmarks) is started by import string.
 """
 
 from __future__ import annotations
@@ -11,21 +11,20 @@ import importlib
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import httpx
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from actors.errors import ModelUnavailable
 from actors.models import is_fake, open_store, resolve, served_name
-from cluster import bundle_cli
+from cluster import bundle_cli, store_cli
 from cluster.config import ClusterConfig, load_config
+from cluster.console import console, fail, size
 from cluster.errors import ConfigError
 from storage.errors import StoreUnavailable
 
@@ -35,7 +34,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console(highlight=False, soft_wrap=True)
 Url = Annotated[str, typer.Option(envvar="KVFERRY_URL", help="The running endpoint.")]
 Key = Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="API key, if it wants one.")]
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -66,7 +64,7 @@ def up(
     try:
         _serve(settings, stop)
     except (ModelUnavailable, ConfigError) as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 def _settings(path: Path | None, flags: dict[str, Any]) -> ClusterConfig:
@@ -80,7 +78,7 @@ def _settings(path: Path | None, flags: dict[str, Any]) -> ClusterConfig:
         open_store(settings.replica).probe()
         check_port(settings.http.host, settings.http.port)
     except (ConfigError, ModelUnavailable, StoreUnavailable, ValueError) as error:
-        _fail(str(error))
+        fail(str(error))
     return settings
 
 
@@ -146,7 +144,7 @@ def status(url: Url = DEFAULT_URL, api_key: Key = "") -> None:
         table.add_row(
             node["id"], node["replica"], str(node["pid"] or ""), node["engine"] or "",
             str(node["agents"]), str(node["running"]), str(node["waiting"]),
-            _size(node["bytes"]["pool"]),
+            size(node["bytes"]["pool"]),
         )  # fmt: skip
     console.print(table)
     for node in report["nodes"]:
@@ -155,14 +153,26 @@ def status(url: Url = DEFAULT_URL, api_key: Key = "") -> None:
 
 
 @app.command()
-def agents(url: Url = DEFAULT_URL, api_key: Key = "") -> None:
+def agents(
+    url: Url = DEFAULT_URL,
+    api_key: Key = "",
+    by_bytes: Annotated[
+        bool, typer.Option("--bytes", help="Read the store itself: bytes per agent and tenant.")
+    ] = False,
+    store: store_cli.Store = None,
+    config: store_cli.ConfigFile = None,
+) -> None:
     """The agents, where each lives and what it holds."""
+    if by_bytes:
+        store_cli.agents_by_bytes(store, config)
+    if store is not None or config is not None:
+        fail("--store and --config go with --bytes")
     table = Table("agent", "node", "state", "epoch", "tokens", "branches", "RAM", "stored")
     for agent in _get(url, "/v1/agents", api_key)["data"]:
-        size = agent["bytes"]
+        held = agent["bytes"]
         table.add_row(
             agent["id"], agent["node"] or "-", agent["state"], str(agent["epoch"]),
-            str(agent["tokens"]), str(agent["branches"]), _size(size["ram"]), _size(size["store"]),
+            str(agent["tokens"]), str(agent["branches"]), size(held["ram"]), size(held["store"]),
         )  # fmt: skip
     console.print(table)
 
@@ -195,6 +205,7 @@ def demo(
 app.command("export")(bundle_cli.export)
 app.command("import")(bundle_cli.import_)
 
+store_cli.register(app)
 bench = typer.Typer(help="Measure what the README claims.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
@@ -212,12 +223,12 @@ def ttft(
     try:
         lengths = [int(length) for length in contexts.split(",")]
     except ValueError:
-        _fail(f"--contexts {contexts!r}: wants whole numbers with commas between them")
+        fail(f"--contexts {contexts!r}: wants whole numbers with commas between them")
     try:
         settings = load_config(None, os.environ, {"model": model, "nodes": nodes})
         code = importlib.import_module("bench.ttft").run(settings, lengths, runs, text)
     except (ConfigError, ModelUnavailable) as error:
-        _fail(str(error))
+        fail(str(error))
     raise typer.Exit(code)
 
 
@@ -234,7 +245,7 @@ def storage(
         settings = load_config(None, os.environ, {"model": model, "codec": codec})
         code = importlib.import_module("bench.storage").run(settings, tokens, runs, agents)
     except (ConfigError, ModelUnavailable) as error:
-        _fail(str(error))
+        fail(str(error))
     raise typer.Exit(code)
 
 
@@ -247,31 +258,17 @@ def _request(method: str, url: str, path: str, api_key: str, body: Any) -> Any:
     try:
         answer = httpx.request(method, url + path, json=body, headers=headers, timeout=60)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        _fail(f"{url}: {error}", code=1)
+        fail(f"{url}: {error}", code=1)
     if answer.status_code >= 400:
         try:
             message = answer.json()["error"]["message"]
         except (ValueError, KeyError, TypeError):
             message = answer.text[:200]
-        _fail(f"{url}: {answer.status_code}: {message}", code=1)
+        fail(f"{url}: {answer.status_code}: {message}", code=1)
     try:
         return answer.json()
     except ValueError:
-        _fail(f"{url}: answers, but not as kvferry does", code=1)
-
-
-def _size(n: float) -> str:
-    for unit in ("B", "KB", "MB"):
-        if n < 1000:
-            return f"{n:.0f} {unit}"
-        n /= 1000
-    return f"{n:.1f} GB"
-
-
-def _fail(message: str, code: int = 2) -> NoReturn:
-    """One line on stderr; 2 for what the caller can mend."""
-    print(f"kvferry: {message}", file=sys.stderr)
-    raise typer.Exit(code)
+        fail(f"{url}: answers, but not as kvferry does", code=1)
 
 
 def main() -> None:

@@ -19,12 +19,14 @@ from cluster.placement import PlacementConfig
 from storage.card import TENANT_PATTERN
 from storage.codec import CODECS
 from storage.files import is_remote
+from storage.retention import RetentionPolicy
 from storage.spec import check_equivalent_digests
 from storage.store import CacheStore
 
 PREFIX = "KVFERRY_"
 # Variables with the prefix that are not settings: where the file is, and the tests' switches.
 _NOT_SETTINGS = {"CONFIG", "DATA", "REQUIRE", "URL"}
+_SECRET = {"api_keys", "encryption_keys"}
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class ClusterConfig:
     replica: ReplicaConfig = field(default_factory=ReplicaConfig)
     http: HttpConfig = field(default_factory=HttpConfig)
     placement: PlacementConfig = field(default_factory=PlacementConfig)
+    retention: RetentionPolicy = field(default_factory=RetentionPolicy)
     nodes: int = 2  # device nodes of a local cluster (kvferry up)
 
 
@@ -81,6 +84,7 @@ _SECTIONS: dict[str, Any] = {
     "replica": ReplicaConfig(),
     "http": HttpConfig(),
     "placement": PlacementConfig(),
+    "retention": RetentionPolicy(),
 }
 
 
@@ -112,7 +116,7 @@ def _checked(values: Mapping[str, Any], source: str) -> dict[str, Any]:
             if name in _CHECKS:
                 _CHECKS[name](checked[name])
         except (ValueError, TypeError) as error:
-            shown = "…" if name == "api_keys" else repr(value)  # keys are no business of a log
+            shown = "…" if name in _SECRET else repr(value)  # keys are no business of a log
             raise ConfigError(f"{source}: {name} = {shown}: {error}") from error
     return checked
 
@@ -157,6 +161,9 @@ def _compose(values: Mapping[str, Any]) -> ClusterConfig:
         if values[name] and "://" not in values[name]:
             path = Path(values[name]).expanduser().absolute()
             values[name] = f"file://{path}" if name == "store" else str(path)
+    for name in ("signing_key_file", "encryption_keys_file"):
+        if values[name]:
+            values[name] = str(Path(values[name]).expanduser().absolute())
     sections = {
         name: replace(section, **{f.name: values[f.name] for f in fields(section)})
         for name, section in _SECTIONS.items()
@@ -166,6 +173,7 @@ def _compose(values: Mapping[str, Any]) -> ClusterConfig:
 
 def _validate(config: ClusterConfig) -> None:
     replica, http, placement = config.replica, config.http, config.placement
+    retention = config.retention
     bounds: list[tuple[str, float, float, float]] = [
         ("nodes", config.nodes, 1, 64),
         ("port", http.port, 1, 65535),
@@ -188,6 +196,9 @@ def _validate(config: ClusterConfig) -> None:
         ("hysteresis", placement.hysteresis, 0, 1e9),
         ("migrate_s", placement.migrate_s, 0, 1e9),
         ("pressure_s", placement.pressure_s, 0, 1e9),
+        ("quota_bytes", retention.quota_bytes, 0, 1 << 60),
+        ("idle_ttl_s", retention.idle_ttl_s, 0, 1e10),
+        ("token_ttl_s", retention.token_ttl_s, 0, 1e10),
     ]
     for name, value, low, high in bounds:
         if not low <= value <= high:

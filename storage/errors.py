@@ -6,7 +6,9 @@
     ├── Unsupported        a sound card of a newer kvferry: not to be set aside or claimed past
     ├── Fenced             a newer claim exists: the caller no longer owns the agent
     ├── AgentExists        a fork or import would overwrite an agent that lives
+    ├── Busy               another collector is at work on this store
     └── StoreUnavailable   the store cannot be reached, or refuses what kvferry needs of it
+        └── Locked         a file that the keys at hand do not open; names the key
 
 A miss (no such block, no such agent) is None, never one of these.
 Every class passes all its arguments to Exception.__init__, so that it survives pickling by Ray.
@@ -82,6 +84,30 @@ class AgentExists(StorageError):
 
 class StoreUnavailable(StorageError):
     """The store did not do what was asked; the cause is chained."""
+
+    def __init__(self, url: str, reason: str) -> None:
+        super().__init__(url, reason)
+        self.url = url
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"store {self.url}: {self.reason}"
+
+
+class Locked(StoreUnavailable):
+    """A file, or a tenant's part of a store, that the keys at hand do not open. It may be sound:
+    it is never set aside, replaced, or passed over for an older one."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path = path
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+class Busy(StorageError):
+    """Another collector holds the lease of this store."""
 
     def __init__(self, url: str, reason: str) -> None:
         super().__init__(url, reason)

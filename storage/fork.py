@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from storage.blocks import card_block_names
 from storage.card import AgentId, CacheCard
 from storage.errors import AgentExists, Incompatible
 from storage.store import CacheStore, Claim
@@ -34,15 +35,23 @@ def fork(store: CacheStore, source: AgentId, template: CacheCard) -> Claim | Non
         cache_salt=found.card.cache_salt,
         parent=found.ref,
     )
-    return establish(store, memory)
+    return establish(store, memory, named=card_block_names(found.card))
 
 
-def establish(store: CacheStore, card: CacheCard, *, replacing: bool = False) -> Claim:
-    """Claim a new agent whose memory is the card's; its blocks must be stored already.
+def establish(
+    store: CacheStore,
+    card: CacheCard,
+    *,
+    replacing: bool = False,
+    named: frozenset[str] = frozenset(),
+) -> Claim:
+    """Claim a new agent whose memory is the card's; its blocks must be stored already. `named`:
+    files of them that another agent's newest card names; the others are looked at.
 
     Raises AgentExists when the agent lives, unless `replacing`; Fenced when another is faster.
     """
-    return store.claim(card, after=free_epoch(store, card, replacing=replacing), inherit=False)
+    after = free_epoch(store, card, replacing=replacing)
+    return store.claim(card, after=after, inherit=False, named=named)
 
 
 def free_epoch(store: CacheStore, card: CacheCard, *, replacing: bool = False) -> int:

@@ -1,20 +1,26 @@
 """CacheStore(url): blocks and cards over an fsspec file system; claim, commit, delete.
 
-    <url>/blocks/<tenant>/<3 hex>/<block id>.<part>.<sha256>.safetensors   immutable
     <url>/agents/<tenant>/<agent digest>/<epoch>-<generation>.safetensors  cards, in order
+    <url>/blocks/...                                                       see `blocks`
+    <url>/encrypted                                                        see `probe`
 
 Who owns an agent is decided here and nowhere else: by exclusive create of `<epoch>-00000000`.
 Every byte read is verified before it is returned. A miss is None, a fault one of storage.errors.
+No card is written that names a block the store may lose: see `collector` for the contract.
 Called by the replicas' memory and by the router's scan; safe to use from several threads.
 """
 
 from __future__ import annotations
 
 import secrets
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
+from storage.blocks import WRITER_WINDOW_S, BlockStore, card_block_names
 from storage.cache_file import sha256
 from storage.card import (
     AgentId,
@@ -24,26 +30,18 @@ from storage.card import (
     Owner,
     PartRef,
     card_name,
-    decode_card,
     encode_card,
-    parse_name,
 )
-from storage.errors import (
-    CorruptData,
-    Fenced,
-    Incompatible,
-    StorageError,
-    StoreUnavailable,
-    Unsupported,
-)
+from storage.condemned import Condemned
+from storage.crypto import Cipher, seal
+from storage.errors import Fenced, Incompatible, StorageError, StoreUnavailable
 from storage.files import Files, FilesOptions
+from storage.probe import probe
+from storage.reader import CardReader
+from storage.reader import LoadedCard as LoadedCard
 from storage.spec import CompatibilityKey
 
-
-@dataclass(frozen=True)
-class LoadedCard:
-    card: CacheCard
-    ref: CardRef
+MAX_KNOWN_CARDS = 4096  # agents whose newest card a store object remembers
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,15 @@ class Claim:
     previous: CacheCard | None
 
 
-class CacheStore:
+class _Known(NamedTuple):
+    """The newest card of an agent that this object wrote itself, and the blocks it names."""
+
+    epoch: int
+    generation: int
+    named: frozenset[str]
+
+
+class CacheStore(CardReader):
     """One store, for any number of tenants and agents.
 
     `on_fault` is told of every card that could not be used and why, so that the caller can count
@@ -66,104 +72,46 @@ class CacheStore:
         url: str,
         *,
         signing_key: bytes | None = None,
+        cipher: Cipher | None = None,
         on_fault: Callable[[StorageError], None] = lambda error: None,
         options: FilesOptions | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Raises ValueError for a URL this version has no tested backend for."""
-        self.files = Files(url, options)
-        self.url = self.files.url
-        self._signing_key = signing_key
-        self.on_fault = on_fault
+        super().__init__(Files(url, options), signing_key, cipher, on_fault)
+        self._clock = clock
+        self.condemned = Condemned(self.files, clock)
+        self.blocks = BlockStore(
+            self.files,
+            self.condemned,
+            cipher=cipher,
+            on_fault=lambda error: self.on_fault(error),
+            clock=clock,
+        )
+        self._known: OrderedDict[str, _Known] = OrderedDict()
+        self._lock = threading.Lock()
 
     # ---- start
 
     def probe(self) -> None:
-        """Prove that this store refuses a second create; raises StoreUnavailable if not."""
-        path = self.files.path("probe", secrets.token_hex(16))
-        with self.files.translated():
-            try:
-                self.files.create(path, b"1")
-            except FileNotFoundError as error:  # a place where no folder can be made
-                raise StoreUnavailable(self.url, repr(error)) from error
-            try:
-                self.files.create(path, b"2")
-            except FileExistsError:
-                return
-            finally:
-                self.files.remove(path)
-        raise StoreUnavailable(self.url, "a second create of one file succeeds: no claim is safe")
+        """Prove that a second create of one file is refused, and that the store is encrypted as
+        configured. Raises StoreUnavailable, Locked."""
+        probe(self.files, encrypted=self.cipher is not None)
 
     # ---- blocks
 
     def put_block(self, tenant: str, block_id: str, part: str, raw: bytes) -> PartRef:
         """Store the bytes, or adopt a sound variant another writer stored under this id."""
-        with self.files.translated():
-            folder = self._block_folder(tenant, block_id)
-            prefix = f"{block_id}.{part}."
-            for name in self.files.names(folder):
-                if name.startswith(prefix) and name.endswith(".safetensors"):
-                    adopted = self._verified(f"{folder}/{name}", name[len(prefix) :].split(".")[0])
-                    if adopted is not None:
-                        return adopted
-            ref = PartRef(sha256(raw), len(raw))
-            path = f"{folder}/{prefix}{ref.sha256}.safetensors"
-            try:
-                self.files.create(path, raw)
-            except FileExistsError as error:  # a twin was faster: same name, same bytes
-                if self._verified(path, ref.sha256) is None:
-                    raise StoreUnavailable(self.url, f"cannot create {path}") from error
-            return ref
+        return self.blocks.put(tenant, block_id, part, raw)
 
     def get_block(self, tenant: str, ref: BlockRef, part: str) -> bytes | None:
-        """The verified bytes of one part; None if the file is gone. Raises CorruptData."""
-        stored = ref.parts[part]
-        path = self.block_path(tenant, ref, part)
-        try:
-            raw = self.files.read(path)
-        except FileNotFoundError:
-            return None
-        if len(raw) != stored.size:
-            raise CorruptData(path, f"{len(raw)} bytes, the card says {stored.size}")
-        if sha256(raw) != stored.sha256:
-            raise CorruptData(path, "sha256 does not match")
-        return raw
+        """The verified bytes of one part; None if the file is gone. Raises CorruptData, Locked."""
+        return self.blocks.get(tenant, ref, part)
 
     def block_path(self, tenant: str, ref: BlockRef, part: str) -> str:
-        folder = self._block_folder(tenant, ref.id)
-        return f"{folder}/{ref.id}.{part}.{ref.parts[part].sha256}.safetensors"
+        return self.blocks.path(tenant, ref, part)
 
     # ---- cards
-
-    def latest(self, agent: AgentId, key: CompatibilityKey) -> LoadedCard | None:
-        """The card that counts: greatest epoch, in it the greatest generation that verifies.
-
-        Never a card of an older epoch, whose owner may have gone on writing after it lost the
-        agent: the claim card of an epoch repeats what the epoch started from. None when the agent
-        is unknown or nothing verifies (on_fault then was told). A tombstone is returned. Raises
-        Unsupported for a card of a newer kvferry: an older card, or a claim, would bury it.
-        """
-        return self._newest(self.agent_folder(agent, key), key)
-
-    def _newest(self, folder: str, key: CompatibilityKey | None) -> LoadedCard | None:
-        unusable: set[tuple[int, int]] = set()
-        while names := self._card_names(folder):
-            epoch = names[-1][0]
-            left = [name for name in names if name[0] == epoch and name not in unusable]
-            if not left:
-                break
-            try:
-                return self._read_card(f"{folder}/{card_name(*left[-1])}", key)
-            except FileNotFoundError:  # its owner has gone on and removed it: list again
-                pass
-            except (CorruptData, Incompatible) as error:
-                self.on_fault(error)
-            unusable.add(left[-1])
-        return None
-
-    def epoch(self, agent: AgentId, key: CompatibilityKey) -> int:
-        """The greatest epoch claimed, 0 for an unknown agent."""
-        names = self._card_names(self.agent_folder(agent, key))
-        return names[-1][0] if names else 0
 
     def claim(
         self,
@@ -172,14 +120,19 @@ class CacheStore:
         after: int | None = None,
         tombstone: bool = False,
         inherit: bool = True,
+        named: frozenset[str] = frozenset(),
+        rows: bool = True,
+        expect: CardRef | None = None,
     ) -> Claim:
         """Take the agent over: create `<epoch + 1>-0` with what its latest card holds.
 
         `template` names the agent, key, codec and the new owner. `after`: claim exactly the epoch
         after this one, so that whoever claimed it before wins; default: after the newest.
-        `inherit=False`: the agent begins with the template's own branches, salt and parent. Raises
-        Fenced when another claim wins, StoreUnavailable when the store gives no answer (then
-        nothing is owned).
+        `inherit`: False begins with the template's own branches, salt and parent; `named` are
+        block files of them that the card they come from names. `rows`: False
+        keeps the tokens and lets go of the blocks. `expect`: only if this is still the
+        latest card. Raises Fenced when another claim wins, or `expect` fails; StoreUnavailable
+        when the store gives no answer (then nothing is owned).
         """
         agent, key = template.agent, template.key
         newest = self.epoch(agent, key)
@@ -187,7 +140,9 @@ class CacheStore:
         if newest >= epoch:
             raise Fenced(str(agent), newest)
         found = self.latest(agent, key)
-        now = time.time()
+        if expect is not None and (found is None or found.ref != expect):
+            raise Fenced(str(agent), newest)
+        now, started = time.time(), self._clock()
         card = replace(
             template,
             epoch=epoch,
@@ -199,62 +154,114 @@ class CacheStore:
             created=now,
             updated=now,
         )
-        if found and inherit and not tombstone and not found.card.tombstone:
-            card = self._inherit(card, found.card)
-        raw = encode_card(card, self._signing_key)
-        path = f"{self.agent_folder(agent, key)}/{card.name}"
-        self._create_or_read_back(path, raw, card)
+        if not inherit:
+            card = self._secured(card, named)
+        elif found and not tombstone and not found.card.tombstone:
+            card = self._inherit(card, found.card, rows)
+        folder = self.agent_folder(agent, key)
+        self._create_or_read_back(f"{folder}/{card.name}", self._encode(card), card)
         newest = self.epoch(agent, key)
         if newest > epoch:  # claimed and cleaned up by others between our look and our create
             raise Fenced(str(agent), newest)
+        self._wrote(folder, card, started)
         return Claim(card, found.card if found else None)
 
-    def _inherit(self, card: CacheCard, old: CacheCard) -> CacheCard:
+    def _inherit(self, card: CacheCard, old: CacheCard, rows: bool) -> CacheCard:
         if old.codec != card.codec:  # stored rows are never encoded again
             path = f"{self.agent_folder(old.agent, old.key)}/{old.name}"
             self.on_fault(Incompatible(path, [f"codec: {old.codec} != {card.codec}"]))
             return card
-        return replace(
+        card = replace(
             card,
             branches=old.branches,
             cache_salt=old.cache_salt,
             parent=old.parent,
             created=old.created,
         )
+        if not rows:
+            bare = [replace(b, blocks=(), tail=(), checkpoints=()) for b in old.branches]
+            return replace(card, branches=tuple(bare))
+        return self._secured(card, card_block_names(old))
 
     def commit(self, card: CacheCard) -> LoadedCard:
         """Write the next generation of the caller's epoch; its blocks must be stored already.
 
-        A generation that an earlier try of the caller took, without an answer, is skipped: the
-        card that is returned counts. Raises Fenced when a newer epoch exists, then nobody will
-        read this card. Keeps the last two generations and the claim.
+        The card that is returned counts: a generation that an earlier try took without an answer
+        is skipped, a block that a collector has condemned is stored anew under another name, and
+        a branch ends before a block that is gone (on_fault is told). Raises Fenced when a newer
+        epoch exists, then nobody will read this card, or when the store lost the claim. Keeps the
+        last two generations and the claim.
         """
         folder = self.agent_folder(card.agent, card.key)
         names = self._card_names(folder)
-        if names and names[-1][0] > card.epoch:
-            raise Fenced(str(card.agent), names[-1][0])
+        self._check_owned(folder, names, card)
         while (card.epoch, card.generation) in names:
             if self._nonce(f"{folder}/{card.name}") != card.nonce:
                 raise Fenced(str(card.agent), card.epoch)
             card = replace(card, generation=card.generation + 1)
-        raw = encode_card(card, self._signing_key)
+        with self._lock:
+            known = self._known.get(folder)
+        started = self._clock()
+        card = self._secured(card, known.named if known else frozenset())
+        raw = self._encode(card)
         self._create_or_read_back(f"{folder}/{card.name}", raw, card)
         newest = self.epoch(card.agent, card.key)
         if newest > card.epoch:
             raise Fenced(str(card.agent), newest)
         mine = [n for n in names if n[0] == card.epoch and 0 < n[1] < card.generation]
-        for name in names:
-            if name[0] < card.epoch or name in mine[:-1]:
-                self.files.remove(f"{folder}/{card_name(*name)}")
+        self._remove_cards(folder, [n for n in names if n[0] < card.epoch] + mine[:-1])
+        self._wrote(folder, card, started)
         return LoadedCard(card, CardRef(card.epoch, card.generation, sha256(raw)))
+
+    def _check_owned(self, folder: str, names: list[tuple[int, int]], card: CacheCard) -> None:
+        """Raises Fenced unless the newest epoch is the caller's, with its claim in place."""
+        if names and names[-1][0] > card.epoch:
+            raise Fenced(str(card.agent), names[-1][0])
+        with self._lock:
+            known = self._known.get(folder)
+        ours = (known.epoch, known.generation) if known else None
+        if ours in names and ours[0] == card.epoch and (card.epoch, 0) in names:
+            return
+        claim = f"{folder}/{card_name(card.epoch, 0)}"
+        if self._nonce(claim) != card.nonce:  # the store was emptied, and perhaps filled again
+            raise Fenced(str(card.agent), card.epoch)
+
+    def _secured(self, card: CacheCard, named: frozenset[str]) -> CacheCard:
+        """The card with blocks that may be named from now on; see BlockStore.secure."""
+        branches = tuple(
+            self.blocks.secure_branch(card.agent.tenant, b, named) for b in card.branches
+        )
+        return card if branches == card.branches else replace(card, branches=branches)
+
+    def _wrote(self, folder: str, card: CacheCard, started: float) -> None:
+        """Remember the card, unless writing it took so long that its blocks are in doubt: then
+        the next commit looks at each of them."""
+        with self._lock:
+            self._known.pop(folder, None)
+            if self._clock() - started <= WRITER_WINDOW_S:
+                self._known[folder] = _Known(card.epoch, card.generation, card_block_names(card))
+            if len(self._known) > MAX_KNOWN_CARDS:
+                self._known.popitem(last=False)
+
+    def delete(
+        self, template: CacheCard, *, after: int | None = None, expect: CardRef | None = None
+    ) -> None:
+        """A claim with a tombstone: what an old owner still writes is never read. Raises Fenced."""
+        claimed = self.claim(template, after=after, expect=expect, tombstone=True).card
+        self.remove_older(claimed)
+
+    def remove_older(self, claimed: CacheCard) -> None:
+        """Remove the cards of the epochs before a claim that starts from nothing of them."""
+        folder = self.agent_folder(claimed.agent, claimed.key)
+        names = self._card_names(folder)
+        self._remove_cards(folder, [name for name in names if name[0] < claimed.epoch])
 
     # ---- cards of a local tier, whose claims are in another store
 
     def journal(self, card: CacheCard) -> None:
         """Write a card without a claim, in place of the agent's others. Raises StoreUnavailable."""
         folder = self.agent_folder(card.agent, card.key)
-        raw = encode_card(card, self._signing_key)
-        self._create_or_read_back(f"{folder}/{card.name}", raw, card)
+        self._create_or_read_back(f"{folder}/{card.name}", self._encode(card), card)
         self.drop_cards(card.agent, card.key, but=card)
 
     def drop_cards(
@@ -262,73 +269,18 @@ class CacheStore:
     ) -> None:
         """Remove an agent's cards, all or all but one."""
         folder = self.agent_folder(agent, key)
-        for name in self._card_names(folder):
-            if but is None or name != (but.epoch, but.generation):
-                self.files.remove(f"{folder}/{card_name(*name)}")
+        kept = (but.epoch, but.generation) if but is not None else None
+        self._remove_cards(folder, [name for name in self._card_names(folder) if name != kept])
 
-    def delete(self, template: CacheCard) -> None:
-        """A claim with a tombstone: what an old owner still writes is never read. Raises Fenced."""
-        claimed = self.claim(template, tombstone=True).card
-        folder = self.agent_folder(claimed.agent, claimed.key)
-        for epoch, generation in self._card_names(folder):
-            if epoch < claimed.epoch:
-                self.files.remove(f"{folder}/{card_name(epoch, generation)}")
+    # ---- files
 
-    def cards(self, tenants: list[str], key: CompatibilityKey | None) -> Iterator[LoadedCard]:
-        """The newest sound card under `key`, None for any, of every agent that was not deleted;
-        tenants in the order given."""
-        for tenant in tenants:
-            folder = self.files.path("agents", tenant)
-            for name in self.files.names(folder):
-                try:
-                    loaded = self._newest(f"{folder}/{name}", None)
-                except Unsupported as error:  # another node's to read
-                    self.on_fault(error)
-                    continue
-                if loaded and key in (None, loaded.card.key) and not loaded.card.tombstone:
-                    yield loaded
+    def _remove_cards(self, folder: str, names: list[tuple[int, int]]) -> None:
+        for name in names:
+            self.files.remove(f"{folder}/{card_name(*name)}")
 
-    def tenants(self) -> list[str]:
-        """Every tenant that has agents here."""
-        return self.files.names(self.files.path("agents"))
-
-    # ---- paths
-
-    def _block_folder(self, tenant: str, block_id: str) -> str:
-        return self.files.path("blocks", tenant, block_id[:3])
-
-    def agent_folder(self, agent: AgentId, key: CompatibilityKey) -> str:
-        return self.files.path("agents", agent.tenant, agent.digest(key.digest))
-
-    def _card_names(self, folder: str) -> list[tuple[int, int]]:
-        return sorted(found for found in map(parse_name, self.files.names(folder)) if found)
-
-    def _read_card(self, path: str, key: CompatibilityKey | None) -> LoadedCard:
-        raw = self.files.read(path)
-        card = decode_card(raw, path, key=key, signing_key=self._signing_key)
-        home = f"{self.agent_folder(card.agent, card.key)}/{card.name}"
-        if path != home:  # a sound card, copied here from another agent, tenant or epoch
-            raise CorruptData(path, f"the card inside belongs to {home}")
-        return LoadedCard(card, CardRef(card.epoch, card.generation, sha256(raw)))
-
-    def _nonce(self, path: str) -> str | None:
-        """Whose card this is; None if that cannot be said."""
-        try:
-            return self._read_card(path, None).card.nonce
-        except (FileNotFoundError, CorruptData):
-            return None
-
-    def _verified(self, path: str, digest: str) -> PartRef | None:
-        """A stored variant, if its bytes are sound; a broken one is set aside."""
-        try:
-            raw = self.files.read(path)
-        except FileNotFoundError:
-            return None
-        if sha256(raw) == digest:
-            return PartRef(digest, len(raw))
-        self.on_fault(CorruptData(path, "sha256 does not match its name; set aside"))
-        self.files.set_aside(path)
-        return None
+    def _encode(self, card: CacheCard) -> bytes:
+        path = f"{self.agent_folder(card.agent, card.key)}/{card.name}"
+        return seal(self.cipher, *self.place(path), encode_card(card, self.signing_key))
 
     def _create_or_read_back(self, path: str, raw: bytes, card: CacheCard) -> None:
         """Exclusive create; after a refusal or a doubtful answer, our own bytes mean success."""
@@ -340,9 +292,12 @@ class CacheStore:
         try:
             found = self.files.read(path)
         except FileNotFoundError:
+            if isinstance(failure, FileExistsError):  # others were there, and have gone on
+                raise Fenced(str(card.agent), card.epoch) from failure
             raise StoreUnavailable(self.url, f"cannot create {path}: {failure}") from failure
         if found != raw:
             raise Fenced(str(card.agent), card.epoch) from failure
+        self.on_fault(StoreUnavailable(self.url, f"{path} is there, in spite of {failure!r}"))
 
 
 def new_card(

@@ -574,3 +574,31 @@ def rows_of(raw: bytes) -> int:
     size = int.from_bytes(raw[:8], "little")
     metadata = json.loads(raw[8 : 8 + size])["__metadata__"]["kvferry"]
     return int(json.loads(metadata)["rows"])
+
+
+# ---- a collector
+
+
+def test_a_block_that_is_condemned_is_stored_anew_and_read_from_there(
+    loop_on: MakeLoop, tmp_path: Path
+) -> None:
+    now = [0.0]
+    store = CacheStore(str(tmp_path / "store"), clock=lambda: now[0])
+    loop, messages = loop_on(store=store, codec="q4"), []
+    talk(loop, messages, LONG)
+    settle(loop)
+    (branch,) = memory_of(loop).branches
+    ref = branch.blocks[0].ref("shared")
+    assert ref is not None
+    path = Path(store.block_path("default", ref, "full"))
+    store.condemned.publish("default", "condemned", {path.name: path.stat().st_size})
+    now[0] += 60.0
+    talk(loop, messages, "And the ships?")
+    settle(loop)
+    card = memory_of(loop).card
+    assert card is not None
+    assert card.branches[0].blocks[0] == branch.blocks[0].ref("shared") != ref
+    path.unlink()
+    evict(loop, pool=True)
+    assert talk(loop, messages, "And then?").cached == card.branches[0].rows
+    assert not loop.memory.faults
