@@ -178,6 +178,16 @@ def run(loop: ReplicaLoop, messages: list[dict[str, str]], **options: object) ->
     return start(loop, messages, **options).result()  # type: ignore[arg-type]
 
 
+def talk(
+    loop: ReplicaLoop, messages: list[dict[str, str]], question: str, **options: object
+) -> Answer:
+    """One more question of a conversation; its reply is appended to `messages`."""
+    messages.append(user(question))
+    answer = run(loop, messages, **options)
+    messages.append(assistant(answer.text))
+    return answer
+
+
 def user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
 

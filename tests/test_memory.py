@@ -19,13 +19,13 @@ from storage.store import CacheStore
 from tests.loops import (
     Answer,
     agent_id,
-    assistant,
     block_files,
     evict,
     make_loop,
     memory_of,
     run,
     settle,
+    talk,
     user,
 )
 
@@ -48,14 +48,6 @@ def loop_on(tmp_path: Path) -> Iterator[MakeLoop]:
     for made in loops:
         if made.alive:
             made.close()
-
-
-def talk(loop: ReplicaLoop, messages: list[dict[str, str]], question: str, **options) -> Answer:  # type: ignore[no-untyped-def]
-    """One more question of a conversation; its reply is appended to `messages`."""
-    messages.append(user(question))
-    answer = run(loop, messages, **options)
-    messages.append(assistant(answer.text))
-    return answer
 
 
 def fresh_text(loop_on: MakeLoop, tmp_path: Path, messages: list[dict[str, str]]) -> Answer:

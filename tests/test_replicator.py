@@ -15,7 +15,6 @@ from storage.card import CacheCard
 from storage.files import Files
 from storage.store import CacheStore
 from tests.loops import (
-    Answer,
     agent_id,
     assistant,
     evict,
@@ -24,6 +23,7 @@ from tests.loops import (
     run,
     settle,
     start,
+    talk,
     user,
 )
 
@@ -71,13 +71,6 @@ def node(tmp_path: Path, shared: Shared) -> Iterator[MakeLoop]:
     for made in loops:
         if made.alive:
             made.close(5.0)
-
-
-def talk(loop: ReplicaLoop, messages: list[dict[str, str]], question: str) -> Answer:
-    messages.append(user(question))
-    answer = run(loop, messages)
-    messages.append(assistant(answer.text))
-    return answer
 
 
 def missing(folder: Path, card: CacheCard) -> list[str]:

@@ -13,13 +13,13 @@ from storage.cache_file import load_metadata
 from tests.loops import (
     Answer,
     agent_id,
-    assistant,
     evict,
     make_loop,
     memory_of,
     run,
     settle,
     start,
+    talk,
     user,
 )
 
@@ -47,13 +47,6 @@ def loop_on(tmp_path: Path, window: int) -> Iterator[MakeLoop]:
     for made in loops:
         if made.alive:
             made.close()
-
-
-def talk(loop: ReplicaLoop, messages: list[dict[str, str]], question: str, **options) -> Answer:  # type: ignore[no-untyped-def]
-    messages.append(user(question))
-    answer = run(loop, messages, **options)
-    messages.append(assistant(answer.text))
-    return answer
 
 
 def undisturbed(loop_on: MakeLoop, tmp_path: Path, questions: list[str], **options) -> list[Answer]:  # type: ignore[no-untyped-def]
