@@ -26,6 +26,7 @@ from cluster import bundle_cli, store_cli
 from cluster.config import ClusterConfig, load_config
 from cluster.console import console, fail, size
 from cluster.errors import ConfigError
+from cluster.upkeep import Upkeep
 from storage.errors import StoreUnavailable
 
 app = typer.Typer(
@@ -93,9 +94,11 @@ def _serve(settings: ClusterConfig, stop: threading.Event) -> None:
         _wait_until_ready(url, stop)
         if not stop.is_set():
             _welcome(url, settings)
-        while not stop.wait(1.0):
-            for name in cluster.revive():
-                console.print(f"{name} had died: started again")
+        store = open_store(settings.replica)
+        with Upkeep(store, settings.retention, settings.gc_interval_s):
+            while not stop.wait(1.0):
+                for name in cluster.revive():
+                    console.print(f"{name} had died: started again")
         console.print("Stopping: storing what the agents hold")
     console.print("Stopped")
 

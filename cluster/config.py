@@ -47,6 +47,7 @@ class ClusterConfig:
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     retention: RetentionPolicy = field(default_factory=RetentionPolicy)
     nodes: int = 2  # device nodes of a local cluster (kvferry up)
+    gc_interval_s: float = 3600.0  # between two rounds of upkeep of `kvferry up`; 0: never
 
 
 def load_config(
@@ -90,7 +91,7 @@ _SECTIONS: dict[str, Any] = {
 
 def _known() -> dict[str, Any]:
     """Setting name -> its default."""
-    known = {"nodes": ClusterConfig().nodes}
+    known = {"nodes": ClusterConfig().nodes, "gc_interval_s": ClusterConfig().gc_interval_s}
     for section in _SECTIONS.values():
         known |= {f.name: getattr(section, f.name) for f in fields(section)}
     return known
@@ -168,7 +169,7 @@ def _compose(values: Mapping[str, Any]) -> ClusterConfig:
         name: replace(section, **{f.name: values[f.name] for f in fields(section)})
         for name, section in _SECTIONS.items()
     }
-    return ClusterConfig(nodes=values["nodes"], **sections)
+    return ClusterConfig(nodes=values["nodes"], gc_interval_s=values["gc_interval_s"], **sections)
 
 
 def _validate(config: ClusterConfig) -> None:
@@ -176,6 +177,7 @@ def _validate(config: ClusterConfig) -> None:
     retention = config.retention
     bounds: list[tuple[str, float, float, float]] = [
         ("nodes", config.nodes, 1, 64),
+        ("gc_interval_s", config.gc_interval_s, 0, 1e9),
         ("port", http.port, 1, 65535),
         ("slots", replica.slots, 1, 255),
         ("n_ctx", replica.n_ctx, 16, 1 << 20),
