@@ -22,19 +22,24 @@ Parts = Mapping[str, PartRef]
 class Run:
     """A whole block or a tail segment, and where its parts are stored: on this node's disk, in the
     shared store, or nowhere yet. `carried`: sliding rows of the segments a block was joined from,
-    until the next checkpoint completes them."""
+    until the next checkpoint completes them, and how many of its rows lie before their end."""
 
     id: str
     rows: int
     local: Parts = field(default_factory=dict)
     shared: Parts = field(default_factory=dict)
     has_window: bool = False
-    carried: Tensors | None = None
+    carried: tuple[Tensors, int] | None = None
 
     def ref(self, place: Place) -> BlockRef | None:
-        """None while its full part is not stored there."""
-        parts = self.local if place == "local" else self.shared
+        """What a card may name; None while the full part is not stored. The journal on a node's
+        disk also names what the shared store has already."""
+        parts = {**self.local, **self.shared} if place == "local" else self.shared
         return BlockRef(self.id, self.rows, parts) if "full" in parts else None
+
+    def stored(self, place: Place) -> BlockRef:
+        """The parts that were written to one place."""
+        return BlockRef(self.id, self.rows, self.local if place == "local" else self.shared)
 
     def note(self, place: Place, part: str, ref: PartRef) -> None:
         if place == "local":
@@ -94,6 +99,7 @@ class AgentMemory:
     last_used: float = field(default_factory=time.time)
     changed: float = field(default_factory=time.time)  # tokens, rows or card, for reports
     commits_queued: int = 0
+    unsaved: bool = False  # the last commit failed
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,8 @@ class Exporter:
         at, windows = branch.exported, self._memory.rows.windows
         if not windows.size or not at or at == branch.windowed:
             return
+        if at > self._engine.n_rows(sequence.seq_id):
+            return  # of a turn that ended before it came as far as the one it repeats
         start = windows.first_needed(branch, at)
         if start < max(self._engine.window_start(sequence.seq_id), 0):
             return  # a reply was cut, and with it the window's end: the checkpoint before counts

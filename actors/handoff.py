@@ -58,7 +58,7 @@ class Handoff:
             self._exporter.export(turn, turn.sequence.n_rows, wait=False)
             self._exporter.checkpoint(turn)
         self._memory.commit_later(memory)
-        return self._memory.settle()
+        return self._memory.settle(memory)
 
     def release(self, agent: AgentId) -> None:
         """Another replica owns the agent now: its turns move, its cells are freed."""
@@ -108,6 +108,7 @@ class Handoff:
 
     def _unpause(self, memory: AgentMemory) -> None:
         self._deadlines.pop(memory.agent, None)
+        self._memory.commit_later(memory)  # what the epoch before could not
         turn = self._book.active.get(memory.agent)
         if turn is not None and turn.sequence is not None:
             turn.sequence.paused = False

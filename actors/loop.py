@@ -326,7 +326,7 @@ class ReplicaLoop:
             self._book.forget(turn)
             if turn.last is not None:
                 self._ending.append(turn)
-                stored = self.memory.settle()
+                stored = self.memory.settle(turn.ready.memory)
                 stored.add_done_callback(partial(self._call_stored, turn))
         return bool(drained)
 

@@ -30,7 +30,8 @@ from actors.replicator import Replicator, Snapshot
 from actors.rows import Rows
 from storage.card import AgentId, BranchCard, CacheCard, OpenTurn, Owner
 from storage.codec import Codec, codec_parameters, count_rows
-from storage.errors import Fenced, StoreUnavailable
+from storage.errors import Fenced, StorageError, StoreUnavailable
+from storage.local import LocalTier
 from storage.spec import CompatibilityKey
 from storage.store import CacheStore, new_card
 from storage.tiers import Tiers
@@ -67,6 +68,7 @@ class Memory:
         self._provenance = provenance
         self._agents: OrderedDict[AgentId, AgentMemory] = OrderedDict()
         self._lock = threading.RLock()
+        self._claiming = [threading.Lock() for _ in range(64)]  # one agent is opened by one thread
 
     # ---- owning
 
@@ -88,7 +90,8 @@ class Memory:
         while it is frozen here.
         """
         try:
-            return self._known(agent) or self._claimed(agent)
+            with self._claiming[hash(agent) % len(self._claiming)]:
+                return self._known(agent) or self._claimed(agent)
         except StoreUnavailable as error:
             self.faults.count("unclaimed", error)
             memory = self.get(agent)
@@ -116,11 +119,16 @@ class Memory:
         else:
             memory.branches = [branch_of(card, "local") for card in ahead.branches]
             note_shared(memory.branches, claim.card)
-            memory.card = replace(claim.card, generation=ahead.generation)
+            journal = replace(claim.card, generation=ahead.generation, branches=ahead.branches)
+            memory.card = journal
         with self._lock:
             self._agents[agent] = memory
             self._drop_idle_records()
-        if ahead is not None:
+        if ahead is not None and self.tiers.local is not None:
+            try:  # before a crash can part the claim from what it leads on to
+                self.tiers.local.write_card(journal)
+            except StoreUnavailable as error:
+                self.faults.count("store_unavailable", error)
             self.commit_later(memory)
         return memory
 
@@ -132,9 +140,16 @@ class Memory:
         if local is None or loaded is None:
             return None
         card = loaded.card
-        if shared is not None and not shared.tombstone and card.epoch == shared.epoch:
-            return card
-        local.forget(agent)
+        if shared is None:
+            return None  # not known there, or not mounted yet: nothing is decided
+        if not shared.tombstone:
+            if (card.epoch, card.generation) > (shared.epoch, shared.generation):
+                return card if card.epoch == shared.epoch else None
+            ours = shared.generation == 0 and shared.owner.node == self.owner.node
+            base = shared.base  # of a claim after which we died
+            if ours and base and base.epoch == card.epoch and card.generation > base.generation:
+                return card
+        local.forget(agent, card.epoch)
         return None
 
     def recover(self) -> None:
@@ -145,17 +160,24 @@ class Memory:
             return
         for card in list(local.cards()):
             try:
-                if self.get(card.agent) is None:
-                    if self.store.epoch(card.agent, self.key) == card.epoch:
-                        self._claimed(card.agent)
-                    else:
-                        local.forget(card.agent)
-            except (Fenced, StoreUnavailable) as error:
+                with self._claiming[hash(card.agent) % len(self._claiming)]:
+                    if self.get(card.agent) is None:
+                        self._recover(card, local)
+            except StorageError as error:
                 self.faults.count("store_unavailable", error)
+
+    def _recover(self, card: CacheCard, local: LocalTier) -> None:
+        loaded = self.store.latest(card.agent, self.key)
+        shared = loaded.card if loaded is not None else None
+        if self._ahead(card.agent, shared) is not None:
+            self._claimed(card.agent)
+        elif self.store.epoch(card.agent, self.key) > card.epoch:
+            local.forget(card.agent, card.epoch)
 
     def adopt(self, agent: AgentId) -> int:
         """Claim the agent for a migration; returns the epoch. Raises Fenced, StoreUnavailable."""
-        memory = self._known(agent) or self._claimed(agent)
+        with self._claiming[hash(agent) % len(self._claiming)]:
+            memory = self._known(agent) or self._claimed(agent)
         assert memory.card is not None
         return memory.card.epoch
 
@@ -251,21 +273,37 @@ class Memory:
                 note_committed(states, memory.card)
             else:
                 memory.card = self.replicator.commit(snapshot)
+            memory.unsaved = False
         except Fenced as error:
             self.faults.count("fenced", error)
             self.forget(memory)
         except StoreUnavailable as error:
             self.faults.count("store_unavailable", error)
+            memory.unsaved = True
+            memory.card = replace(memory.card, generation=new.generation)  # it may be taken now
 
-    def settle(self) -> Future[None]:
-        """Done when everything handed over so far is in the shared store, or could not be brought
-        there."""
-        if self.replicator is None:
-            return self.persister.flush()
+    def settle(self, memory: AgentMemory | None = None) -> Future[None]:
+        """Done when everything handed over so far, or of one agent, is in the shared store, or
+        could not be brought there; see is_stored."""
         done: Future[None] = Future()
-        flush = self.replicator.flush
-        self.persister.submit(lambda: flush(done))
+
+        def handed_over() -> None:
+            if memory is not None and memory.commits_queued:
+                self.persister.submit(handed_over)  # a commit that serves ours is still to come
+            elif self.replicator is not None:
+                self.replicator.flush(done, memory.agent if memory is not None else None)
+            elif done.set_running_or_notify_cancel():
+                done.set_result(None)
+
+        self.persister.submit(handed_over)
         return done
+
+    def is_stored(self, agent: AgentId) -> bool:
+        """Whether the shared store has all of an agent that was handed over."""
+        memory = self.get(agent)
+        if self.replicator is not None:
+            return not self.replicator.lags(agent)
+        return memory is None or not memory.unsaved
 
     def close(self, timeout: float) -> None:
         """Store what is queued, at most `timeout` seconds long each."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +29,7 @@ from actors.scheduler import SchedulerConfig
 from actors.turn import StreamItem, TurnFailed, TurnFinished, TurnMoved, TurnRequest
 from storage.card import AgentId, Owner
 from storage.codec import get_codec
+from storage.errors import StoreUnavailable
 from storage.tiers import Tiers
 
 T = TypeVar("T")
@@ -64,7 +66,7 @@ class ModelReplica:
             scheduler, default_max_tokens=config.max_tokens, sync=config.durability == "sync"
         )
         self._loop = ReplicaLoop(engine, self._memory, loop_config, node)
-        self._memory.persister.submit(self._memory.recover)
+        threading.Thread(target=self._memory.recover, name="recover", daemon=True).start()
         self._workers = ThreadPoolExecutor(8, "replica")
 
     def info(self) -> ReplicaInfo:
@@ -121,9 +123,12 @@ class ModelReplica:
         return await self._in_thread(lambda: self._memory.adopt(agent))
 
     async def freeze(self, agent: AgentId) -> None:
-        """Stop the agent at a token boundary and commit its card. Raises AgentMoved."""
+        """Stop the agent at a token boundary and commit its card. Raises AgentMoved, and
+        StoreUnavailable when the store does not have all of it: it is frozen all the same."""
         committed = await self._on_loop(lambda: self._loop.handoff.freeze(agent))
         await asyncio.wait_for(asyncio.wrap_future(committed), _CALL_TIMEOUT_S)
+        if not self._memory.is_stored(agent):
+            raise StoreUnavailable(self._config.store, f"it lacks rows of agent {agent}")
 
     async def thaw(self, agent: AgentId) -> None:
         """A migration failed: go on with the agent after claiming it again."""

@@ -48,7 +48,7 @@ class Replicator:
         self._window = tiers.local.key.spec.window
         self._faults, self._lost = faults, lost
         self._pending: OrderedDict[AgentId, Snapshot] = OrderedDict()
-        self._waiting: list[Future[None]] = []
+        self._waiting: list[tuple[Future[None], AgentId | None]] = []
         self._changed = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="replicator", daemon=True)
@@ -66,27 +66,33 @@ class Replicator:
         """Write the card into the local tier and queue the rest. Raises StoreUnavailable: then
         only the shared store will have it."""
         card = snapshot.complete("local", self._window)
-        with self._changed:
-            self._pending[snapshot.memory.agent] = snapshot
-            self._changed.notify()
-        self._local.write_card(card)
+        try:
+            self._local.write_card(card)
+        finally:
+            with self._changed:
+                self._pending[snapshot.memory.agent] = snapshot
+                self._changed.notify()
         return card
 
     def forget(self, memory: AgentMemory) -> None:
         """The agent is not this replica's any more: nothing of it is committed."""
         with self._changed:
-            waiting = self._pending.get(memory.agent)
-            if waiting is not None and waiting.memory is memory:
-                del self._pending[memory.agent]
+            self._drop(memory)
         try:
-            self._local.forget(memory.agent)
+            if memory.card is not None:
+                self._local.forget(memory.agent, memory.card.epoch)
         except StorageError as error:
             self._faults.count("store_unavailable", error)
 
-    def flush(self, done: Future[None]) -> None:
-        """`done` when everything queued so far has been tried."""
+    def _drop(self, memory: AgentMemory) -> None:
+        waiting = self._pending.get(memory.agent)
+        if waiting is not None and waiting.memory is memory:
+            del self._pending[memory.agent]
+
+    def flush(self, done: Future[None], agent: AgentId | None = None) -> None:
+        """`done` when everything queued so far, or of one agent, has been tried."""
         with self._changed:
-            self._waiting.append(done)
+            self._waiting.append((done, agent))
             self._changed.notify()
 
     def close(self, timeout: float) -> bool:
@@ -108,10 +114,13 @@ class Replicator:
                 self._changed.wait_for(lambda: self._is_urgent() or self._pending)
                 waiting, self._waiting = self._waiting, []
                 batch = list(self._pending.values())
+                agents = {agent for _, agent in waiting}
+                if waiting and None not in agents:  # those that are waited for come first
+                    batch = [s for s in batch if s.memory.agent in agents]
             failed = sum(not self._tried(snapshot) for snapshot in batch)
             longer = min(_LONGEST_PAUSE_S, max(_FIRST_PAUSE_S, 2 * pause))
             pause = longer * random.uniform(0.5, 1.0) if failed else 0.0
-            for done in waiting:
+            for done, _ in waiting:
                 if done.set_running_or_notify_cancel():  # else nobody waits any more
                     done.set_result(None)
             if self._stopping and not self._waiting:
@@ -125,8 +134,7 @@ class Replicator:
         try:
             self._replicate(snapshot)
         except Fenced as error:
-            self._faults.count("fenced", error)
-            self._lost(snapshot.memory)
+            return self._fenced(snapshot, error)
         except StorageError as error:
             self._faults.count("store_unavailable", error)
             return False
@@ -135,9 +143,25 @@ class Replicator:
             return False
         return True
 
+    def _fenced(self, snapshot: Snapshot, error: Fenced) -> bool:
+        """A newer claim: another's, then the agent is lost, or our own after a migration that
+        failed, whose commits follow. While the agent is frozen, that is not known yet."""
+        memory = snapshot.memory
+        if memory.state == "frozen":
+            return False
+        if memory.card is not None and memory.card.epoch > snapshot.card.epoch:
+            with self._changed:
+                if self._pending.get(memory.agent) is snapshot:
+                    del self._pending[memory.agent]
+            return True
+        self._faults.count("fenced", error)
+        self._lost(memory)
+        return True
+
     def _replicate(self, snapshot: Snapshot) -> None:
         memory = snapshot.memory
         if memory.state == "released":
+            self.forget(memory)
             return
         missing = [
             (run, part)
@@ -160,6 +184,8 @@ class Replicator:
         return ("full", "sliding") if run.has_window else ("full",)
 
     def _upload(self, memory: AgentMemory, run: Run, part: Part) -> None:
-        ref = self._tiers.upload(memory.agent.tenant, run.id, part, run.ref("local"))
-        if ref is not None:  # else evicted before it was stored: the tokens are prefilled again
+        ref = self._tiers.upload(memory.agent.tenant, run.id, part, run.stored("local"))
+        if ref is not None:
             run.note("shared", part, ref)
+        else:  # gone before it was stored: see Rows.store_again
+            run.local = {k: v for k, v in run.local.items() if k != part}

@@ -65,6 +65,10 @@ class Restorer:
                 continue
             restore.abandoned = True
             self._book.restoring.remove(turn)
+            seq_id, engine = restore.seq_id, self._engine
+            if not engine.can_truncate(seq_id, engine.n_rows(seq_id)):  # its window is missing
+                engine.truncate(seq_id, 0)
+                restore.loaded = 0
             if restore.loaded:
                 self._rates.restore(restore.loaded, time.monotonic() - restore.began)
             else:
@@ -77,7 +81,6 @@ class Restorer:
             self._engine.load(restore.seq_id, restore.loaded, rows)
         except EngineFault as error:
             self._memory.faults.count("engine_refused", error)
-            self._engine.truncate(restore.seq_id, restore.loaded)
             return False
         restore.loaded += count_rows(rows)
         return True

@@ -138,6 +138,9 @@ class Rows:
         and every commit tries again."""
         pool = self._tiers.pool
         pool.put((run.id, part), tensors, pinned=True)
+        if memory.state == "released":  # another replica's: not ours to store
+            pool.unpin((run.id, part))
+            return
         try:
             ref = self._tiers.write(memory.agent, run.id, part, tensors)
             if ref is not None:
@@ -173,7 +176,7 @@ class Rows:
 
     def tensors(self, memory: AgentMemory, run: Run, part: Part) -> Tensors | None:
         """One part of a run's rows, or None after counting why not."""
-        tenant, local, shared = memory.agent.tenant, run.ref("local"), run.ref("shared")
+        tenant, local, shared = memory.agent.tenant, run.stored("local"), run.stored("shared")
         try:
             found = self._tiers.read(tenant, run.id, run.rows, part, local, shared)
         except CorruptData as error:
@@ -183,23 +186,28 @@ class Rows:
             self._faults.count("store_unavailable", error)
             return None
         if found is None:
-            ref = shared or local
+            ref = next((ref for ref in (shared, local) if part in ref.parts), None)
             path = self._tiers.shared.block_path(tenant, ref, part) if ref else run.id
             self._faults.count("missing", CorruptData(path, "the block is missing"))
         return found
 
     def store_again(self, memory: AgentMemory, branch: Branch) -> None:
-        """Try to store what the disk refused before."""
-        place = "local" if self._tiers.local else "shared"
-        for run in branch.runs:
-            stored = run.local if place == "local" else run.shared
+        """Try to store what the disk refused before. A run that is nowhere any more is forgotten,
+        with what follows, and exported again."""
+        for start, run in positions(branch):
             wanted: tuple[Part, ...] = ("full", "sliding") if run.has_window else ("full",)
             for part in wanted:
-                if part in stored or part in run.shared:
+                if part in run.local or part in run.shared:
                     continue
                 tensors = self._tiers.pool.get((run.id, part))
                 if tensors is not None:
                     self.keep(memory, run, part, tensors)
+                elif part == "full":
+                    self._take(memory, branch, branch, branch.tokens[:start])
+                    branch.exported, branch.windowed = min(branch.exported, branch.rows), 0
+                    return
+                else:
+                    run.drop_window()
 
     # ---- from a worker
 

@@ -46,21 +46,20 @@ class Windows:
         """Add the sliding rows of positions start..at to the runs they belong to. Kept with it:
         the last two checkpoints that are ends of turns."""
         needed = max(0, at - self.size + 1)
-        last = branch.checkpoints[-1] if branch.checkpoints else 0
-        if start > max(needed, last):
-            return  # what lies between was forgotten meanwhile: no checkpoint here
         for first, run in positions(branch):
-            stop = first + run.rows
-            if stop <= needed or (run.has_window and stop <= last):
+            stop, low = first + run.rows, max(first, needed)
+            if stop <= needed or self._covers(memory, run, stop, low):
                 continue
-            if stop <= start:
-                return
-            if run.carried is not None and first < last < stop and last >= needed:
-                piece = slice_rows(sliding, last - start, stop - start)
-                piece = concat_rows([run.carried, piece])
+            carried, end = run.carried or ({}, 0)
+            end += first
+            if run.carried and start <= end and end - count_rows(carried) <= low:
+                piece = concat_rows([carried, slice_rows(sliding, end - start, stop - start)])
+            elif start <= low:
+                piece = slice_rows(sliding, low - start, stop - start)
             else:
-                piece = slice_rows(sliding, max(first - start, 0), stop - start)
+                return  # rows in between were forgotten meanwhile: no checkpoint here
             run.carried, run.has_window = None, True
+            self._drop((run.id, "sliding"))  # another agent's part may hold fewer rows
             self._keep(memory, run, "sliding", piece)
         before = [c for c in branch.checkpoints if c in ends and c != at]
         branch.checkpoints = [*before[-_TURN_STARTS:], at]
@@ -74,17 +73,26 @@ class Windows:
                 run.drop_window()
                 self._drop((run.id, "sliding"))
 
-    def joined(self, memory: AgentMemory, tail: Sequence[Run]) -> Tensors | None:
-        """The sliding rows at the end of a tail that becomes a block, code by code."""
+    def _covers(self, memory: AgentMemory, run: Run, stop: int, low: int) -> bool:
+        """Whether the sliding part that a run has reaches down to position `low`."""
+        sliding = self._read(memory, run, "sliding") if run.has_window else None
+        return sliding is not None and stop - count_rows(sliding) <= low
+
+    def joined(self, memory: AgentMemory, tail: Sequence[Run]) -> tuple[Tensors, int] | None:
+        """The last sliding rows that a tail has when it becomes a block, code by code, and how
+        many rows lie before their end."""
         pieces: list[Tensors] = []
+        end = sum(run.rows for run in tail)
         for run in reversed(tail):
             piece = self._read(memory, run, "sliding") if run.has_window else None
-            if piece is None:
+            if piece is not None:
+                pieces.insert(0, piece)
+            elif not pieces:
+                end -= run.rows
+                continue
+            if piece is None or count_rows(piece) < run.rows:
                 break
-            pieces.insert(0, piece)
-            if count_rows(piece) < run.rows:
-                break
-        return concat_rows(pieces) if pieces else None
+        return (concat_rows(pieces), end) if pieces else None
 
     def cut(self, memory: AgentMemory, run: Run, part: Run) -> None:
         """`part` is the first rows of `run`: it gets those of its sliding rows."""

@@ -49,7 +49,10 @@ async def migrate(
         try:
             await call(source[1].freeze.remote(agent), timeout)
             frozen = True
-        except (ActorError, StorageError) as error:
+        except StorageError as error:  # the target would miss what the store lacks
+            await _quietly(call(source[1].thaw.remote(agent), timeout))
+            raise MigrationFailed(f"{source[0]} could not hand over {agent}: {error}") from error
+        except ActorError as error:
             # Not its owner any more, or its engine is dead: the target's claim decides.
             logger.warning("agent %s cannot be frozen on %s: %s", agent, source[0], error)
         except ReplicaLost as error:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from storage.backends import is_temporary
 from storage.card import AgentId, BlockRef, CacheCard, PartRef
-from storage.errors import StorageError
+from storage.errors import CorruptData, Fenced, StoreUnavailable
 from storage.spec import CompatibilityKey, Part
 from storage.store import CacheStore, LoadedCard
 
@@ -53,6 +53,7 @@ class LocalTier:
         self._newest: dict[str, tuple[int, int]] = {}  # agent's folder -> its card
         self.used_bytes = 0
         self.written_bytes = 0  # by this process
+        self._same: dict[str, BlockRef] = {}  # path of a shared file -> the file that holds it here
         self._refused = ""  # why nothing is written at the moment
         self._day, self._today, self._noted = self._read_wear()
         self._index()
@@ -94,6 +95,8 @@ class LocalTier:
         ref = self.store.put_block(agent.tenant, run_id, part, raw)
         path = self._path(agent.tenant, run_id, ref, part)
         with self._lock:
+            if not os.path.exists(path):  # one that we adopted, and that was evicted since
+                return None
             self._add(path, ref.size)
             fresh = self._fresh.setdefault(self.store.agent_folder(agent, self.key), set())
             if path not in fresh:
@@ -106,23 +109,34 @@ class LocalTier:
         StoreUnavailable."""
         path = self.store.block_path(tenant, ref, part)
         with self._lock:
-            if path in self._sizes or not self._may_write(len(raw)):
+            if path in self._sizes or path in self._same:
+                return
+            if self._daily and self._wear_today() > self._daily / 2:
+                return  # the rest of the day is for what only we have
+            if not self._may_write(len(raw)):
                 return
         stored = self.store.put_block(tenant, ref.id, part, raw)
         with self._lock:
-            self._add(self._path(tenant, ref.id, stored, part), stored.size)
+            kept = self._path(tenant, ref.id, stored, part)
+            if os.path.exists(kept):
+                self._add(kept, stored.size)
+                if kept != path:  # encrypted: our bytes are others
+                    self._same[path] = BlockRef(ref.id, ref.rows, {part: stored})
 
     def get(self, tenant: str, ref: BlockRef, part: Part) -> bytes | None:
         """The verified bytes; None when they are not here. Raises CorruptData: the file is then
         forgotten here, so that a sound copy can take its place."""
         path = self.store.block_path(tenant, ref, part)
         with self._lock:
+            if path in self._same:
+                ref = self._same[path]
+                path = self.store.block_path(tenant, ref, part)
             if path not in self._sizes:
                 return None
             self._sizes.move_to_end(path)
         try:
             raw = self.store.get_block(tenant, ref, part)
-        except StorageError:
+        except CorruptData:
             self._forget_file(path)
             raise
         if raw is None:
@@ -168,6 +182,8 @@ class LocalTier:
             if path not in self._pins:
                 victims.append(path)
                 excess -= stored
+        if excess > 0:  # what is pinned leaves no room: the cache need not go for nothing
+            return False
         for path in victims:
             self.used_bytes -= self._sizes.pop(path)
             with contextlib.suppress(FileNotFoundError):
@@ -189,7 +205,10 @@ class LocalTier:
 
     def write_card(self, card: CacheCard) -> None:
         """The agent's newest card, ahead of the shared store's. Raises StoreUnavailable."""
-        self.store.journal(card)
+        try:
+            self.store.journal(card)
+        except Fenced as error:  # no claim is at stake here
+            raise StoreUnavailable(self.store.url, f"cannot write {card.name}") from error
         self._pin_card(card)
 
     def card(self, agent: AgentId) -> LoadedCard | None:
@@ -199,16 +218,21 @@ class LocalTier:
         """The shared store has caught up with this card; a newer one stays."""
         folder = self.store.agent_folder(card.agent, card.key)
         with self._lock:
-            if self._newest.get(folder) != (card.epoch, card.generation):
+            if self._newest.get(folder, (0, 0)) > (card.epoch, card.generation):
                 return
-            del self._newest[folder]
+            self._newest.pop(folder, None)
             self._unpin(self._carded.pop(folder, set()))
             self.store.drop_cards(card.agent, card.key)
 
-    def forget(self, agent: AgentId) -> None:
-        """The agent is another node's: what is here of it is only a cache."""
+    def forget(self, agent: AgentId, epoch: int) -> None:
+        """The agent's `epoch` is over: what is here of it is only a cache. A card of a newer epoch
+        stays."""
         folder = self.store.agent_folder(agent, self.key)
         with self._lock:
+            if self._newest.get(folder, (0, 0))[0] > epoch:
+                return
+            if folder not in self._newest and folder not in self._fresh:
+                return
             self._unpin(self._carded.pop(folder, set()))
             self._unpin(self._fresh.pop(folder, set()))
             self._newest.pop(folder, None)

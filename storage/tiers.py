@@ -83,7 +83,7 @@ class Tiers:
         if self.local is not None:
             try:
                 raw = self.local.get(tenant, ref, part)
-            except CorruptData as error:  # forgotten there; the shared store may have it
+            except StorageError as error:  # the shared store may have it
                 self.shared.on_fault(error)
                 raw = None
             if raw is not None:
@@ -118,13 +118,11 @@ class Tiers:
             return self.local.put(agent, run_id, part, raw)
         return self.shared.put_block(agent.tenant, run_id, part, raw)
 
-    def upload(
-        self, tenant: str, run_id: str, part: Part, local: BlockRef | None
-    ) -> PartRef | None:
+    def upload(self, tenant: str, run_id: str, part: Part, local: BlockRef) -> PartRef | None:
         """Store rows of the local tier or the pool in the shared store; None when they are in
         neither. Raises StoreUnavailable, CorruptData."""
         raw = None
-        if self.local is not None and local is not None and part in local.parts:
+        if self.local is not None and part in local.parts:
             raw = self.local.get(tenant, local, part)
         if raw is None:
             tensors = self.pool.get((run_id, part))

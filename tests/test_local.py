@@ -111,7 +111,7 @@ def test_an_agent_that_is_another_nodes_holds_nothing(tmp_path):
     first = put(local, 0)
     local.write_card(card(1, first))
     put(local, 1)
-    local.forget(AGENT)
+    local.forget(AGENT, 2)
     assert (local.card(AGENT), local.pinned_bytes) == (None, 0)
     assert here(local, first) == [True]
 
@@ -151,7 +151,7 @@ def test_two_agents_pin_one_block_twice(tmp_path):
     assert local.used_bytes == len(RAW)
     local.drop_card(card(1, ref))
     assert local.pinned_bytes == len(RAW)
-    local.forget(other)
+    local.forget(other, 2)
     assert local.pinned_bytes == 0
 
 

@@ -11,7 +11,9 @@ import pytest
 from actors.engines.fake_engine import FakeEngine
 from actors.loop import LoopConfig, ReplicaLoop
 from actors.turn import TurnFinished
+from storage.backends import LocalBackend
 from storage.card import CacheCard
+from storage.errors import StoreUnavailable
 from storage.files import Files
 from storage.store import CacheStore
 from tests.loops import (
@@ -36,6 +38,7 @@ class Shared:
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder, self.down, self.delay = folder, threading.Event(), 0.0
+        self.full = threading.Event()  # the nodes' own disks
         create = Files.create
 
         def guarded(files: Files, path: str, raw: bytes) -> None:
@@ -43,6 +46,8 @@ class Shared:
                 time.sleep(self.delay)
                 if self.down.is_set():
                     raise OSError("the shared store is gone")
+            elif self.full.is_set():
+                raise OSError(28, "no space left")
             create(files, path, raw)
 
         monkeypatch.setattr(Files, "create", guarded)
@@ -71,6 +76,20 @@ def node(tmp_path: Path, shared: Shared) -> Iterator[MakeLoop]:
     for made in loops:
         if made.alive:
             made.close(5.0)
+
+
+def crash(loop: ReplicaLoop) -> None:
+    """The replica ends without storing anything more."""
+
+    def dead(snapshot: object) -> None:
+        raise StoreUnavailable("dead", "dead")
+
+    assert loop.memory.replicator is not None
+    loop.memory.replicator._replicate = dead  # type: ignore[assignment]
+    loop._stopping = True
+    loop._wake.set()
+    loop._thread.join(5)
+    loop.memory.persister.close(5)
 
 
 def missing(folder: Path, card: CacheCard) -> list[str]:
@@ -284,3 +303,206 @@ def test_a_frozen_agent_is_in_the_shared_store(node: MakeLoop, shared: Shared) -
     assert card.branches[0].rows >= len(stream.answer.prompt) + 7
     loop.call(lambda: loop.handoff.release(agent_id())).result(10)
     stream.result()
+
+
+def test_an_agent_taken_over_is_ahead_here_with_all_its_rows(
+    node: MakeLoop, shared: Shared
+) -> None:
+    """Its older rows were never written to this disk: the shared store has them."""
+    source, messages = node(), []
+    talk(source, messages, LONG)
+    settle(source)
+    source.close(5.0)
+    target = node("n1")
+    shared.down.set()
+    memory = target.memory
+    shared.down.clear()
+    memory.adopt(agent_id())
+    shared.down.set()
+    talk(target, messages, LONG)
+    settle(target)
+    rows = memory_of(target).branches[0].rows
+    crash(target)
+    shared.down.clear()
+    again = node("n1")
+    again.memory.recover()
+    settle(again)
+    card = card_in(shared.folder, again)
+    assert card is not None
+    assert card.branches[0].rows == rows
+    assert missing(shared.folder, card) == []
+
+
+def test_an_older_local_card_does_not_win(node: MakeLoop, shared: Shared, tmp_path: Path) -> None:
+    """The disk was full when the shared store took a newer one."""
+    loop, messages = node(), []
+    talk(loop, messages, "Hello")
+    settle(loop)
+    shared.down.set()
+    talk(loop, messages, LONG)
+    settle(loop)
+    shared.full.set()
+    talk(loop, messages, LONG)
+    settle(loop)
+    shared.down.clear()
+    loop.memory.commit_later(memory_of(loop))
+    settle(loop)
+    rows = memory_of(loop).branches[0].rows
+    shared.full.clear()
+    crash(loop)
+    again = node()
+    again.memory.recover()
+    settle(again)
+    card = card_in(shared.folder, again)
+    assert card is not None
+    assert card.branches[0].rows == rows
+
+
+def test_a_thawed_agent_is_still_ours_and_catches_up(node: MakeLoop, shared: Shared) -> None:
+    loop, messages = node(), []
+    talk(loop, messages, LONG)
+    settle(loop)
+    shared.down.set()
+    talk(loop, messages, LONG)
+    settle(loop)
+    loop.call(lambda: loop.handoff.freeze(agent_id())).result(10).result(10)
+    assert not loop.memory.is_stored(agent_id())
+    shared.down.clear()
+    loop.call(lambda: loop.handoff.thaw(agent_id())).result(10)
+    loop.memory.persister.flush().result(10)
+    answer = talk(loop, messages, "And the ships?")
+    assert isinstance(answer.last, TurnFinished)
+    settle(loop)
+    card = card_in(shared.folder, loop)
+    assert card is not None
+    assert card.epoch == 2
+    assert card.branches[0].rows == memory_of(loop).branches[0].rows
+    assert loop.memory.is_stored(agent_id())
+
+
+def test_a_local_card_half_written_does_not_fence_its_owner(
+    node: MakeLoop, shared: Shared, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    loop, messages = node(), []
+    talk(loop, messages, "Hello")
+    settle(loop)
+    shared.down.set()
+    talk(loop, messages, LONG)
+    settle(loop)
+    remove, failed = Files.remove, []
+
+    def once(files: Files, path: str) -> None:
+        if str(path).startswith(str(tmp_path / "n0")) and not failed:
+            failed.append(path)
+            raise StoreUnavailable(path, "EIO")
+        remove(files, path)
+
+    monkeypatch.setattr(Files, "remove", once)
+    for question in ("And the ships?", "And then?"):
+        talk(loop, messages, question)
+        settle(loop)
+    assert failed
+    assert loop.memory.get(agent_id()) is not None
+    shared.down.clear()
+    settle(loop)
+    card = card_in(shared.folder, loop)
+    assert card is not None
+    assert card.branches[0].rows == memory_of(loop).branches[0].rows
+
+
+@pytest.mark.parametrize("when", ["after its claim", "with no store mounted"])
+def test_a_node_that_dies_while_it_recovers_recovers_later(
+    node: MakeLoop, shared: Shared, tmp_path: Path, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop, messages = node(), []
+    talk(loop, messages, LONG)
+    settle(loop)
+    shared.down.set()
+    talk(loop, messages, LONG)
+    settle(loop)
+    rows = memory_of(loop).branches[0].rows
+    crash(loop)
+    if when == "after its claim":
+        shared.down.clear()
+        dying = node()
+        local = dying.memory.tiers.local
+        assert local is not None
+        monkeypatch.setattr(local, "write_card", lambda card: None)
+        monkeypatch.setattr(dying.memory, "commit_later", lambda memory: None)
+        dying.memory.recover()
+        crash(dying)
+    else:
+        shared.folder.rename(tmp_path / "away")
+        dying = node()
+        dying.memory.recover()
+        crash(dying)
+        shutil.rmtree(shared.folder, ignore_errors=True)
+        (tmp_path / "away").rename(shared.folder)
+        shared.down.clear()
+    last = node()
+    last.memory.recover()
+    settle(last)
+    card = card_in(shared.folder, last)
+    assert card is not None
+    assert card.branches[0].rows == rows
+
+
+def test_a_read_that_fails_deletes_nothing(
+    node: MakeLoop, shared: Shared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop, messages = node(), []
+    shared.delay = 0.0
+    talk(loop, messages, LONG)
+    settle(loop)
+    evict(loop, pool=True)
+    before = sorted((tmp_path / "n0").rglob("*.full.*"))
+    read = LocalBackend.read
+
+    def fails(backend: LocalBackend, path: str, start: int, stop: int | None) -> bytes:
+        if "/n0/blocks/" in path:
+            raise OSError(24, "too many open files")
+        return read(backend, path, start, stop)
+
+    monkeypatch.setattr(LocalBackend, "read", fails)
+    assert talk(loop, messages, "And the ships?").cached > 600  # from the shared store
+    monkeypatch.undo()
+    assert set(before) <= set((tmp_path / "n0").rglob("*.full.*"))
+
+
+def test_rows_that_were_lost_before_they_were_stored_are_exported_again(
+    node: MakeLoop, shared: Shared
+) -> None:
+    loop, messages = node(local_bytes=1), []
+    talk(loop, messages, LONG)
+    settle(loop)
+    shared.down.set()
+    talk(loop, messages, LONG)
+    settle(loop)
+    loop.memory.tiers.pool.evict_all()
+    shared.down.clear()
+    for question in ("And the ships?", "And then?"):
+        talk(loop, messages, question)
+        settle(loop)
+    card = card_in(shared.folder, loop)
+    assert card is not None
+    assert card.branches[0].rows == memory_of(loop).branches[0].rows > 1300
+
+
+def test_an_agent_released_during_a_commit_leaves_nothing_behind(
+    node: MakeLoop, shared: Shared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop, messages = node(), []
+    talk(loop, messages, "Hello")
+    settle(loop)
+    memory, store_again = memory_of(loop), loop.memory.rows.store_again
+
+    def and_released(held: object, branch: object) -> None:
+        loop.memory.forget(memory)
+        store_again(held, branch)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loop.memory.rows, "store_again", and_released)
+    loop.memory.commit_later(memory)
+    settle(loop)
+    assert loop.memory.replicator is not None
+    assert loop.memory.replicator.pending == 0
+    assert card_in(tmp_path / "n0", loop) is None

@@ -13,6 +13,7 @@ from storage.cache_file import load_metadata
 from tests.loops import (
     Answer,
     agent_id,
+    assistant,
     evict,
     make_loop,
     memory_of,
@@ -211,3 +212,56 @@ def test_a_turn_that_moves_goes_on_with_its_window(loop_on: MakeLoop, tmp_path: 
     card = target.memory.store.latest(agent_id(), target.memory.key)
     assert card is not None
     assert not target.memory.faults
+
+
+@pytest.mark.parametrize(("size", "first", "second"), [(125, 378, 110), (300, 250, 60)])
+def test_a_longer_reply_in_place_of_another_keeps_its_window(
+    tmp_path: Path, size: int, first: int, second: int
+) -> None:
+    """The tail was cut behind its last checkpoint, then became a block."""
+    texts = []
+    for park in (False, True):
+        loop = make_loop(FakeEngine(4, window=size), tmp_path / str(park))
+        messages: list[dict[str, str]] = []
+        talk(loop, messages, "x" * first)
+        messages.append(user("y" * (2 if size < 256 else 195)))
+        run(loop, messages, n=12)
+        settle(loop)
+        longer = run(loop, messages, n=second, temperature=1.0, seed=0)
+        if park:
+            evict(loop, pool=True)
+        messages.append(assistant(longer.text))
+        last = run(loop, [*messages, user("z")], n=30)
+        assert last.cached == len(last.prompt) - 5
+        assert not loop.memory.faults
+        texts.append(last.ids)
+        loop.close()
+    assert texts[0] == texts[1]
+
+
+def test_a_turn_cancelled_before_it_repeats_the_last_one_harms_nobody(
+    loop_on: MakeLoop,
+) -> None:
+    loop, messages = loop_on(delay=0.005), []
+    other = start(loop, [user("hello")], session="b", n=150, turn_id="other")
+    talk(loop, messages, "x" * 100)
+    loop.memory.settle().result(10)
+    loop.call(loop.residency.evict_idle).result(10)
+    again = start(loop, messages[:-1], turn_id="again")
+    loop.cancel("again")
+    again.result()
+    assert other.result().reason in ("length", "stop")
+
+
+def test_a_missing_block_before_the_window_harms_nobody(loop_on: MakeLoop, tmp_path: Path) -> None:
+    loop, messages = loop_on(delay=0.002), []
+    talk(loop, messages, LONG)
+    evict(loop, pool=True)
+    (branch,) = memory_of(loop).branches
+    for path in (tmp_path / "store").rglob(f"{branch.blocks[1].id}.full.*"):
+        path.unlink()
+    other = start(loop, [user("hello")], session="b", n=150, turn_id="other")
+    answer = run(loop, [*messages, user("And then?")])
+    assert (answer.cached, answer.cache) == (0, "cold")
+    assert loop.memory.faults["missing"] > 0
+    assert other.result().reason in ("length", "stop")
