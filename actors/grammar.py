@@ -119,7 +119,7 @@ class GrammarCompiler:
 
 
 class _Tokenizer:
-    """A Vocab as llguidance's TokenizerWrapper has it; tokens without text are marked by 0xff."""
+    """A Vocab as llguidance's TokenizerWrapper has it; tokens without text are in no mask."""
 
     is_tokenizer_wrapper = True
     bos_token_id = None
@@ -127,10 +127,7 @@ class _Tokenizer:
     def __init__(self, vocab: Vocab) -> None:
         self.eos_token_id = min(vocab.eog)
         self.special_token_ids: list[int] = []
-        pieces = map(vocab.token_bytes, range(vocab.size))
-        self.tokens = [
-            b"\xff<[%d]>" % i if raw[:1] in (b"", b"\xff") else raw for i, raw in enumerate(pieces)
-        ]
+        self.tokens = [vocab.token_bytes(token) for token in range(vocab.size)]
         self._vocab = vocab
 
     def __call__(self, text: str) -> list[int]:

@@ -9,7 +9,7 @@ import json
 import secrets
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from actors.turn import Guide, SamplingParams
@@ -31,12 +31,18 @@ def _whole(text: str) -> str:
     return text
 
 
-def _schema(schema: dict[str, Any]) -> dict[str, Any]:
+def _schema(value: Any) -> str:
+    """As text: later it would be too deep in the stack for what was just not too deep to parse."""
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
     try:
-        _whole(json.dumps(schema, ensure_ascii=False))
+        return json.dumps(value)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
-    return schema
+
+
+def _schema_or_text(value: Any) -> str | None:
+    return value if value is None or isinstance(value, str) else _schema(value)
 
 
 WholeText = Annotated[str, AfterValidator(_whole)]
@@ -44,7 +50,7 @@ StopString = Annotated[WholeText, Field(min_length=1, max_length=MAX_STOP_LENGTH
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
-JsonSchema = Annotated[dict[str, Any], AfterValidator(_schema)]
+JsonSchema = Annotated[str, BeforeValidator(_schema)]
 
 
 class _Strict(BaseModel):
@@ -96,7 +102,7 @@ class ResponseFormat(_Strict):
 
     def guide(self) -> Guide | None:
         if self.json_schema is not None:
-            source = json.dumps(self.json_schema.schema_)
+            source = self.json_schema.schema_
             return Guide("json", source, "response_format.json_schema.schema")
         if self.type == "json_object":
             return Guide("json", '{"type": "object"}', "response_format")
@@ -106,7 +112,7 @@ class ResponseFormat(_Strict):
 class StructuredOutputs(_Strict):
     """vLLM's; exactly one of its fields."""
 
-    json_: Annotated[JsonSchema | WholeText | None, Field(alias="json")] = None
+    json_: Annotated[WholeText | None, BeforeValidator(_schema_or_text), Field(alias="json")] = None
     regex: WholeText | None = None
     choice: Annotated[list[WholeText], Field(min_length=1, max_length=MAX_CHOICES)] | None = None
     grammar: WholeText | None = None
@@ -115,8 +121,7 @@ class StructuredOutputs(_Strict):
     def guide(self) -> Guide:
         where = "structured_outputs"
         if self.json_ is not None:
-            text = self.json_ if isinstance(self.json_, str) else json.dumps(self.json_)
-            return Guide("json", text, f"{where}.json")
+            return Guide("json", self.json_, f"{where}.json")
         if self.regex is not None:
             return Guide("regex", self.regex, f"{where}.regex")
         if self.choice is not None:

@@ -330,6 +330,7 @@ def test_a_reply_has_the_form_asked_for(
             "response_format.json_schema.schema",
         ),
         ({"structured_outputs": {"json": "{"}}, "structured_outputs.json"),
+        ({"structured_outputs": {"json": '"\\ud800"'}}, "structured_outputs.json"),
         ({"structured_outputs": {"regex": "(a"}}, "structured_outputs.regex"),
         ({"structured_outputs": {"regex": "a" * 70_000}}, "structured_outputs.regex"),
         ({"structured_outputs": {"grammar": "start: x"}}, "structured_outputs.grammar"),
@@ -342,12 +343,14 @@ def test_what_only_the_replica_can_judge_is_refused_by_name_too(
     assert refusal(http.chat(stream=stream, **body), 400, param)["code"] == "invalid_value"
 
 
-@pytest.mark.parametrize("depth", [120, 5_000])
-def test_a_schema_however_deep_is_refused(http: Http, depth: int) -> None:
-    schema = '{"items":' * depth + "{}" + "}" * depth
-    body = '{"messages":[{"role":"user","content":"x"}],"structured_outputs":{"json":%s}}' % schema  # noqa: UP031
-    response = http.request("POST", CHAT, content=body)
-    assert response.status_code == 400
+@pytest.mark.parametrize("wrap", ['{"json":%s}', '{"json":%s,"regex":null}'])
+def test_a_schema_however_deep_is_refused(http: Http, wrap: str) -> None:
+    """Also one that is just not too deep for the JSON parser, but for what comes after it."""
+    for depth in (120, *range(800, 1010, 2), 5_000):
+        schema = '{"items":' * depth + "{}" + "}" * depth
+        form = wrap % schema
+        body = f'{{"messages":[{{"role":"user","content":"x"}}],"structured_outputs":{form}}}'
+        assert http.request("POST", CHAT, content=body).status_code == 400, depth
 
 
 def test_log_probabilities_are_shaped_like_openais(http: Http) -> None:
@@ -488,6 +491,11 @@ def test_models_are_listed(http: Http) -> None:
         ({"structured_outputs": {}}, "structured_outputs"),
         ({"structured_outputs": {"regex": "a", "grammar": "b"}}, "structured_outputs"),
         ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"json": [1]}}, "structured_outputs.json"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": 3}}},
+            "response_format.json_schema.schema",
+        ),
         ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag"),
         (
             {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},

@@ -151,6 +151,7 @@ for _ in range(300):
         ("json", '{"$ref": "http://example.com/schema"}'),
         ("json", '{"$ref": "#"}'),
         ("json", '{"type": "string", "pattern": "(a"}'),
+        ("json", '{"const": "\\ud800"}'),
         ("json", DEEP),
         ("json", '{"type": "string"}' + " " * MAX_SOURCE),
         ("regex", "(a"),
@@ -265,6 +266,13 @@ def test_a_reply_ends_with_its_form(loop: ReplicaLoop) -> None:
     answer = run(loop, [user("Go.")], n=50, guide=Guide("regex", "[ab]{5}", "form"))
     assert re.fullmatch("[ab]{5}", answer.text)
     assert (answer.reason, len(answer.ids)) == ("stop", 5)
+    full = run(loop, [user("Go.")], n=5, session="b", guide=Guide("regex", "[ab]{5}", "form"))
+    assert full.reason == "stop"  # and not of its length: it is complete
+
+
+def test_the_end_of_a_form_shows_what_was_held_back(loop: ReplicaLoop) -> None:
+    answer = run(loop, [user("Go.")], stop=("STOP",), guide=Guide("regex", "abcST", "form"))
+    assert (answer.text, answer.reason) == ("abcST", "stop")
 
 
 @pytest.mark.parametrize("n", [1, 7, 20])
@@ -288,7 +296,9 @@ def test_a_turn_resumed_in_the_middle_ends_as_the_undisturbed_one(
     for cut in range(len(whole.ids) + 1):
         other = make_loop(FakeEngine(), tmp_path / "other", node=f"n{cut}")
         resume = Resume(tuple(whole.prompt), tuple(whole.ids[:cut]))
-        rest = run(other, [user("Go.")], attempt=1, resume=resume, **options)
+        rest = run(
+            other, [user("Go.")], attempt=1, resume=resume, **options | {"n": len(whole.ids)}
+        )
         other.close()
         assert whole.ids[:cut] + rest.ids == whole.ids
         assert rest.reason == "stop"
@@ -304,13 +314,21 @@ def test_an_impossible_form_is_refused_before_the_agent_is_touched(loop: Replica
 
 
 def test_a_form_that_fails_in_the_middle_ends_its_own_turn_only(loop: ReplicaLoop) -> None:
+    """At whatever row: also where its last step filled a block."""
     bad = Guide("grammar", 'start: s\ns: s s | s s s | "a" |', "form")
-    other = start(loop, [user("Count.")], session="b", n=1500, turn_id="other")
-    answer = run(loop, [user("Go.")], n=2000, guide=bad, logit_bias=((97, 50.0),))
-    assert isinstance(answer.last, TurnFailed), answer.last
-    assert isinstance(answer.last.error, InvalidRequest)
-    assert len(answer.ids) > 3
-    assert other.result().reason in ("stop", "length")
+    other = start(loop, [user("Count.")], session="b", n=3000, ignore_eos=True, turn_id="other")
+    question = "Go."
+    for session in ("one", "two"):
+        answer = run(
+            loop, [user(question)], n=2000, session=session, guide=bad, logit_bias=((97, 50.0),)
+        )
+        assert isinstance(answer.last, TurnFailed), answer.last
+        assert isinstance(answer.last.error, InvalidRequest)
+        n_rows = len(answer.prompt) + len(answer.ids)
+        question += "." * (256 - n_rows)
+    assert n_rows == 256
+    loop.cancel("other")
+    assert other.result().reason == "cancelled"
     settle(loop)
     assert run(loop, [user("Go.")], n=5).reason in ("stop", "length")
 
