@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from pydantic import ValidationError
 
 from actors.config import ReplicaConfig
 from actors.errors import AgentMoved, EngineFault, InvalidRequest, Overloaded
@@ -28,6 +29,7 @@ from api import app as app_module
 from api.app import assemble
 from api.auth import SESSION_HEADERS
 from api.context import Context
+from api.request import StructuredOutputs
 from cluster.config import ClusterConfig, HttpConfig
 from cluster.errors import MigrationFailed, NoReplica
 from cluster.remote import ReplicaLost
@@ -351,6 +353,14 @@ def test_a_schema_however_deep_is_refused(http: Http, wrap: str) -> None:
         form = wrap % schema
         body = f'{{"messages":[{{"role":"user","content":"x"}}],"structured_outputs":{form}}}'
         assert http.request("POST", CHAT, content=body).status_code == 400, depth
+
+
+def test_a_schema_that_only_the_parser_could_hold_is_refused() -> None:
+    schema: dict[str, Any] = {}
+    for _ in range(3000):
+        schema = {"items": schema}
+    with pytest.raises(ValidationError, match="nested too deeply"):
+        StructuredOutputs.model_validate({"json": schema})
 
 
 def test_log_probabilities_are_shaped_like_openais(http: Http) -> None:
