@@ -23,8 +23,8 @@ from typing import TypeVar
 from actors.admission import Admission, Begin
 from actors.book import Book, Turn
 from actors.branches import durable_rows
-from actors.engines.base import Chunk, Engine
-from actors.errors import AgentMoved, EngineFault
+from actors.engines.base import Chunk, Engine, Logits
+from actors.errors import AgentMoved, EngineFault, InvalidRequest
 from actors.exporter import Exporter
 from actors.handoff import Handoff
 from actors.memory import Memory
@@ -34,7 +34,7 @@ from actors.rates import Rates
 from actors.residency import Residency
 from actors.restorer import Restorer
 from actors.scheduler import Scheduled, Scheduler, SchedulerConfig
-from actors.sequence import Sequence, TextStream, sample, visible_ids
+from actors.sequence import Sequence, TextStream, visible_ids
 from actors.turn import (
     CacheState,
     Progress,
@@ -229,7 +229,7 @@ class ReplicaLoop:
             text.push(token)
         sequence = Sequence(
             request.id, ready.tokens, ready.n_prompt, request.sampling, ready.max_tokens,
-            text, seq_id, n_rows, paused=ready.memory.state != "owned",
+            text, seq_id, n_rows, paused=ready.memory.state != "owned", grammar=ready.grammar,
         )  # fmt: skip
         turn.sequence = sequence
         self.scheduler.running.append(sequence)
@@ -242,7 +242,7 @@ class ReplicaLoop:
         turn.emit(TurnStarted(request.attempt, prompt, cached, cache, self.node, durable))
         if turn.cancelled:
             sequence.finish_reason = "cancelled"
-        elif text.stopped:
+        elif sequence.complete:
             sequence.finish_reason = "stop"
         elif len(sequence.reply) >= sequence.max_tokens:
             sequence.finish_reason = "length"
@@ -270,10 +270,9 @@ class ReplicaLoop:
                 done, total = sequence.n_rows, len(sequence.tokens)
                 turn.emit(Progress(turn.request.attempt, done, total))
             else:
-                position = len(sequence.tokens)
-                token = sample(logits[sequence.seq_id], sequence.params, position)
-                self._accept(turn, sequence, token)
-            self._exporter.filled(turn)
+                self._accept(turn, sequence, logits[sequence.seq_id])
+            if id(sequence) in self._book.by_sequence:
+                self._exporter.filled(turn)
         return True
 
     def _measure(self, scheduled: list[Scheduled], seconds: float) -> None:
@@ -283,12 +282,17 @@ class ReplicaLoop:
         else:
             self.rates.decode(seconds)
 
-    def _accept(self, turn: Turn, sequence: Sequence, token: int) -> None:
+    def _accept(self, turn: Turn, sequence: Sequence, logits: Logits) -> None:
         index = len(sequence.reply)
-        text = sequence.accept(token, self.engine.vocab.eog)
+        try:
+            text = sequence.take(logits, self.engine.vocab.eog)
+        except (InvalidRequest, EngineFault) as error:  # of its grammar: the others go on
+            self._end(turn, TurnFailed(turn.request.attempt, error))
+            return
         ids, sequence.new_ids = tuple(sequence.new_ids), []
+        logprobs, sequence.new_logprobs = tuple(sequence.new_logprobs), []
         if ids:
-            turn.emit(Tokens(turn.request.attempt, index, ids, text))
+            turn.emit(Tokens(turn.request.attempt, index, ids, text, logprobs))
             text = ""
         if sequence.finish_reason:
             self._finish(turn, sequence, text)

@@ -10,22 +10,26 @@ from dataclasses import dataclass
 from actors.branches import AgentMemory, Branch
 from actors.engines.base import Engine
 from actors.errors import InvalidRequest
+from actors.grammar import Grammar, GrammarCompiler
 from actors.matching import Match, match
 from actors.memory import Memory
 from actors.prompt import ChatTemplate, EmittedReply
+from actors.sampling import check
 from actors.sequence import text_of
 from actors.turn import Resume, TurnRequest
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """tokens = prompt, then what an earlier attempt emitted; at most max_tokens more follow."""
+    """tokens = prompt, then what an earlier attempt emitted; at most max_tokens more follow.
+    `grammar` has accepted what was emitted."""
 
     memory: AgentMemory
     match: Match
     tokens: list[int]
     n_prompt: int
     max_tokens: int
+    grammar: Grammar | None = None
 
 
 class Preparer:
@@ -35,14 +39,19 @@ class Preparer:
         self._n_ctx, self._vocab = engine.n_ctx, engine.vocab
         self._memory, self._template = memory, template
         self._default_max_tokens = default_max_tokens
+        self._grammars = GrammarCompiler(engine.vocab)
 
     def __call__(self, request: TurnRequest) -> Prepared:
         """Raises InvalidRequest, AgentMoved, and what Memory.open raises."""
+        resume = request.resume or Resume((), ())
+        check(request.sampling, self._vocab)
+        guide, grammar = request.sampling.guide, None
+        if guide is not None:
+            grammar = self._grammars.compile(guide, resume.emitted)
         if request.persist:
             memory = self._memory.open(request.agent)
         else:
             memory = self._memory.one_off(request.agent)
-        resume = request.resume or Resume((), ())
         prompt, found = match(
             memory.branches,
             lambda replies: (
@@ -62,7 +71,8 @@ class Preparer:
             )
         wanted = request.sampling.max_tokens or self._default_max_tokens
         tokens = [*prompt, *resume.emitted]
-        return Prepared(memory, found, tokens, len(prompt), min(wanted, room))
+        max_tokens = min(wanted, room)
+        return Prepared(memory, found, tokens, len(prompt), max_tokens, grammar)
 
     def _replies_of(self, branch: Branch) -> list[EmittedReply]:
         replies = []

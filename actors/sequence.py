@@ -1,6 +1,6 @@
 """One running turn as the scheduler sees it: token ids, rows in the engine, sampling, text.
 
-Knows neither agents nor storage. Sampling is a pure function of logits, parameters and position.
+Knows neither agents nor storage.
 """
 
 from __future__ import annotations
@@ -9,40 +9,10 @@ import codecs
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 
-import numpy as np
-from numpy.typing import NDArray
-
 from actors.engines.base import Logits, Vocab
-from actors.turn import FinishReason, SamplingParams
-
-
-def sample(logits: Logits, params: SamplingParams, position: int) -> int:
-    """Draw the token at `position`. Greedy at temperature 0; else softmax, then top-p."""
-    if params.temperature == 0:
-        return int(logits.argmax())
-    temperature = np.float32(max(params.temperature, 1e-6))
-    weights = np.exp((logits - logits.max()) / temperature).astype(np.float64)
-    candidates = np.arange(len(weights))
-    if params.top_p < 1:
-        candidates = _nucleus(weights, params.top_p)
-    mass = np.cumsum(weights[candidates])
-    key = params.seed % 2**128  # any integer is a seed
-    draw = np.random.Generator(np.random.Philox(key=key, counter=position)).random()
-    chosen = int(np.searchsorted(mass, draw * mass[-1], side="right"))
-    return int(candidates[min(chosen, len(candidates) - 1)])
-
-
-def _nucleus(weights: NDArray[np.float64], top_p: float) -> NDArray[np.intp]:
-    """The fewest tokens, heaviest first, that together hold top_p of the mass."""
-    wanted = top_p * weights.sum()
-    for size in (256, len(weights)):  # the few heaviest nearly always suffice
-        size = min(size, len(weights))
-        heavy = np.argpartition(-weights, size - 1)[:size]
-        heavy = heavy[np.lexsort((heavy, -weights[heavy]))]
-        mass = np.cumsum(weights[heavy])
-        if mass[-1] >= wanted:
-            break
-    return heavy[: int(np.searchsorted(mass, wanted)) + 1]
+from actors.grammar import Grammar
+from actors.sampling import Sampler
+from actors.turn import FinishReason, SamplingParams, TokenLogprob
 
 
 def text_of(vocab: Vocab, ids: Ids[int]) -> str:
@@ -57,7 +27,7 @@ class TextStream:
     """
 
     def __init__(self, vocab: Vocab, stop: Ids[str]) -> None:
-        self._vocab = vocab
+        self.vocab = vocab
         self._stop = tuple(stop)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
@@ -66,7 +36,7 @@ class TextStream:
 
     def push(self, token_id: int) -> str:
         """The text that becomes visible with this token."""
-        self._held += self._decoder.decode(self._vocab.token_bytes(token_id))
+        self._held += self._decoder.decode(self.vocab.token_bytes(token_id))
         return self._release(final=False)
 
     def finish(self) -> str:
@@ -120,7 +90,15 @@ class Sequence:
     n_rows: int
     paused: bool = False  # frozen for a migration: takes no part in steps
     finish_reason: FinishReason | None = None
+    grammar: Grammar | None = None  # has accepted the reply so far
     new_ids: list[int] = field(default_factory=list)  # sampled, not yet sent
+    new_logprobs: list[TokenLogprob] = field(default_factory=list)  # of new_ids, if asked for
+    sampler: Sampler = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sampler = Sampler(
+            self.params, self.text.vocab, self.tokens[: self.n_prompt], self.reply, self.grammar
+        )
 
     @property
     def is_prefill(self) -> bool:
@@ -131,16 +109,32 @@ class Sequence:
     def reply(self) -> list[int]:
         return self.tokens[self.n_prompt :]
 
+    @property
+    def complete(self) -> bool:
+        """Nothing may follow what the reply has: a stop string, or the end of its grammar."""
+        return self.text.stopped or self.sampler.complete
+
+    def take(self, logits: Logits, eog: frozenset[int]) -> str:
+        """Draw the next token and accept it. Raises InvalidRequest when its grammar fails."""
+        token = self.sampler.draw(logits, len(self.tokens))
+        n_ids = len(self.new_ids)
+        visible = self.accept(token, eog)
+        if self.params.logprobs is not None and len(self.new_ids) > n_ids:
+            self.new_logprobs.append(self.sampler.logprob(logits, token))
+        return visible
+
     def accept(self, token: int, eog: frozenset[int]) -> str:
         """Take one sampled token; returns the text it makes visible. Sets finish_reason."""
-        if token in eog:
+        if token in eog or token in self.params.stop_token_ids:
             self.finish_reason = "stop"
             return self.text.finish()
         self.tokens.append(token)
         self.new_ids.append(token)
+        self.sampler.accept(token)
         visible = self.text.push(token)
-        if self.text.stopped:
+        if self.complete:
             self.finish_reason = "stop"
+            visible += self.text.finish()
         elif len(self.tokens) - self.n_prompt >= self.max_tokens:
             self.finish_reason = "length"
             visible += self.text.finish()

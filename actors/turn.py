@@ -19,15 +19,36 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 
 @dataclass(frozen=True)
+class Guide:
+    """What the reply must look like: `source` is a JSON schema, a regular expression, a JSON list
+    of strings or a Lark grammar. `param` is the request's field that asked for it."""
+
+    kind: Literal["json", "regex", "choice", "grammar"]
+    source: str
+    param: str
+
+
+@dataclass(frozen=True)
 class SamplingParams:
-    """temperature 0 is greedy. The draw at a position depends on (seed, position) and logits only,
-    so a resumed turn draws what the lost one would have."""
+    """temperature 0 is greedy. The draw at a position depends on seed, position, logits and the ids
+    before it only, so a resumed turn draws what the lost one would have. Ranges are checked at the
+    edge; what each field does is in actors.sampling."""
 
     max_tokens: int | None = None  # None: the replica's default
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int = 0
     stop: tuple[str, ...] = ()
+    top_k: int = 0  # 0: all
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None  # alternatives told with each token; None: no log probabilities
+    stop_token_ids: tuple[int, ...] = ()  # end the reply and are no part of it
+    ignore_eos: bool = False  # tokens that end a generation are never drawn
+    guide: Guide | None = None
 
 
 @dataclass(frozen=True)
@@ -73,13 +94,24 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """A drawn token's bytes and natural log probability, and the same of the likeliest ones."""
+
+    raw: bytes
+    logprob: float
+    top: tuple[tuple[bytes, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class Tokens:
-    """reply[index : index + len(ids)] are `ids`; `text` is what they add to the visible text."""
+    """reply[index : index + len(ids)] are `ids`; `text` is what they add to the visible text.
+    `logprobs`: one for each id, where the turn asked for them."""
 
     attempt: int
     index: int
     ids: tuple[int, ...]
     text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)

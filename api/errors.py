@@ -111,6 +111,9 @@ def _validation(first: dict[str, Any], body: Any) -> ApiError:
     """Pydantic's first complaint; names the field as the client wrote it."""
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {first['ctx']['error']}")
+    if first["type"] == "mismatch":  # of fields that are each valid
+        param = first["ctx"]["param"]
+        return ApiError(400, f"{param}: {first['msg']}", param=param, code="invalid_value")
     path: list[str] = []
     for step in first["loc"][1:]:  # the first is where it came from; some name a union's branch
         if not isinstance(body, dict) and not (isinstance(body, list) and isinstance(step, int)):

@@ -1,112 +1,23 @@
-"""POST /v1/chat/completions and GET /v1/models, as OpenAI's SDKs expect them.
-
-A parameter this server cannot honour is refused by name, not ignored.
-"""
+"""POST /v1/chat/completions and GET /v1/models, as OpenAI's SDKs expect them."""
 
 from __future__ import annotations
 
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
-from typing import Annotated, Any, Literal
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from starlette.types import Receive, Scope, Send
 
-from actors.turn import SamplingParams, TurnRequest
+from actors.turn import TokenLogprob, TurnRequest
 from api.auth import agent_of, tenant_of
 from api.context import Context
 from api.errors import ApiError, api_error
+from api.request import ChatCompletionRequest
 from api.turns import Done, Event, Started, Text
-
-MAX_STOPS = 16
-MAX_STOP_LENGTH = 1024  # characters
-
-
-def _whole(text: str) -> str:
-    """JSON can carry half a character (\\ud800); no tokenizer can read it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError("a lone surrogate is no text") from error
-    return text
-
-
-WholeText = Annotated[str, AfterValidator(_whole)]
-StopString = Annotated[WholeText, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class TextPart(_Strict):
-    type: Literal["text"]
-    text: WholeText
-
-
-class ChatMessage(_Strict):
-    """SDKs send back whole assistant messages, empty fields included."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: WholeText | list[TextPart]
-    name: WholeText | None = None
-    refusal: None = None
-    tool_calls: None = None
-    function_call: None = None
-    audio: None = None
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
-
-    def to_template(self) -> dict[str, Any]:
-        """As chat templates know it."""
-        text = self.content
-        if not isinstance(text, str):
-            text = "".join(part.text for part in text)
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": text} | ({"name": self.name} if self.name else {})
-
-
-class StreamOptions(_Strict):
-    include_usage: bool = False
-
-
-class ResponseFormat(_Strict):
-    type: Literal["text"]
-
-
-class ChatCompletionRequest(_Strict):
-    model: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    stream: bool | None = False
-    stream_options: StreamOptions | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
-    session_id: str | None = None
-    # Hints: they name nobody, and this version places by session only.
-    user: str | None = None
-    prompt_cache_key: str | None = None
-    metadata: dict[str, str] | None = None
-    # Accepted only where they ask for nothing.
-    n: Literal[1] | None = 1
-    presence_penalty: Literal[0] | None = 0
-    frequency_penalty: Literal[0] | None = 0
-    logprobs: Literal[False] | None = False
-    response_format: ResponseFormat | None = None
-    store: Literal[False] | None = False
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
-
-    @property
-    def stops(self) -> tuple[str, ...]:
-        if self.stop is None:
-            return ()
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
 def router(context: Context) -> APIRouter:
@@ -162,18 +73,11 @@ def _turn(context: Context, request: Request, body: ChatCompletionRequest) -> Tu
     tenant = tenant_of(request, http.api_keys)
     _check_model(context, body.model)
     agent, persist = agent_of(request, tenant, body.session_id)
-    seed = secrets.randbits(63) if body.seed is None else body.seed % 2**64
     return TurnRequest(
         id=secrets.token_hex(12),
         agent=agent,
         messages=tuple(message.to_template() for message in body.messages),
-        sampling=SamplingParams(
-            max_tokens=body.max_completion_tokens or body.max_tokens,
-            temperature=http.temperature if body.temperature is None else body.temperature,
-            top_p=http.top_p if body.top_p is None else body.top_p,
-            seed=seed,
-            stop=body.stops,
-        ),
+        sampling=body.sampling(http),
         persist=persist,
     )
 
@@ -183,7 +87,7 @@ async def _chat(context: Context, request: Request, body: ChatCompletionRequest)
     events = context.turns.run(turn)
     started = await anext(events)
     assert isinstance(started, Started)
-    reply = _Reply(context, turn.id, started)
+    reply = _Reply(context, turn, started)
     headers = {
         "x-kvferry-node": started.node,
         "x-kvferry-cache": started.cache,
@@ -198,14 +102,7 @@ async def _chat(context: Context, request: Request, body: ChatCompletionRequest)
             events,
             headers=headers | {"cache-control": "no-cache"},
         )
-    text, reason = "", "stop"
-    async for event in events:
-        if isinstance(event, Text):
-            text += event.text
-            reply.completion_tokens += event.n_tokens
-        elif isinstance(event, Done):
-            reason = event.reason
-    return JSONResponse(reply.whole(text, reason), headers=headers)
+    return JSONResponse(await reply.whole(events), headers=headers)
 
 
 class _EventStream(StreamingResponse):
@@ -231,19 +128,34 @@ class _EventStream(StreamingResponse):
 class _Reply:
     """The JSON of one reply, whole or in chunks."""
 
-    def __init__(self, context: Context, turn_id: str, started: Started) -> None:
+    def __init__(self, context: Context, turn: TurnRequest, started: Started) -> None:
         self._metrics = context.metrics
         self._started = started
         self._base = {
-            "id": f"chatcmpl-{turn_id}",
+            "id": f"chatcmpl-{turn.id}",
             "created": int(time.time()),
             "model": context.model,
         }
-        self.completion_tokens = 0
+        self._wants_logprobs = turn.sampling.logprobs is not None
+        self._completion_tokens = 0
 
-    def whole(self, text: str, reason: str) -> dict[str, Any]:
+    async def whole(self, events: AsyncIterator[Event]) -> dict[str, Any]:
+        text, reason = "", "stop"
+        logprobs: list[TokenLogprob] = []
+        async for event in events:
+            if isinstance(event, Text):
+                text += event.text
+                logprobs += event.logprobs
+                self._completion_tokens += event.n_tokens
+            elif isinstance(event, Done):
+                reason = event.reason
         message = {"role": "assistant", "content": text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reason}
+        choice = {
+            "index": 0,
+            "message": message,
+            "logprobs": _logprobs(logprobs) if self._wants_logprobs else None,
+            "finish_reason": reason,
+        }
         return self._base | {
             "object": "chat.completion",
             "choices": [choice],
@@ -258,9 +170,9 @@ class _Reply:
         try:
             async for event in events:
                 if isinstance(event, Text):
-                    self.completion_tokens += event.n_tokens
-                    if event.text:
-                        yield self._chunk({"content": event.text})
+                    self._completion_tokens += event.n_tokens
+                    if event.text or event.logprobs:
+                        yield self._chunk({"content": event.text}, logprobs=event.logprobs)
                 elif isinstance(event, Done):
                     yield self._chunk({}, event.reason)
         except Exception as error:
@@ -273,21 +185,41 @@ class _Reply:
             )
         yield "data: [DONE]\n\n"
 
-    def _chunk(self, delta: dict[str, Any], reason: str | None = None) -> str:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+    def _chunk(
+        self,
+        delta: dict[str, Any],
+        reason: str | None = None,
+        logprobs: Sequence[TokenLogprob] = (),
+    ) -> str:
+        told = _logprobs(logprobs) if logprobs else None
+        choice = {"index": 0, "delta": delta, "logprobs": told, "finish_reason": reason}
         return _sse(self._base | {"object": "chat.completion.chunk", "choices": [choice]})
 
     def _usage(self) -> dict[str, Any]:
         prompt, cached = self._started.prompt_tokens, self._started.cached_tokens
         self._metrics.tokens.labels("cached").inc(cached)
         self._metrics.tokens.labels("prefilled").inc(prompt - cached)
-        self._metrics.tokens.labels("completion").inc(self.completion_tokens)
+        self._metrics.tokens.labels("completion").inc(self._completion_tokens)
         return {
             "prompt_tokens": prompt,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": prompt + self.completion_tokens,
+            "completion_tokens": self._completion_tokens,
+            "total_tokens": prompt + self._completion_tokens,
             "prompt_tokens_details": {"cached_tokens": cached},
         }
+
+
+def _logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
+    """Of every completion token, those behind a stop string included."""
+    content = [
+        _token(token.raw, token.logprob) | {"top_logprobs": [_token(*top) for top in token.top]}
+        for token in tokens
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _token(raw: bytes, logprob: float) -> dict[str, Any]:
+    """`bytes` has what `token` may lack: a token need not be whole characters."""
+    return {"token": raw.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(raw)}
 
 
 def _sse(data: dict[str, Any]) -> str:

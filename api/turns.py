@@ -17,6 +17,7 @@ from typing import Any, Literal
 from actors.errors import AgentMoved, EngineFault
 from actors.turn import (
     StreamItem,
+    TokenLogprob,
     Tokens,
     TurnFailed,
     TurnFinished,
@@ -53,10 +54,12 @@ class Started:
 
 @dataclass(frozen=True)
 class Text:
-    """Text the client may see now; `n_tokens` ids stand behind it (text may be empty)."""
+    """Text the client may see now; `n_tokens` ids stand behind it (text may be empty), with their
+    log probabilities where the turn asked for them."""
 
     text: str
     n_tokens: int
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -192,7 +195,7 @@ class Turns:
                 )
             ]
         if isinstance(item, Tokens) and log.accept(item):
-            return [Text(item.text, len(item.ids))]
+            return [Text(item.text, len(item.ids), item.logprobs)]
         if isinstance(item, TurnFinished) and log.accept(item):
             events: list[Event] = [Text(item.text, 0)] if item.text else []
             reason: Literal["stop", "length"] = "length" if item.reason == "length" else "stop"

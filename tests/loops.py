@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from actors.engines.base import Engine
 from actors.loop import LoopConfig, ReplicaLoop
@@ -163,8 +164,10 @@ def start(
     persist: bool = True,
     attempt: int = 0,
     resume: Resume | None = None,
+    **more: Any,
 ) -> Stream:
-    sampling = SamplingParams(n, temperature, seed=seed, stop=stop)
+    """`more`: further fields of SamplingParams."""
+    sampling = SamplingParams(n, temperature, seed=seed, stop=stop, **more)
     request = TurnRequest(
         turn_id, agent_id(session), tuple(messages), sampling, persist, attempt, resume
     )

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import re
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,14 +12,24 @@ from typing import Any
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from pydantic import ValidationError
 
 from actors.config import ReplicaConfig
 from actors.errors import AgentMoved, EngineFault, InvalidRequest, Overloaded
-from actors.turn import Progress, Resume, StreamItem, TurnFailed, TurnMoved, TurnRequest
+from actors.turn import (
+    Progress,
+    Resume,
+    SamplingParams,
+    StreamItem,
+    TurnFailed,
+    TurnMoved,
+    TurnRequest,
+)
 from api import app as app_module
 from api.app import assemble
 from api.auth import SESSION_HEADERS
 from api.context import Context
+from api.request import StructuredOutputs
 from cluster.config import ClusterConfig, HttpConfig
 from cluster.errors import MigrationFailed, NoReplica
 from cluster.remote import ReplicaLost
@@ -257,6 +268,166 @@ def test_the_request_reaches_the_replica_as_meant(http: Http) -> None:
     assert http.router.placed[-1]["reply_tokens"] == 128
 
 
+def test_every_way_to_sample_reaches_the_replica(http: Http) -> None:
+    http.chat(
+        top_k=5, min_p=0.1, repetition_penalty=1.5, presence_penalty=-1, frequency_penalty=2,
+        logit_bias={"97": -100, "98": 1.5}, logprobs=True, top_logprobs=4,
+        stop_token_ids=[99], ignore_eos=True,
+    )  # fmt: skip
+    made = http.a.requests[-1].sampling
+    assert (made.top_k, made.min_p, made.repetition_penalty) == (5, 0.1, 1.5)
+    assert (made.presence_penalty, made.frequency_penalty) == (-1, 2)
+    assert made.logit_bias == ((97, -100), (98, 1.5))
+    assert (made.logprobs, made.stop_token_ids, made.ignore_eos) == (4, (99,), True)
+    nothing = dict.fromkeys(
+        ["top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+         "logit_bias", "logprobs", "top_logprobs", "stop_token_ids", "ignore_eos",
+         "response_format", "structured_outputs"]
+    )  # fmt: skip
+    http.chat(top_p=1, seed=0, **nothing)
+    assert http.a.requests[-1].sampling == SamplingParams(12, 0.0)
+    http.chat(top_k=-1, logprobs=True, top_p=1, seed=0)
+    assert http.a.requests[-1].sampling == SamplingParams(12, 0.0, logprobs=0)
+
+
+FORM = {"type": "object", "properties": {"a": {"enum": ["x", "é"]}}, "required": ["a"]}
+NAMED = {"name": "form", "schema": FORM | {"additionalProperties": False}, "strict": True}
+
+
+@pytest.mark.parametrize(
+    ("body", "pattern"),
+    [
+        ({"response_format": {"type": "json_schema", "json_schema": NAMED}}, r'\{"a":"[xé]"\}'),
+        ({"structured_outputs": {"json": NAMED["schema"]}}, r'\{"a":"[xé]"\}'),
+        ({"structured_outputs": {"json": json.dumps(NAMED["schema"])}}, r'\{"a":"[xé]"\}'),
+        ({"structured_outputs": {"json": FORM}, "response_format": {"type": "text"}}, r"\{.*"),
+        ({"response_format": {"type": "json_object"}}, r"\{.*"),
+        ({"structured_outputs": {"json_object": True}}, r"\{.*"),
+        ({"structured_outputs": {"regex": "[0-9]{3}é"}}, "[0-9]{3}é"),
+        ({"structured_outputs": {"choice": ["yes!", "no\n"]}}, "yes!|no\n"),
+        ({"structured_outputs": {"grammar": 'start: "<" /[A-Z]{2}/ ">"'}}, "<[A-Z]{2}>"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_reply_has_the_form_asked_for(
+    http: Http, body: dict[str, Any], pattern: str, stream: bool
+) -> None:
+    response = http.chat(stream=stream, max_tokens=30, temperature=1, seed=3, **body)
+    assert response.status_code == 200, response.text
+    if stream:
+        text = streamed_text(events(response))
+    else:
+        text = response.json()["choices"][0]["message"]["content"]
+    assert re.fullmatch(pattern, text)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"logit_bias": {"261": 1}}, "logit_bias"),
+        ({"stop_token_ids": [261]}, "stop_token_ids"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": NAMED | {
+                "schema": {"type": "integer", "minimum": 2, "maximum": 1}}}},
+            "response_format.json_schema.schema",
+        ),
+        ({"structured_outputs": {"json": "{"}}, "structured_outputs.json"),
+        ({"structured_outputs": {"json": '"\\ud800"'}}, "structured_outputs.json"),
+        ({"structured_outputs": {"regex": "(a"}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"regex": "a" * 70_000}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"grammar": "start: x"}}, "structured_outputs.grammar"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_only_the_replica_can_judge_is_refused_by_name_too(
+    http: Http, body: dict[str, Any], param: str, stream: bool
+) -> None:
+    assert refusal(http.chat(stream=stream, **body), 400, param)["code"] == "invalid_value"
+
+
+@pytest.mark.parametrize("wrap", ['{"json":%s}', '{"json":%s,"regex":null}'])
+def test_a_schema_however_deep_is_refused(http: Http, wrap: str) -> None:
+    """Also one that is just not too deep for the JSON parser, but for what comes after it."""
+    for depth in (120, *range(800, 1010, 2), 5_000):
+        schema = '{"items":' * depth + "{}" + "}" * depth
+        form = wrap % schema
+        body = f'{{"messages":[{{"role":"user","content":"x"}}],"structured_outputs":{form}}}'
+        assert http.request("POST", CHAT, content=body).status_code == 400, depth
+
+
+def test_a_schema_that_only_the_parser_could_hold_is_refused() -> None:
+    schema: dict[str, Any] = {}
+    for _ in range(3000):
+        schema = {"items": schema}
+    with pytest.raises(ValidationError, match="nested too deeply"):
+        StructuredOutputs.model_validate({"json": schema})
+
+
+def test_log_probabilities_are_shaped_like_openais(http: Http) -> None:
+    response = http.chat(logprobs=True, top_logprobs=2, max_tokens=6).json()
+    (choice,) = response["choices"]
+    told = choice["logprobs"]
+    assert told.keys() == {"content", "refusal"}
+    assert len(told["content"]) == response["usage"]["completion_tokens"]
+    assert "".join(token["token"] for token in told["content"]) == choice["message"]["content"]
+    for token in told["content"]:
+        assert token.keys() == {"token", "logprob", "bytes", "top_logprobs"}
+        assert bytes(token["bytes"]).decode() == token["token"]
+        first, second = token["top_logprobs"]
+        assert first == {key: token[key] for key in ("token", "logprob", "bytes")}  # greedy
+        assert second["logprob"] <= first["logprob"] < 0
+    streamed = events(http.chat(logprobs=True, top_logprobs=2, max_tokens=6, stream=True))
+    assert streamed_logprobs(streamed) == told["content"]
+    assert http.chat(logprobs=True).json()["choices"][0]["logprobs"]["content"]
+    assert http.chat().json()["choices"][0]["logprobs"] is None
+
+
+def streamed_logprobs(chunks: list[Any]) -> list[Any]:
+    choices = [chunk["choices"][0] for chunk in chunks if chunk != "[DONE]" and chunk["choices"]]
+    return [token for c in choices if c["logprobs"] for token in c["logprobs"]["content"]]
+
+
+def test_a_stream_tells_log_probabilities_of_text_that_is_held_back(http: Http) -> None:
+    """Every completion token is told, those that a stop string hides, too."""
+    body = {"logprobs": True, "max_tokens": 30, "temperature": 0}
+    plain = http.text(**body)
+    stop = plain[4:8]
+    chunks = events(
+        http.chat(stream=True, stop=stop, stream_options={"include_usage": True}, **body)
+    )
+    told = streamed_logprobs(chunks)
+    assert streamed_text(chunks) == plain[: plain.index(stop)]
+    assert len(told) == chunks[-2]["usage"]["completion_tokens"]
+    assert "".join(token["token"] for token in told).endswith(stop)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_turn_that_fails_over_keeps_its_form_and_tells_each_token_once(
+    http: Http, stream: bool
+) -> None:
+    body: dict[str, Any] = {
+        "structured_outputs": {"json": NAMED["schema"] | {"properties": {
+            "a": {"type": "string", "minLength": 12, "maxLength": 12}}}},
+        "temperature": 1, "seed": 4, "max_tokens": 40, "logprobs": True, "top_logprobs": 1,
+        "presence_penalty": 1.0, "stream": stream,
+    }  # fmt: skip
+
+    def said() -> tuple[str, list[Any]]:
+        response = http.chat(**body)
+        assert response.status_code == 200, response.text
+        if stream:
+            return streamed_text(events(response)), streamed_logprobs(events(response))
+        (choice,) = response.json()["choices"]
+        return choice["message"]["content"], choice["logprobs"]["content"]
+
+    whole = said()
+    assert re.fullmatch(r'\{"a":".{12}"\}', whole[0])
+    http.a.fails(lost(), after=6)
+    assert said() == whole
+    assert len(http.a.requests) == 2
+    assert len(http.b.requests) == 1
+
+
 def test_models_are_listed(http: Http) -> None:
     (model,) = http.get("/v1/models").json()["data"]
     assert (model["id"], model["object"]) == ("fake", "model")
@@ -291,9 +462,60 @@ def test_models_are_listed(http: Http) -> None:
         ({"stop": 3}, "stop"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"n": 2}, "n"),
-        ({"logprobs": True}, "logprobs"),
-        ({"response_format": {"type": "json_object"}}, "response_format.type"),
-        ({"presence_penalty": 1}, "presence_penalty"),
+        ({"stop": "x" * 10_000}, "stop"),
+        ({"presence_penalty": 2.1}, "presence_penalty"),
+        ({"frequency_penalty": -2.1}, "frequency_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"repetition_penalty": 1e9}, "repetition_penalty"),
+        ({"top_k": -2}, "top_k"),
+        ({"top_k": 1.5}, "top_k"),
+        ({"min_p": 1.01}, "min_p"),
+        ({"logit_bias": {"5": 100.5}}, "logit_bias.5"),
+        ({"logit_bias": {"5": -101}}, "logit_bias.5"),
+        ({"logit_bias": {"x": 1}}, "logit_bias.x"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias.-1"),
+        ({"logit_bias": {str(i): 1 for i in range(2000)}}, "logit_bias"),
+        ({"logit_bias": [1]}, "logit_bias"),
+        ({"logprobs": "yes, please"}, "logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": False, "top_logprobs": 0}, "top_logprobs"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids.0"),
+        ({"stop_token_ids": [1] * 17}, "stop_token_ids"),
+        ({"ignore_eos": True, "response_format": {"type": "json_object"}}, "ignore_eos"),
+        ({"response_format": {"type": "wizard"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        (
+            {"response_format": {"type": "text", "json_schema": {"name": "x", "schema": {}}}},
+            "response_format.json_schema",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+            "response_format.json_schema.schema",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
+            "response_format.json_schema.name",
+        ),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a", "grammar": "b"}}, "structured_outputs"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"json": [1]}}, "structured_outputs.json"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": 3}}},
+            "response_format.json_schema.schema",
+        ),
+        ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag"),
+        (
+            {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
+            "structured_outputs",
+        ),
+        ({"guided_json": {}}, "guided_json"),
+        ({"guided_regex": "a"}, "guided_regex"),
+        ({"guided_choice": ["a"]}, "guided_choice"),
+        ({"guided_grammar": "a"}, "guided_grammar"),
+        ({"min_tokens": 1}, "min_tokens"),
         ({"stream_options": {"include": True}}, "stream_options.include"),
         ({"best_of": 3}, "best_of"),
         ({"query": 3}, "query"),

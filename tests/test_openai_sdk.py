@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import openai
+import pydantic
 import pytest
 
 from tests.clusters import Up, recital, shared_cluster
@@ -120,8 +122,43 @@ def test_empty_messages(client: openai.OpenAI) -> None:
 
 def test_what_is_not_supported_is_refused_by_name(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
-        client.chat.completions.create(model=MODEL, messages=QUESTION, logit_bias={"1": 5})
-    assert (caught.value.param, caught.value.code) == ("logit_bias", "unsupported_parameter")
+        client.chat.completions.create(model=MODEL, messages=QUESTION, verbosity="low")
+    assert (caught.value.param, caught.value.code) == ("verbosity", "unsupported_parameter")
+
+
+def test_log_probabilities(client: openai.OpenAI) -> None:
+    reply = client.chat.completions.create(
+        model=MODEL, messages=QUESTION, max_tokens=8, temperature=0, logprobs=True, top_logprobs=2
+    )
+    (choice,) = reply.choices
+    assert choice.logprobs is not None
+    told = choice.logprobs.content
+    assert told is not None
+    assert reply.usage is not None
+    assert len(told) == reply.usage.completion_tokens
+    text = b"".join(bytes(token.bytes or []) for token in told).decode()
+    assert text == choice.message.content
+    assert all(token.token == token.top_logprobs[0].token for token in told)  # greedy
+
+
+class City(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    name: Literal["Paris", "Madrid"]
+    inhabitants: int
+
+
+def test_a_reply_parsed_into_a_model(client: openai.OpenAI) -> None:
+    reply = client.chat.completions.parse(
+        model=MODEL, messages=QUESTION, max_tokens=60, seed=3, response_format=City
+    )
+    assert reply.choices[0].message.parsed is not None
+
+
+def test_a_token_that_the_model_does_not_have(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model=MODEL, messages=QUESTION, logit_bias={"999999": 5})
+    assert (caught.value.param, caught.value.code) == ("logit_bias", "invalid_value")
 
 
 def test_a_timeout_of_the_client(client: openai.OpenAI, cluster: Up) -> None:

@@ -1,12 +1,10 @@
-"""Sampling and text: draws, the nucleus, stop strings and characters that span tokens."""
+"""Text of running turns: stop strings and characters that span tokens, and how a reply ends."""
 
-import numpy as np
-import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from actors.engines.fake_engine import FakeVocab
-from actors.sequence import Sequence, TextStream, sample, text_of, visible_ids
+from actors.sequence import Sequence, TextStream, text_of, visible_ids
 from actors.turn import SamplingParams
 
 
@@ -21,103 +19,6 @@ class PieceVocab(FakeVocab):
 
     def token_bytes(self, token_id: int) -> bytes:
         return self.pieces[token_id]
-
-
-def logits_of(seed: int, n: int = 1000, spread: float = 3.0) -> np.ndarray:
-    return (np.random.default_rng(seed).standard_normal(n) * spread).astype(np.float32)
-
-
-# ---- sampling
-
-
-def test_temperature_zero_is_greedy() -> None:
-    for seed in range(20):
-        logits = logits_of(seed)
-        assert sample(logits, SamplingParams(temperature=0, seed=seed), seed) == logits.argmax()
-
-
-def test_a_draw_depends_on_seed_position_and_logits_only() -> None:
-    logits = logits_of(1)
-    params = SamplingParams(temperature=1.0, seed=7)
-    draws = [sample(logits, params, position) for position in range(50)]
-    np.random.seed(3)  # the global state must not matter
-    again = [sample(logits.copy(), params, position) for position in reversed(range(50))]
-    assert draws == again[::-1]
-    assert len(set(draws)) > 10
-    other = [sample(logits, SamplingParams(temperature=1.0, seed=8), p) for p in range(50)]
-    assert draws != other
-
-
-def test_draws_follow_the_distribution() -> None:
-    logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
-    n = 4000
-    counts = np.bincount(
-        [sample(logits, SamplingParams(temperature=1.0, seed=1), p) for p in range(n)], minlength=4
-    )
-    np.testing.assert_allclose(counts / n, [0.5, 0.3, 0.15, 0.05], atol=0.03)
-    colder = np.bincount(
-        [sample(logits, SamplingParams(temperature=0.5, seed=1), p) for p in range(n)], minlength=4
-    )
-    p = np.array([0.5, 0.3, 0.15, 0.05]) ** 2
-    np.testing.assert_allclose(colder / n, p / p.sum(), atol=0.03)
-
-
-def nucleus(logits: np.ndarray, temperature: float, top_p: float) -> set[int]:
-    """The plain definition."""
-    p = np.exp((logits.astype(np.float64) - logits.max()) / temperature)
-    p /= p.sum()
-    chosen: set[int] = set()
-    for token in sorted(range(len(p)), key=lambda i: (-p[i], i)):
-        if sum(p[i] for i in chosen) >= top_p - 1e-6:
-            break
-        chosen.add(token)
-    return chosen
-
-
-@given(
-    st.integers(0, 1000),
-    st.sampled_from([2, 10, 300, 600]),
-    st.floats(0.05, 0.99),
-    st.sampled_from([0.3, 1.0, 2.0]),
-)
-def test_top_p_draws_from_the_nucleus_alone(
-    seed: int, n: int, top_p: float, temperature: float
-) -> None:
-    logits = logits_of(seed, n, spread=0.5)
-    allowed = nucleus(logits, temperature, top_p)
-    params = SamplingParams(temperature=temperature, top_p=top_p, seed=seed)
-    drawn = {sample(logits, params, position) for position in range(40)}
-    assert drawn <= allowed | set(np.argsort(-logits, kind="stable")[: len(allowed) + 1].tolist())
-    assert len(drawn - allowed) <= 1  # a sum of floats may end one token later
-
-
-def test_top_p_reaches_the_whole_nucleus_of_a_flat_distribution() -> None:
-    logits = np.zeros(600, np.float32)
-    logits[300:] = -50
-    params = SamplingParams(temperature=1.0, top_p=0.99, seed=3)
-    drawn = {sample(logits, params, position) for position in range(3000)}
-    assert drawn <= set(range(300))
-    assert len(drawn) > 290
-
-
-def test_a_tiny_top_p_is_greedy() -> None:
-    for seed in range(20):
-        logits = logits_of(seed)
-        params = SamplingParams(temperature=1.5, top_p=1e-9, seed=seed)
-        assert sample(logits, params, 3) == logits.argmax()
-
-
-@pytest.mark.parametrize("seed", [-1, -(2**63), 2**64 + 5, 2**200])
-def test_any_integer_is_a_seed(seed: int) -> None:
-    logits = logits_of(2)
-    params = SamplingParams(temperature=1.0, seed=seed)
-    assert sample(logits, params, 4) == sample(logits, params, 4)
-
-
-@pytest.mark.parametrize("temperature", [1e-3, 1e-6, 1e-38, 1e-300])
-def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
-    logits = logits_of(2)
-    assert sample(logits, SamplingParams(temperature=temperature, seed=1), 4) == logits.argmax()
 
 
 # ---- text
