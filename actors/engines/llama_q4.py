@@ -52,7 +52,8 @@ def codes_to_q4_1(
     if not _fast:
         return to_q4_1_numpy(codes, scales, biases, interleaved)
     raw = np.empty((*codes.shape[:-1], dim // _BLOCK * BLOCK_BYTES), np.uint8)
-    _fast.to_q4_1(raw, *map(np.ascontiguousarray, (codes, scales, biases)), interleaved)
+    whole = np.ascontiguousarray
+    _fast.to_q4_1(raw, whole(codes), whole(scales), whole(biases), interleaved)
     return raw
 
 

@@ -62,13 +62,12 @@ class Rows:
         return self.layers if self.blocks else ()
 
     @property
-    def bytes(self) -> int:
-        """Of one row."""
+    def row_bytes(self) -> int:
         return self.blocks * self.type.dtype.itemsize
 
     @property
     def head(self) -> bytes:
-        return struct.pack("<iQ", self.type.number, self.bytes)
+        return struct.pack("<iQ", self.type.number, self.row_bytes)
 
     def empty(self, n_cells: int) -> Side:
         return np.empty((len(self.layers), n_cells, self.blocks), self.type.dtype)
@@ -172,7 +171,7 @@ def _sides(
         if len(strides) <= 1:
             stride = strides.pop() if strides else 0
             heads = np.ndarray((len(at), _LAYER), "u1", raw, at[0], (stride, 1))
-            inner = (stride, side.bytes, dtype.itemsize)
+            inner = (stride, side.row_bytes, dtype.itemsize)
             rows = np.ndarray(shape, dtype, raw, at[0] + _LAYER, inner)
         else:  # layers of different geometries take turns
             heads = np.stack([np.frombuffer(raw, "u1", _LAYER, o) for o in at])
@@ -188,7 +187,7 @@ def _sides(
 def _offsets(offset: int, n_cells: int, sides: Sequence[Rows]) -> tuple[dict[int, int], int]:
     """Where each place's header is, and where the last place's rows end."""
     offsets = {}
-    for place, size in sorted((place, side.bytes) for side in sides for place in side.places):
+    for place, size in sorted((place, side.row_bytes) for side in sides for place in side.places):
         offsets[place] = offset
         offset += _LAYER + n_cells * size
     return offsets, offset
@@ -208,7 +207,7 @@ def build(
             meta[:, 1], meta[:, 2] = 1, seq_id
             head += meta.tobytes() + struct.pack("<II", 0, sum(len(s.places) for s in cache))
             sides = (side for s in cache for side in (s.k, s.v))
-            size += sum(len(side.places) * (_LAYER + n * side.bytes) for side in sides)
+            size += sum(len(side.places) * (_LAYER + n * side.row_bytes) for side in sides)
         heads.append(head)
         size += len(head)
     fits = buffer is not None and buffer.size >= size
