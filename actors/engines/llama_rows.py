@@ -82,7 +82,7 @@ class Layout:
     def _blocks(self, name: SideName, tensors: Tensors, g: LayerGroup) -> Side:
         fields = (tensors[f"{g.name}.{name}.{field}"] for field in ("codes", "scales", "biases"))
         raw = llama_q4.codes_to_q4_1(*fields, interleaved=self._turned(name))
-        return raw.reshape(*raw.shape[:2], -1).view(self.type.dtype)
+        return raw.reshape(*raw.shape[:2], raw.shape[2] * raw.shape[3]).view(self.type.dtype)
 
     def encoded(self, cells: Cells) -> Tensors:
         """Inverse of encoded_cells. Raises ValueError for rows that the engine has computed."""
