@@ -1,7 +1,7 @@
 """kvferry bench residency: cells of float16 against cells of q4_1 (`kv_type`), in this process.
 
     memory     bytes of one token in the engine's cells
-    prefill    tokens/s from nothing to each context length; decode: ms of a token behind it
+    speed      prefill to each context length, tokens/s; decode behind it, median ms of a token
     restore    a block of stored codes into the engine: decoded first, or as it is
     KL         of going on, to an undisturbed run on float16: the same tokens forced on every run
 
@@ -11,6 +11,7 @@ Both engines are open, and take turns, so that what else the machine does meets 
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -56,6 +57,7 @@ def run(config: ClusterConfig, lengths: list[int], runs: int) -> int:
     for length in lengths:
         for _ in range(runs):
             for name, engine in engines.items():
+                print(f"{length} tokens, {name} cells", file=sys.stderr, flush=True)
                 _speed(engine, ids, length, figures[name])
     kl = _distances(plain, engines["q4_1"], ids, min(lengths), figures, runs)
     for engine in engines.values():
@@ -76,11 +78,14 @@ def _speed(engine: Engine, ids: list[int], length: int, figures: Figures) -> Non
     began = time.perf_counter()
     _feed(engine, ids[:length])
     prefilled = time.perf_counter()
-    _forced(engine, ids[length : length + _DECODED])
-    decoded = time.perf_counter()
+    seconds = []
+    for token in ids[length : length + _DECODED]:
+        before = time.perf_counter()
+        _feed(engine, [token])
+        seconds.append(time.perf_counter() - before)
     engine.truncate(0, 0)
     figures.prefill_per_s.setdefault(length, []).append(length / (prefilled - began))
-    figures.decode_ms.setdefault(length, []).append(1000 * (decoded - prefilled) / _DECODED)
+    figures.decode_ms.setdefault(length, []).append(1000 * median(seconds))
 
 
 def _forced(engine: Engine, ids: Sequence[int]) -> NDArray[np.float32]:
@@ -127,14 +132,9 @@ def _restore(engine: Engine, stored: Tensors, n: int) -> list[float]:
 
 
 def _kl(reference: NDArray[np.float32], other: NDArray[np.float32]) -> float:
-    p, q = (_log_softmax(x.astype(np.float64)) for x in (reference, other))
+    p, q = (x - x.max(-1, keepdims=True) for x in map(np.float64, (reference, other)))
+    p, q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (p, q))
     return round(float((np.exp(p) * (p - q)).sum(-1).mean()), 4)
-
-
-def _log_softmax(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    x = x - x.max(-1, keepdims=True)
-    result: NDArray[np.float64] = x - np.log(np.exp(x).sum(-1, keepdims=True))
-    return result
 
 
 def _print(figures: dict[str, Figures], kl: dict[str, float], model: str) -> None:

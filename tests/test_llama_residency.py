@@ -163,14 +163,6 @@ def test_codes_at_a_wrong_place_or_of_no_rows_change_nothing(quantized: Any, mod
     assert_same_codes(quantized.export_encoded(0, 0, 20), tensors)
 
 
-def test_float16_cells_take_no_codes(tiny_models: dict[str, Path]) -> None:
-    engine = open_engine(tiny_models["llama64"])
-    assert engine.loads_encoded == ""
-    with pytest.raises(EngineFault, match="no encoded rows"):
-        engine.load_encoded(0, 0, sample(engine, 4))
-    engine.close()
-
-
 @BOTH
 def test_quantized_cells_take_less_than_a_third(
     quantized: Any, tiny_models: dict[str, Path], model: str

@@ -3,6 +3,7 @@
 An engine knows tokens, positions and rows. It does not know agents, storage, scheduling or text
 beyond its vocabulary. One thread owns it; only `vocab` may be used from others. Rows enter and
 leave in the engine-neutral form of storage.spec.GroupRows: float16, keys after RoPE, half-split.
+An engine whose cells can hold a codec's values without loss takes its tensors, too (loads_encoded).
 
 Sliding-window layers. The rows of sliding groups are needed for the last positions only, and an
 engine drops the others when it likes. So they travel apart: `export` gives the full part, whose

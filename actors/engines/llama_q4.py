@@ -22,7 +22,7 @@ from storage.quantizers import dequantize
 
 try:
     from storage import _codec as _fast
-except ImportError:  # not compiled: same results, a hundred times slower
+except ImportError:  # not compiled: same results, some fifty times slower
     _fast = None  # type: ignore[assignment]
 
 Codes = NDArray[np.uint32]  # (..., D/8), nibbles from the lowest bits on
