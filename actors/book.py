@@ -14,6 +14,7 @@ from actors.prepare import Prepared
 from actors.sequence import Sequence
 from actors.turn import CacheState, StreamItem, TurnFinished, TurnRequest
 from storage.card import AgentId
+from storage.codec import Tensors
 from storage.spec import KVRows
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ class Restore:
 
     seq_id: int
     cache: CacheState  # where the rows come from
-    rows: queue.SimpleQueue[KVRows | None] = field(default_factory=queue.SimpleQueue)
+    rows: queue.SimpleQueue[KVRows | Tensors | None] = field(default_factory=queue.SimpleQueue)
     room: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(1))
     began: float = field(default_factory=time.monotonic)
     loaded: int = 0

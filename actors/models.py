@@ -92,6 +92,18 @@ def _from_hub(model: str) -> Path:
         raise ModelUnavailable(f"{model}: cannot be fetched ({reason})") from error
 
 
+def check_kv_type(config: ReplicaConfig) -> None:
+    """Raises ValueError for cells that the rest of the configuration does not allow."""
+    if config.kv_type not in ("f16", "q4_1"):
+        raise ValueError(f"kv_type = {config.kv_type!r}: f16 or q4_1")
+    if config.kv_type == "f16":
+        return
+    if config.codec != "q4":
+        raise ValueError(f"kv_type = q4_1: wants codec = 'q4', not {config.codec!r}")
+    if is_fake(config.model):
+        raise ValueError("kv_type = q4_1: the fake engine has no such cells")
+
+
 def open_engine(config: ReplicaConfig) -> Engine:
     """Load the model, declared-equivalent digests in its key as one. Raises ModelUnavailable."""
     engine = _load(config)
@@ -100,6 +112,10 @@ def open_engine(config: ReplicaConfig) -> Engine:
 
 
 def _load(config: ReplicaConfig) -> Engine:
+    try:
+        check_kv_type(config)
+    except ValueError as error:
+        raise ModelUnavailable(str(error)) from error
     if is_fake(config.model):
         from actors.engines.fake_engine import FakeEngine
 
@@ -117,6 +133,7 @@ def _load(config: ReplicaConfig) -> Engine:
         n_ctx=config.n_ctx,
         n_cells=config.cells or config.slots * config.n_ctx,
         n_threads=config.threads or os.cpu_count() or 1,
+        kv_type=config.kv_type,
     )
 
 

@@ -1,7 +1,7 @@
 """Stored rows back into the engine, while the others decode.
 
 A worker decodes block by block what others read and verify, one block ahead of the loop, which
-loads one per round.
+loads one per round. An engine that takes the codec's tensors gets them as they are stored.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from actors.book import Book, Restore, Turn
-from actors.engines.base import Engine, count_rows
+from actors.engines.base import Engine
 from actors.errors import EngineFault
 from actors.memory import Memory
 from actors.prepare import Prepared
 from actors.rates import Rates
 from actors.turn import CacheState
-from storage.codec import decode_rows, merge_parts
+from storage.codec import Tensors, decode_rows, merge_parts
 from storage.spec import KVRows
 
 logger = logging.getLogger(__name__)
@@ -76,13 +76,16 @@ class Restorer:
             complete.append(turn)
         return loaded, complete
 
-    def _load(self, restore: Restore, rows: KVRows) -> bool:
+    def _load(self, restore: Restore, rows: KVRows | Tensors) -> bool:
         try:
-            self._engine.load(restore.seq_id, restore.loaded, rows)
+            if isinstance(rows, dict):
+                self._engine.load_encoded(restore.seq_id, restore.loaded, rows)
+            else:
+                self._engine.load(restore.seq_id, restore.loaded, rows)
         except EngineFault as error:
             self._memory.faults.count("engine_refused", error)
             return False
-        restore.loaded += count_rows(rows)
+        restore.loaded = self._engine.n_rows(restore.seq_id)
         return True
 
     # ---- on a worker
@@ -96,16 +99,23 @@ class Restorer:
             for full, sliding in memory.rows.read(ready.memory, ready.match.branch, keep):
                 if not self._has_room(restore):
                     return
-                rows = decode_rows(memory.key.spec, memory.codec, full)
-                if sliding is not None:
-                    window = decode_rows(memory.key.spec, memory.codec, sliding, "sliding")
-                    rows = merge_parts(memory.key.spec, rows, window)
-                restore.rows.put(rows)
+                restore.rows.put(self._loadable(full, sliding))
                 self._wake()
         except Exception:
             logger.exception("restoring %s failed; the rest is prefilled", ready.memory.agent)
         restore.rows.put(None)
         self._wake()
+
+    def _loadable(self, full: Tensors, sliding: Tensors | None) -> KVRows | Tensors:
+        """A run's rows in the form that the engine takes."""
+        spec, codec = self._memory.key.spec, self._memory.codec
+        if self._engine.loads_encoded == codec.name:
+            assert sliding is None  # such an engine has no sliding layers
+            return full
+        rows = decode_rows(spec, codec, full)
+        if sliding is not None:
+            rows = merge_parts(spec, rows, decode_rows(spec, codec, sliding, "sliding"))
+        return rows
 
     def _has_room(self, restore: Restore) -> bool:
         """Wait until the loop has taken the block before; False when nobody will take another."""

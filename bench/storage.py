@@ -35,7 +35,9 @@ console = Console(highlight=False, soft_wrap=True)
 
 def run(config: ClusterConfig, tokens: int, runs: int, agents: bool) -> int:
     """Measure and print; the exit code. Raises ModelUnavailable."""
-    replica = replace(config.replica, slots=1, n_ctx=max(config.replica.n_ctx, tokens + 512))
+    # Float16 cells give back the rows they took: what is stored and restored can be checked.
+    replica = replace(config.replica, kv_type="f16", slots=1)
+    replica = replace(replica, n_ctx=max(replica.n_ctx, tokens + 512))
     with tempfile.TemporaryDirectory(prefix="kvferry-bench-") as name:
         folder = Path(name)
         engine = open_engine(replica)

@@ -223,10 +223,7 @@ def ttft(
 ) -> None:
     """Time to first token: cold, hot, warm, after a migration, after a restart; on a cluster of its
     own."""
-    try:
-        lengths = [int(length) for length in contexts.split(",")]
-    except ValueError:
-        fail(f"--contexts {contexts!r}: wants whole numbers with commas between them")
+    lengths = _lengths(contexts)
     try:
         settings = load_config(None, os.environ, {"model": model, "nodes": nodes})
         code = importlib.import_module("bench.ttft").run(settings, lengths, runs, text)
@@ -250,6 +247,29 @@ def storage(
     except (ConfigError, ModelUnavailable) as error:
         fail(str(error))
     raise typer.Exit(code)
+
+
+@bench.command()
+def residency(
+    model: Annotated[str | None, typer.Option(help="Path to a GGUF, pkg:// or hf://.")] = None,
+    contexts: Annotated[str, typer.Option(help="Context lengths in tokens.")] = "1024,4096",
+    runs: Annotated[int, typer.Option(min=1, help="Runs of each measurement.")] = 3,
+) -> None:
+    """Cells of float16 against cells of q4_1 (kv_type): memory, speed, restore, KL."""
+    lengths = _lengths(contexts)
+    try:
+        settings = load_config(None, os.environ, {"model": model})
+        code = importlib.import_module("bench.residency").run(settings, lengths, runs)
+    except (ConfigError, ModelUnavailable) as error:
+        fail(str(error))
+    raise typer.Exit(code)
+
+
+def _lengths(text: str) -> list[int]:
+    try:
+        return [int(length) for length in text.split(",")]
+    except ValueError:
+        fail(f"--contexts {text!r}: wants whole numbers with commas between them")
 
 
 def _get(url: str, path: str, api_key: str) -> Any:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.config import ReplicaConfig
+from actors.models import check_kv_type
 from cluster.errors import ConfigError
 from cluster.placement import PlacementConfig
 from storage.card import TENANT_PATTERN
@@ -210,6 +211,7 @@ def _validate(config: ClusterConfig) -> None:
     if replica.codec not in CODECS:
         raise ConfigError(f"codec = {replica.codec!r}: known codecs are {', '.join(CODECS)}")
     try:
+        check_kv_type(replica)
         CacheStore(replica.store)
     except ValueError as error:
         raise ConfigError(str(error)) from error

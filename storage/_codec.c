@@ -243,7 +243,7 @@ static float rotation_scale(int block) {
     return (float)(block == 2 ? root * 0.70710678118654757 : root);
 }
 
-/* What both functions take: vectors of dim halves, and their stored fields. */
+/* What the functions take: vectors of dim halves, and their stored fields. */
 typedef struct {
     Py_buffer vectors, codes, scales, biases;
     int bits, group, block;
@@ -330,9 +330,137 @@ static PyObject *py_decode(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+/* The four-bit codes of vectors <-> ggml's Q4_1 blocks; actors/engines/llama_q4.py is the reference
+ * and says how a block looks. A word's nibbles become the low halves of eight bytes, and back. */
+#define BLOCK_BYTES 20
+#define BYTES 0x00ff00ff00ff00ffu
+#define PAIRS 0x0000ffff0000ffffu
+
+INLINE uint64_t widen(uint32_t w) { /* bytes to every second byte */
+    uint64_t x = (w | (uint64_t)w << 16) & PAIRS;
+    return (x | x << 8) & BYTES;
+}
+
+INLINE uint32_t narrow(uint64_t x) {
+    x = ((x & BYTES) | (x & BYTES) >> 8) & PAIRS;
+    return (uint32_t)(x | x >> 16);
+}
+
+INLINE uint64_t spread(uint32_t w) {
+    uint64_t x = widen(w);
+    return (x | x << 4) & 0x0f0f0f0f0f0f0f0fu;
+}
+
+INLINE uint32_t gather(uint64_t x) {
+    x &= 0x0f0f0f0f0f0f0f0fu;
+    return narrow(x | x >> 4);
+}
+
+INLINE void put_block(uint8_t *block, uint64_t first, uint64_t second, const uint16_t *scale,
+                      const uint16_t *bias) {
+    memcpy(block, scale, 2);
+    memcpy(block + 2, bias, 2);
+    memcpy(block + 4, &first, 8);
+    memcpy(block + 12, &second, 8);
+}
+
+static void to_q4_1(const uint32_t *codes, const uint16_t *scales, const uint16_t *biases,
+                    Py_ssize_t n_blocks, Py_ssize_t per_vector, Py_ssize_t per_scale,
+                    int interleaved, uint8_t *out) {
+    for (Py_ssize_t i = 0; i < n_blocks; i++, out += BLOCK_BYTES) {
+        const uint16_t *scale = scales + i / per_scale, *bias = biases + i / per_scale;
+        if (!interleaved) {
+            const uint32_t *w = codes + 4 * i;
+            put_block(out, spread(w[0]) | spread(w[2]) << 4, spread(w[1]) | spread(w[3]) << 4,
+                      scale, bias);
+            continue;
+        }
+        Py_ssize_t in_vector = i % per_vector;
+        const uint32_t *x = codes + 4 * (i - in_vector) + 2 * in_vector, *y = x + 2 * per_vector;
+        uint64_t even = spread(x[0]) | spread(x[1]) << 4, odd = spread(y[0]) | spread(y[1]) << 4;
+        put_block(out, widen((uint32_t)even) | widen((uint32_t)odd) << 8,
+                  widen((uint32_t)(even >> 32)) | widen((uint32_t)(odd >> 32)) << 8, scale, bias);
+    }
+}
+
+/* One scale and one bias per block. */
+static void from_q4_1(const uint8_t *in, Py_ssize_t n_blocks, Py_ssize_t per_vector,
+                      int interleaved, uint32_t *codes, uint16_t *scales, uint16_t *biases) {
+    for (Py_ssize_t i = 0; i < n_blocks; i++, in += BLOCK_BYTES) {
+        uint64_t a, b;
+        memcpy(&scales[i], in, 2);
+        memcpy(&biases[i], in + 2, 2);
+        memcpy(&a, in + 4, 8);
+        memcpy(&b, in + 12, 8);
+        if (!interleaved) {
+            uint32_t *w = codes + 4 * i;
+            w[0] = gather(a), w[1] = gather(b), w[2] = gather(a >> 4), w[3] = gather(b >> 4);
+            continue;
+        }
+        Py_ssize_t in_vector = i % per_vector;
+        uint32_t *x = codes + 4 * (i - in_vector) + 2 * in_vector, *y = x + 2 * per_vector;
+        uint64_t even = narrow(a) | (uint64_t)narrow(b) << 32;
+        uint64_t odd = narrow(a >> 8) | (uint64_t)narrow(b >> 8) << 32;
+        x[0] = gather(even), x[1] = gather(even >> 4);
+        y[0] = gather(odd), y[1] = gather(odd >> 4);
+    }
+}
+
+/* The blocks are where the other calls have vectors. */
+static PyObject *py_q4_1(PyObject *args, int filling) {
+    PyObject *arrays[4];
+    call_t c;
+    Py_buffer *buffers[4] = {&c.vectors, &c.codes, &c.scales, &c.biases};
+    int interleaved, ready = 0;
+    memset(&c, 0, sizeof c);
+    if (!PyArg_ParseTuple(args, "OOOOp", &arrays[0], &arrays[1], &arrays[2], &arrays[3],
+                          &interleaved))
+        return NULL;
+    for (int i = 0; i < 4; i++) {
+        int flags = PyBUF_ND | PyBUF_C_CONTIGUOUS;
+        if (filling == (i == 0)) flags |= PyBUF_WRITABLE;
+        if (PyObject_GetBuffer(arrays[i], buffers[i], flags)) goto end;
+    }
+    Py_ssize_t words = c.codes.ndim ? c.codes.shape[c.codes.ndim - 1] : 0;
+    Py_ssize_t n_blocks = c.codes.len / 16, n_scales = c.scales.len / 2;
+    if (c.codes.itemsize != 4 || words % (interleaved ? 8 : 4) || c.codes.len % 16 ||
+        c.vectors.len != n_blocks * BLOCK_BYTES || c.biases.len != c.scales.len ||
+        (n_blocks && (!n_scales || n_blocks % n_scales)) || (!filling && n_scales != n_blocks)) {
+        PyErr_SetString(PyExc_ValueError, "codes, scales or biases do not fit the blocks");
+        goto end;
+    }
+    ready = 1;
+    Py_BEGIN_ALLOW_THREADS
+    if (!n_blocks)
+        ;
+    else if (filling)
+        to_q4_1(c.codes.buf, c.scales.buf, c.biases.buf, n_blocks, words / 4, n_blocks / n_scales,
+                interleaved, c.vectors.buf);
+    else
+        from_q4_1(c.vectors.buf, n_blocks, words / 4, interleaved, c.codes.buf, c.scales.buf,
+                  c.biases.buf);
+    Py_END_ALLOW_THREADS
+end:
+    release(&c);
+    if (!ready) return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_to_q4_1(PyObject *self, PyObject *args) {
+    (void)self;
+    return py_q4_1(args, 1);
+}
+
+static PyObject *py_from_q4_1(PyObject *self, PyObject *args) {
+    (void)self;
+    return py_q4_1(args, 0);
+}
+
 static PyMethodDef methods[] = {
     {"encode", py_encode, METH_VARARGS, "vectors -> codes, scales, biases; bits, group, block"},
     {"decode", py_decode, METH_VARARGS, "vectors <- codes, scales, biases; bits, group, block"},
+    {"to_q4_1", py_to_q4_1, METH_VARARGS, "blocks <- codes, scales, biases; interleaved"},
+    {"from_q4_1", py_from_q4_1, METH_VARARGS, "blocks -> codes, scales, biases; interleaved"},
     {NULL, NULL, 0, NULL},
 };
 

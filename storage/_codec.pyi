@@ -22,3 +22,19 @@ def decode(
     block: int,
     /,
 ) -> None: ...
+def to_q4_1(
+    blocks: NDArray[Any],
+    codes: NDArray[Any],
+    scales: NDArray[Any],
+    biases: NDArray[Any],
+    interleaved: bool,
+    /,
+) -> None: ...
+def from_q4_1(
+    blocks: NDArray[Any],
+    codes: NDArray[Any],
+    scales: NDArray[Any],
+    biases: NDArray[Any],
+    interleaved: bool,
+    /,
+) -> None: ...

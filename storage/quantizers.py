@@ -10,7 +10,7 @@ reference and fallback. Called by storage.codec; actors.engines.mlx_codec does t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -131,20 +131,32 @@ class Affine:
     def decode(
         self, fields: Mapping[str, NDArray[Any]], dim: int, executor: Executor | None = None
     ) -> NDArray[np.float16]:
-        group, block = self.group(dim), self.hadamard(dim)
         stored = [fields[name] for name in ("codes", "scales", "biases")]
-        out = np.empty((*stored[0].shape[:-1], dim), "<f2")
+        return dequantize(stored, dim, self.bits, self.hadamard(dim), executor)
 
-        def piece(part: slice) -> None:
-            codes, scales, biases = (np.ascontiguousarray(array[part]) for array in stored)
-            if _fast:
-                _fast.decode(out[part], codes, scales, biases, self.bits, group, block)
-                return
-            found = decode_numpy(codes, scales, biases, self.bits, group, block)
-            out[part] = found.reshape(out[part].shape)
 
-        _over_layers(piece, out.shape, executor)
-        return out
+def dequantize(
+    fields: Sequence[NDArray[Any]],
+    dim: int,
+    bits: int,
+    block: int,
+    executor: Executor | None = None,
+) -> NDArray[np.float16]:
+    """codes (..., dim * bits / 32), scales and biases (..., groups), of any number of groups, ->
+    (..., dim) float16, turned back by Hadamard matrices of length `block`."""
+    out = np.empty((*fields[0].shape[:-1], dim), "<f2")
+    group = dim // fields[1].shape[-1]
+
+    def piece(part: slice) -> None:
+        codes, scales, biases = (np.ascontiguousarray(array[part]) for array in fields)
+        if _fast:
+            _fast.decode(out[part], codes, scales, biases, bits, group, block)
+            return
+        found = decode_numpy(codes, scales, biases, bits, group, block)
+        out[part] = found.reshape(out[part].shape)
+
+    _over_layers(piece, out.shape, executor)
+    return out
 
 
 def _over_layers(

@@ -13,6 +13,7 @@ import pytest
 
 from actors.engines.base import Chunk, Engine, Logits
 from actors.errors import EngineFault
+from storage.codec import decode_rows, encode_rows, get_codec, slice_rows
 from storage.spec import GroupRows, KVRows
 
 GAP, KL = 0.1, 1e-3
@@ -238,6 +239,28 @@ class EngineContract:
             engine.load(0, 20, none)
         assert engine.n_rows(0) == 20
         feed(engine, 0, [5])
+
+    def test_encoded_rows_are_taken_or_refused(self, engine: Engine) -> None:
+        """Taken as they are: the decoded rows, loaded, make no difference but rounding's."""
+        ids, spec = self.ids(engine, 60), engine.key.spec
+        feed(engine, 0, ids)
+        codec = get_codec(engine.loads_encoded or "f16")
+        tensors = encode_rows(spec, codec, engine.export(0, 0, 60))
+        if not engine.loads_encoded:
+            with pytest.raises(EngineFault):
+                engine.load_encoded(1, 0, tensors)
+            assert engine.n_rows(1) == 0
+            return
+        for seq_id, start, stop in ((0, 60, 60), (1, 1, 60), (1, 0, 0)):
+            with pytest.raises(EngineFault):
+                engine.load_encoded(seq_id, start, slice_rows(tensors, start, stop))
+        engine.load_encoded(1, 0, slice_rows(tensors, 0, 40))
+        engine.load_encoded(1, 40, slice_rows(tensors, 40, 60))
+        assert [engine.n_rows(0), engine.n_rows(1)] == [60, 60]
+        found, wanted = engine.export(1, 0, 60), decode_rows(spec, codec, tensors)
+        for x, y in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(x.k.astype("f4"), y.k.astype("f4"), atol=0.02)
+            np.testing.assert_allclose(x.v.astype("f4"), y.v.astype("f4"), atol=0.02)
 
     def test_export_of_rows_that_do_not_exist_is_refused(self, engine: Engine) -> None:
         feed(engine, 0, self.ids(engine, 20))

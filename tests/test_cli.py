@@ -132,7 +132,8 @@ def test_up_refuses_a_signing_key_it_cannot_read(monkeypatch: pytest.MonkeyPatch
 
 
 def test_bench_refuses_contexts_that_are_no_numbers() -> None:
-    assert "--contexts" in failing(["bench", "ttft", "--contexts", "1k,2k"], 2)
+    for bench in ("ttft", "residency"):
+        assert "--contexts" in failing(["bench", bench, "--contexts", "1k,2k"], 2)
 
 
 def test_a_refusal_as_a_shell_sees_it() -> None:

@@ -105,6 +105,8 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ("prefill_chunk", "513"),
         ("codec", "q3"),
         ("codec", ""),
+        ("kv_type", "q4_0"),
+        ("kv_type", ""),
         ("pool_bytes", "many"),
         ("pool_bytes", "1XB"),
         ("temperature", "hot"),
@@ -127,6 +129,15 @@ def test_a_bad_value_is_refused_by_name(name: str, value: str) -> None:
     message = str(caught.value)
     assert name in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "other", [{"codec": "k8v4"}, {"codec": "q8"}, {"codec": "f16"}, {"model": "fake://"}]
+)
+def test_quantized_cells_want_codes_that_fit_them(other: dict[str, str]) -> None:
+    assert load_config(None, {}, {"kv_type": "q4_1", "codec": "q4"}).replica.kv_type == "q4_1"
+    with pytest.raises(ConfigError, match=r"^kv_type = q4_1: [^\n]+$"):
+        load_config(None, {}, {"kv_type": "q4_1"} | other)
 
 
 @pytest.mark.parametrize("value", [True, ["a"], {"a": 1}, 5])

@@ -290,9 +290,15 @@ def test_reported_memory_is_what_the_cells_take(tiny: Engine) -> None:
 
 
 @pytest.mark.parametrize("n_cells", [512, 1024, 4096])
-@pytest.mark.parametrize("name", ["gemma3", "deepseek2"])
+@pytest.mark.parametrize(
+    ("name", "kv_type"), [("gemma3", "f16"), ("deepseek2", "f16"), ("llama64", "q4_1")]
+)
 def test_reported_memory_is_what_llama_cpp_allocates(
-    tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str, n_cells: int
+    tiny_models: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    kv_type: str,
+    n_cells: int,
 ) -> None:
     import llama_cpp
 
@@ -306,7 +312,12 @@ def test_reported_memory_is_what_llama_cpp_allocates(
 
     monkeypatch.setattr(llama_engine, "_log", keep)
     engine = llama_engine.LlamaEngine(
-        tiny_models[name], n_seq_max=4, n_ctx=n_cells, n_cells=n_cells, n_threads=1
+        tiny_models[name],
+        n_seq_max=4,
+        n_ctx=n_cells,
+        n_cells=n_cells,
+        n_threads=1,
+        kv_type=kv_type,
     )
     monkeypatch.undo()
     llama_cpp.llama_log_set(llama_engine._log, None)

@@ -1,4 +1,4 @@
-"""q4 codes in ggml's Q4_1 blocks: ggml reads what the codec means, and a context computes on it."""
+"""q4 codes in ggml's Q4_1 blocks: nothing is lost, and ggml reads what the codec means."""
 
 import ctypes
 import struct
@@ -10,13 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.engines import llama_state
-from actors.engines.base import Engine
-from actors.engines.llama_q4 import BLOCK_BYTES, codes_to_q4_1, q4_1_to_codes
-from storage.codec import get_codec
-from tests.engine_contract import _log_softmax, feed, forced
+from actors.engines import llama_q4
+from actors.engines.llama_q4 import BLOCK_BYTES, codes_to_q4_1, q4_1_to_codes, q4_1_to_f16
+from tests.require import require
 
-Q4_1 = 3  # ggml_type
 Fields = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
@@ -100,79 +97,50 @@ def test_ggml_reads_the_values_that_the_codec_means(dequantize: Any, interleaved
     np.testing.assert_allclose(got, plain(*wanted), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.model
-def test_a_q4_1_context_goes_on_from_stored_codes(smollm2_gguf: Path) -> None:
-    """Against f16 cells that hold the decoded codes. What differs is how new rows are kept."""
-    from tests.test_llama_engine import open_engine
-
-    codec, engine = get_codec("q4"), open_engine(smollm2_gguf, n_threads=2)
-    ids = engine.vocab.tokenize(
-        "The sea was calm that morning, and the fishermen went out early. They rowed past the old "
-        "lighthouse, where the keeper used to wave to them with a white cloth, and set their nets "
+@given(
+    st.sampled_from([(64, 64, True), (64, 64, False), (128, 64, False), (192, 64, False)]),
+    st.integers(0, 5),
+)
+def test_compiled_and_reference_give_the_same_bits(dims: tuple[int, int, bool], n: int) -> None:
+    require("codec", llama_q4._fast is not None, "storage._codec is not compiled")
+    dim, group, interleaved = dims
+    wanted = fields((2, n, 3), dim, group, seed=n)
+    raw = codes_to_q4_1(*wanted, interleaved=interleaved)
+    np.testing.assert_array_equal(raw, llama_q4.to_q4_1_numpy(*wanted, interleaved))
+    raw = np.random.default_rng(n).integers(0, 256, raw.shape, np.uint8)
+    found, reference = (
+        llama_q4._unpack(raw, interleaved),
+        llama_q4.from_q4_1_numpy(raw, interleaved),
     )
-    reply = engine.vocab.tokenize(" in the deep water behind the island. Nobody spoke much.")
-    n = len(ids)
-    feed(engine, 0, ids)
-    rows = engine.export(0, 0, n)[0]
-    stored = [codec.encode(rows.k), codec.encode(rows.v)]
-    engine.truncate(0, 0)
-    decoded = type(rows)(codec.decode(stored[0], 64), codec.decode(stored[1], 64))
-    engine.load(0, 0, (decoded,))
-    reference = forced(engine, 0, reply[1:], feed(engine, 0, reply[:1]))
-    engine.close()
-
-    def distance(interleaved: bool) -> float:
-        """Mean KL of the context on Q4_1 cells."""
-        quantized = open_quantized(smollm2_gguf)
-        k, v = (
-            codes_to_q4_1(x["codes"], x["scales"], x["biases"], interleaved=order)
-            for x, order in zip(stored, (interleaved, False), strict=True)
-        )
-        load_blocks(quantized, k.reshape(30, n, -1), v.reshape(30, n, -1))
-        got = forced(quantized, 0, reply[1:], feed(quantized, 0, reply[:1]))
-        quantized.close()
-        p, q = _log_softmax(reference), _log_softmax(got)
-        return float((np.exp(p) * (p - q)).sum(-1).mean())
-
-    assert distance(interleaved=True) < 0.05  # new rows in 4 bits cost 0.02 to 0.04
-    assert distance(interleaved=False) > 1  # codes at other places than llama.cpp's rotation
+    for a, b in zip(found, reference, strict=True):
+        np.testing.assert_array_equal(a.view(np.uint8), b.view(np.uint8))
 
 
-def open_quantized(path: Path) -> Engine:
-    """The engine on a context whose cells are Q4_1; it can step, and nothing else here."""
-    import llama_cpp
-
-    from actors.engines.llama_engine import LlamaEngine
-
-    class Quantized(LlamaEngine):
-        def _check_state(self) -> None:
-            pass
-
-    whole = llama_cpp.llama_context_default_params
-
-    def params() -> Any:
-        made = whole()
-        made.type_k = made.type_v = Q4_1
-        return made
-
-    llama_cpp.llama_context_default_params = params
-    try:
-        return Quantized(path, n_seq_max=3, n_ctx=1024, n_cells=1024, n_threads=2)
-    finally:
-        llama_cpp.llama_context_default_params = whole
+def test_compiled_code_refuses_arrays_that_do_not_fit() -> None:
+    require("codec", llama_q4._fast is not None, "storage._codec is not compiled")
+    codes, scales, biases = fields((5,), 64)
+    raw = np.empty((5, 40), np.uint8)
+    whole = (raw, codes, scales, biases)
+    wrong = [(0, raw[:4]), (1, codes.view(np.uint16)), (1, codes[:4]), (2, scales[:4])]
+    for at, array in wrong:
+        for call in (llama_q4._fast.to_q4_1, llama_q4._fast.from_q4_1):
+            with pytest.raises(ValueError, match="do not fit"):
+                call(*(array if i == at else x for i, x in enumerate(whole)), False)
+    with pytest.raises(ValueError, match="do not fit"):  # a range per 64 is not what blocks have
+        llama_q4._fast.from_q4_1(*whole, False)
 
 
-def load_blocks(engine: Any, k: np.ndarray, v: np.ndarray) -> None:
-    """Put (n_layers, T, bytes) of both sides into sequence 0, as llama_state's bytes of type 3."""
-    n_layers, n = k.shape[:2]
-    halves = [np.ascontiguousarray(x).view(np.float16) for x in (k, v)]
-    stack = llama_state.Stack(tuple(range(n_layers)), halves[0].shape[2], halves[1].shape[2])
-    raw = llama_state.build(0, [((stack,), llama_state.Cells(0, (tuple(halves),)))])
-    offset = 16 + 12 * n + 8
-    for side in (k, v):
-        for _ in range(n_layers):
-            raw[offset : offset + 4] = np.frombuffer(struct.pack("<i", Q4_1), np.uint8)
-            offset += 12 + n * side.shape[2]
-    assert offset == raw.size
-    assert engine._set(raw, 0, 0) == raw.size
-    engine._rows[0] = n
+@pytest.mark.parametrize("rotation", [1, 64])
+def test_rows_are_what_ggml_reads_turned_back(dequantize: Any, rotation: int) -> None:
+    rng = np.random.default_rng(1)
+    blocks = np.empty((50, 3, 2), llama_q4._Q4_1)  # of ranges of their own, as ggml makes them
+    blocks["d"], blocks["m"] = rng.random((2, 50, 3, 2))
+    blocks["qs"] = rng.integers(0, 256, (50, 3, 2, 16), np.uint8)
+    raw = blocks.view(np.uint8).reshape(50, 3, 40)
+    wanted = np.empty((50, 3, 64), np.float32)
+    dequantize(raw.ctypes.data, wanted.ctypes.data, wanted.size)
+    hadamard = np.ones((1, 1))
+    while len(hadamard) < rotation:
+        hadamard = np.block([[hadamard, hadamard], [hadamard, -hadamard]])
+    turned = wanted.reshape(50, 3, -1, rotation) @ hadamard / rotation**0.5
+    np.testing.assert_allclose(q4_1_to_f16(raw, rotation), turned.reshape(50, 3, 64), atol=0.02)

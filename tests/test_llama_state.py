@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from actors.engines.llama_state import (
     MAGIC,
+    Q4_1,
     Cache,
     Cells,
     Stack,
@@ -25,6 +26,9 @@ ONE = (Stack((0, 1), 8, 6),)  # a cache of two equal layers
 # Layers of three geometries that take turns; two of them at equal distances, one without V.
 MIXED = (Stack((0, 2, 5), 8, 6), Stack((1, 4), 4, 4), Stack((3,), 10, 0))
 LATENT = (Stack((0, 1, 2), 12, 0),)
+# The same of quantized blocks.
+BLOCKS = (Stack((0, 1), 64, 96, Q4_1),)
+MIXED_BLOCKS = (Stack((0, 2, 5), 64, 96, Q4_1), Stack((1, 4), 32, 32, Q4_1))
 
 
 def rows(n_layers: int, n: int, k_row: int = 8, v_row: int = 6) -> KV:
@@ -45,6 +49,12 @@ def cells(cache: Cache, n: int, start: int) -> Cells:
     rng = np.random.default_rng(n)
     kv = []
     for x in cache:
+        if x.type is Q4_1:
+            shapes = [(len(x.places), n, row // 32) for row in (x.k_row, x.v_row)]
+            raws = (rng.bytes(20 * int(np.prod(shape))) for shape in shapes)
+            k, v = (np.frombuffer(r, "V20").reshape(s) for r, s in zip(raws, shapes, strict=True))
+            kv.append((k, v))
+            continue
         k, v = (rng.standard_normal((len(x.places), n, row)) for row in (x.k_row, x.v_row))
         kv.append((k.astype(np.float16), v.astype(np.float16)))
     return Cells(start if n else 0, tuple(kv))
@@ -69,7 +79,11 @@ def parse_one(raw: bytes, start: int, stop: int) -> KV:
     return found.kv[0]
 
 
-@given(st.sampled_from([ONE, MIXED, LATENT]), st.integers(1, 9), st.integers(0, 1000))
+@given(
+    st.sampled_from([ONE, MIXED, LATENT, BLOCKS, MIXED_BLOCKS]),
+    st.integers(1, 9),
+    st.integers(0, 1000),
+)
 def test_what_is_built_is_parsed(cache: Cache, n: int, start: int) -> None:
     wanted = cells(cache, n, start)
     raw = build(5, [(cache, wanted)])
@@ -105,6 +119,26 @@ def test_golden_bytes_of_two_caches_one_latent() -> None:
     wanted += struct.pack("<iQ", 1, 4) + struct.pack("<2e", 3, 4)
     wanted += struct.pack("<II", 1, 0)  # no cells: neither v_trans nor layers
     assert build(3, [((stack,), full), ((stack,), sliding)]).tobytes() == wanted
+
+
+def test_golden_bytes_of_quantized_blocks() -> None:
+    k, v = np.frombuffer(bytes(range(40)), "V20"), np.frombuffer(bytes(range(40, 60)), "V20")
+    cache = (Stack((0,), 64, 32, Q4_1),)
+    raw = build(3, [(cache, Cells(10, ((k.reshape(1, 1, 2), v.reshape(1, 1, 1)),)))])
+    wanted = struct.pack("<IiII", 0xAF143CD8, 3, 1, 1) + struct.pack("<iIi", 10, 1, 3)
+    wanted += struct.pack("<II", 0, 1)
+    wanted += struct.pack("<iQ", 3, 40) + bytes(range(40))
+    wanted += struct.pack("<iQ", 3, 20) + bytes(range(40, 60))
+    assert raw.tobytes() == wanted
+
+
+def test_rows_of_another_type_are_refused() -> None:
+    f16 = (Stack((0, 1), 10, 10),)  # rows of 20 bytes, as one block
+    q4_1 = (Stack((0, 1), 32, 32, Q4_1),)
+    for written, read in ((f16, q4_1), (q4_1, f16)):
+        raw = build(0, [(written, cells(written, 4, 0))]).tobytes()
+        with pytest.raises(EngineFault, match=f"than {read[0].type.name} rows of"):
+            parse(raw, [read])
 
 
 def test_layers_are_written_in_the_order_of_the_cache() -> None:

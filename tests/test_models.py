@@ -144,6 +144,21 @@ def test_declared_equivalent_digests_reach_the_engines_key() -> None:
     assert key.digest != plain.digest
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"codec": "q8"}, "wants codec = 'q4', not 'q8'"),
+        ({"model": "fake://"}, "the fake engine"),
+        ({"kv_type": "q4_0"}, "f16 or q4_1"),
+    ],
+)
+def test_cells_that_the_configuration_does_not_allow(options: dict[str, str], says: str) -> None:
+    config = ReplicaConfig(**({"kv_type": "q4_1"} | options))  # type: ignore[arg-type]
+    with pytest.raises(ModelUnavailable, match=says) as caught:
+        open_engine(config)
+    assert "\n" not in str(caught.value)
+
+
 def test_gguf_without_its_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.gguf"
     path.write_bytes(b"GGUF....")

@@ -42,6 +42,8 @@ SHAPES = {
     "gemma3": Shape("gemma3", 3, layers=7, window=64),  # layer 5 is full, the other six slide
     "no_template": Shape("llama", 4),
     "qwen3": Shape("qwen3", 6, head_dim=64),  # not hidden / heads
+    "llama64": Shape("llama", 12, head_dim=64),  # for quantized cells
+    "llama128": Shape("llama", 13, head_dim=128),
     "deepseek2": Shape("deepseek2", 7, kv_heads=(1,), head_dim=LATENT + ROPE),
     # Arrays where the others have one number: which layers slide, and layers of several geometries.
     "pattern": Shape("gemma3", 8, layers=4, window=64, pattern=(False, True, True, False)),
@@ -134,7 +136,7 @@ def _write_attention(writer: GGUFWriter, shape: Shape) -> None:
         writer.add_expert_shared_count(0)
     elif shape.arch in ("llama", "qwen2", "deci"):
         writer.add_rope_dimension_count(shape.head_dim)
-    else:
+    if shape.arch != "deepseek2" and (shape.window or HEADS * shape.head_dim != HIDDEN):
         writer.add_key_length(shape.head_dim)
         writer.add_value_length(shape.head_dim)
     if shape.arch == "deci":

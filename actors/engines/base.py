@@ -3,6 +3,7 @@
 An engine knows tokens, positions and rows. It does not know agents, storage, scheduling or text
 beyond its vocabulary. One thread owns it; only `vocab` may be used from others. Rows enter and
 leave in the engine-neutral form of storage.spec.GroupRows: float16, keys after RoPE, half-split.
+An engine whose cells can hold a codec's values without loss takes its tensors, too (loads_encoded).
 
 Sliding-window layers. The rows of sliding groups are needed for the last positions only, and an
 engine drops the others when it likes. So they travel apart: `export` gives the full part, whose
@@ -20,6 +21,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from storage.codec import Tensors
 from storage.spec import CompatibilityKey, KVRows
 
 Logits = NDArray[np.float32]  # (n_vocab,)
@@ -68,6 +70,7 @@ class Engine(Protocol):
     n_batch: int  # tokens of one step
     window: int  # of the sliding layers, in tokens; 0: the model has none
     kv_bytes: int  # allocated for the cells
+    loads_encoded: str  # name of the codec whose tensors load_encoded takes; "": of none
 
     def step(self, chunks: Sequence[Chunk]) -> dict[int, Logits]:
         """Compute all chunks in one batch; logits by seq_id, valid until the next call."""
@@ -86,6 +89,10 @@ class Engine(Protocol):
         """Append rows at position `start`, which must be the sequence's length; verified. Sliding
         groups have the last rows of the same run: all, fewer, or none where no window to come
         will reach them. On EngineFault the sequence is as it was."""
+        ...
+
+    def load_encoded(self, seq_id: int, start: int, tensors: Tensors) -> None:
+        """As load, with the full part's rows as the codec has stored them; no value changes."""
         ...
 
     def fork(self, source: int, target: int, n_rows: int) -> None:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from actors.engines.base import Chunk, Logits, Vocab, count_rows
 from actors.errors import EngineFault
+from storage.codec import Tensors
 from storage.spec import CompatibilityKey, GroupRows, KVRows, LayerSpec, ModelCacheSpec, Part
 
 _LAYERS, _HEADS, _DIM = 2, 2, 32  # of the full part
@@ -65,6 +66,7 @@ class FakeEngine:
 
     name = "fake"
     device = "numpy"
+    loads_encoded = ""
 
     def __init__(
         self,
@@ -200,6 +202,9 @@ class FakeEngine:
                 for row in stacked:
                     self._append(seq_id, np.ascontiguousarray(row))
         self._slide(seq_id)
+
+    def load_encoded(self, seq_id: int, start: int, tensors: Tensors) -> None:
+        raise EngineFault("float16 rows take no encoded ones")
 
     def fork(self, source: int, target: int, n_rows: int) -> None:
         if self._rows[target]:

@@ -1,8 +1,11 @@
 """The Engine on llama.cpp, through llama-cpp-python's low-level API.
 
-One context, unified KV, flash attention, float16 compute; sequence n_seq_max is a scratch sequence
-through which rows enter and leave without touching the rest. Keys of architectures with interleaved
-rope are reordered at this edge. Refuses, before it is ready, models whose cache it cannot carry.
+One context, unified KV, flash attention; sequence n_seq_max is a scratch sequence through which
+rows enter and leave without touching the rest. Keys of architectures with interleaved rope are
+reordered at this edge. Refuses, before it is ready, models whose cache it cannot carry.
+
+With `kv_type` q4_1 the cells are ggml's Q4_1 blocks: the q4 codec's tensors go into them as they
+are, and rows that are computed here are quantized by llama.cpp as soon as they exist.
 
 Models with sliding-window layers have two caches in one context. llama.cpp gives every sequence
 window + (n_ubatch, shared) cells in the sliding one and takes back those that no window reaches,
@@ -16,7 +19,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +31,17 @@ from actors.engines import llama_spec, llama_state
 from actors.engines.base import Chunk, Logits, Vocab, count_rows
 from actors.engines.llama_batch import Batch
 from actors.engines.llama_rows import Layout
+from actors.engines.llama_scratch import SLIDING_ONLY, WHOLE, Scratch
 from actors.engines.llama_state import Cells
 from actors.engines.llama_vocab import LlamaVocab
 from actors.errors import EngineFault, ModelUnavailable
+from storage import codec
+from storage.codec import Tensors
 from storage.spec import CompatibilityKey, KVRows
 
 logger = logging.getLogger(__name__)
 _UBATCH = 512
-_WHOLE, _SLIDING_ONLY = 0, llama.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+_NO_ROTATION = "LLAMA_ATTN_ROT_DISABLE"  # llama.cpp's; stored codes are of rotated rows
 
 
 @llama.llama_log_callback  # type: ignore[untyped-decorator]
@@ -54,9 +60,18 @@ class LlamaEngine:
     device = "cpu"
 
     def __init__(
-        self, path: Path, *, n_seq_max: int, n_ctx: int, n_cells: int, n_threads: int
+        self,
+        path: Path,
+        *,
+        n_seq_max: int,
+        n_ctx: int,
+        n_cells: int,
+        n_threads: int,
+        kv_type: str = "f16",
     ) -> None:
         """n_ctx: tokens per sequence, at most the model's; n_cells: tokens of all sequences."""
+        if kv_type != "f16" and _NO_ROTATION in os.environ:
+            raise ModelUnavailable(f"kv_type = {kv_type}: {_NO_ROTATION} must not be set")
         llama.llama_log_set(_log, ctypes.c_void_p(0))
         llama.llama_backend_init()
         self._context: Any = None
@@ -68,17 +83,15 @@ class LlamaEngine:
         spec, rope = llama_spec.read(self._model, path)  # refuses before the file is hashed
         self.key = CompatibilityKey(*llama_spec.digests(path), rope=rope.parameters, spec=spec)
         self.window = max(layer.window for layer in spec.layers)
-        self._layout = Layout(spec, rope)
+        self._layout = Layout(spec, rope, kv_type)
+        self.loads_encoded = self._layout.codec.name if self._layout.codec else ""
         self._sliding = self._layout.sliding
         self.vocab: Vocab = LlamaVocab(self._model)
         self.n_ctx = min(n_ctx, llama.llama_model_n_ctx_train(self._model), n_cells)
         self.n_seq_max = n_seq_max
         self.n_batch = _UBATCH
-        self._scratch = n_seq_max
         self._rows = [0] * n_seq_max
         self._run = [0] * n_seq_max  # first position of the sliding rows loaded without a gap
-        self._built = np.empty(0, np.uint8)
-        self._state = np.empty(0, np.uint8)
         self._open_context(n_cells, n_threads)
         self._check_state()
 
@@ -91,6 +104,7 @@ class LlamaEngine:
         params.n_threads = params.n_threads_batch = n_threads
         params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
         params.kv_unified = True
+        params.type_k = params.type_v = self._layout.type.number
         params.swa_full = False
         params.no_perf = True
         self._context = llama.llama_init_from_model(self._model, params)
@@ -103,6 +117,7 @@ class LlamaEngine:
         self.kv_bytes = self._layout.bytes(self.n_cells, self._sliding_cells)
         self._memory = llama.llama_get_memory(self._context)
         self._batch = Batch(params.n_batch)
+        self._scratch = Scratch(self._context, self.n_seq_max)
 
     def _check_state(self) -> None:
         """Two tokens out and in again: this build's state bytes are the ones llama_state knows."""
@@ -111,10 +126,12 @@ class LlamaEngine:
             rows = self._layout.merged(self.export(0, 0, 2), self.export_window(0, 0, 2))
             self.truncate(0, 0)
             self.load(0, 0, rows)
-            again = self._layout.merged(self.export(0, 0, 2), self.export_window(0, 0, 2))
-            if any(
-                (x.k != y.k).any() or (x.v != y.v).any() for x, y in zip(rows, again, strict=True)
-            ):
+            if self.loads_encoded:
+                same = _same(self.export_encoded(0, 0, 2), self._encode(rows))
+            else:
+                again = self._layout.merged(self.export(0, 0, 2), self.export_window(0, 0, 2))
+                same = all(_same(vars(x), vars(y)) for x, y in zip(rows, again, strict=True))
+            if not same:
                 raise EngineFault("rows do not come back as they went in")
             self.truncate(0, 0)
         except EngineFault as error:
@@ -154,7 +171,7 @@ class LlamaEngine:
     def export(self, seq_id: int, start: int, stop: int) -> KVRows:
         self._check_range(seq_id, start, stop)
         caches = [self._layout.full, self._sliding] if self._sliding else [self._layout.full]
-        cells = self._copy_out(seq_id, start, stop, caches, _WHOLE)[0]
+        cells = self._scratch.copy_out(seq_id, start, stop, caches, WHOLE)[0]
         if (cells.start, cells.n_rows) != (start, stop - start):
             raise EngineFault(f"state of {cells.n_rows} rows from {cells.start}, not from {start}")
         return self._layout.rows("full", cells)
@@ -164,7 +181,7 @@ class LlamaEngine:
         first = max(start, self.window_start(seq_id), stop - self.window)
         if first >= stop:
             return self._layout.rows("sliding", None)
-        cells = self._copy_out(seq_id, first, stop, [self._sliding], _SLIDING_ONLY)[0]
+        cells = self._scratch.copy_out(seq_id, first, stop, [self._sliding], SLIDING_ONLY)[0]
         if (cells.start, cells.n_rows) != (first, stop - first):
             raise EngineFault(f"state of {cells.n_rows} rows from {cells.start}, not from {first}")
         return self._layout.rows("sliding", cells)
@@ -173,68 +190,50 @@ class LlamaEngine:
         if not 0 <= start < stop <= self._rows[seq_id]:
             raise EngineFault(f"rows {start}..{stop} of {self._rows[seq_id]}")
 
-    def _copy_out(
-        self, seq_id: int, start: int, stop: int, caches: list[llama_state.Cache], flags: int
-    ) -> list[Cells]:
-        """What the caches hold of rows start..stop; views that the next call overwrites."""
-        llama.llama_memory_seq_cp(self._memory, seq_id, self._scratch, start, stop)
-        try:
-            state = self._get(self._scratch, flags)
-        finally:
-            llama.llama_memory_seq_rm(self._memory, self._scratch, -1, -1)
-        return llama_state.parse(state.data, caches)
-
-    def _get(self, seq_id: int, flags: int) -> NDArray[np.uint8]:
-        size = llama.llama_state_seq_get_size_ext(self._context, seq_id, flags)
-        if size > self._state.size:  # reused: touching new pages costs more than the copy
-            self._state = np.empty(size, np.uint8)
-        state = self._state[:size]
-        pointer = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-        got = llama.llama_state_seq_get_data_ext(self._context, pointer, size, seq_id, flags)
-        if got != size:
-            raise EngineFault(f"state gave {got} of {size} bytes")
-        return state
-
-    def _set(self, state: NDArray[np.uint8], seq_id: int, flags: int) -> int:
-        pointer = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-        return int(
-            llama.llama_state_seq_set_data_ext(self._context, pointer, state.size, seq_id, flags)
-        )
-
     def load(self, seq_id: int, start: int, rows: KVRows) -> None:
-        if self._rows[seq_id] != start:
-            raise EngineFault(f"load at {start} after {self._rows[seq_id]} rows")
+        if self.loads_encoded:
+            self.load_encoded(seq_id, start, self._encode(rows))
+            return
         stop = start + count_rows(rows)
         full = self._layout.cells("full", rows, stop, stop - start)
         caches = [(self._layout.full, full)]
         if self._sliding:
             sliding = self._layout.cells("sliding", rows, stop, self.window)
             caches.append((self._sliding, sliding))
-        if stop == start or full.n_rows != stop - start:
-            raise EngineFault(f"{full.n_rows} full rows to fill {start}..{stop}")
-        self._copy_in(seq_id, start, stop, caches)
+        self._append(seq_id, start, stop, caches)
         if self._sliding and sliding.start > start:
             self._run[seq_id] = sliding.start  # rows before it are missing
-        self._rows[seq_id] = stop
 
-    def _copy_in(
+    def load_encoded(self, seq_id: int, start: int, tensors: Tensors) -> None:
+        if not self.loads_encoded:
+            raise EngineFault("float16 cells take no encoded rows")
+        stop = start + codec.count_rows(tensors)
+        cells = self._layout.encoded_cells(tensors, stop)
+        self._append(seq_id, start, stop, [(self._layout.full, cells)])
+
+    def export_encoded(self, seq_id: int, start: int, stop: int) -> Tensors:
+        """What load_encoded has put there, code by code. Raises EngineFault for other rows: those
+        computed here have a range per 32 values, the codec's one per 64."""
+        self._check_range(seq_id, start, stop)
+        cells = self._scratch.copy_out(seq_id, start, stop, [self._layout.full], WHOLE)[0]
+        try:
+            return self._layout.encoded(cells)
+        except ValueError as error:
+            raise EngineFault(f"rows {start}..{stop} were not loaded: {error}") from error
+
+    def _encode(self, rows: KVRows) -> Tensors:
+        return codec.encode_rows(self.key.spec, codec.get_codec(self.loads_encoded), rows)
+
+    def _append(
         self, seq_id: int, start: int, stop: int, caches: list[tuple[llama_state.Cache, Cells]]
     ) -> None:
-        raw = llama_state.build(self._scratch, caches, self._built)
-        if raw.size > self._built.size:  # reused: touching new pages costs more than the copy
-            self._built = raw
-        last = caches[-1][1]  # the cache that llama.cpp's position calls see
-        wanted = (last.start, stop - 1) if last.n_rows else (-1, -1)
-        try:
-            got = self._set(raw, self._scratch, _WHOLE)
-            size = llama.llama_state_seq_get_size(self._context, self._scratch)  # counts the cells
-            if not got == size == raw.size or self._held(self._scratch) != wanted:
-                raise EngineFault(
-                    f"rows {start}..{stop} were not restored ({got} of {raw.size} bytes)"
-                )
-            llama.llama_memory_seq_cp(self._memory, self._scratch, seq_id, start, stop)
-        finally:
-            llama.llama_memory_seq_rm(self._memory, self._scratch, -1, -1)
+        if self._rows[seq_id] != start:
+            raise EngineFault(f"load at {start} after {self._rows[seq_id]} rows")
+        n_rows = caches[0][1].n_rows
+        if stop == start or n_rows != stop - start:
+            raise EngineFault(f"{n_rows} full rows to fill {start}..{stop}")
+        self._scratch.copy_in(seq_id, start, stop, caches)
+        self._rows[seq_id] = stop
 
     def fork(self, source: int, target: int, n_rows: int) -> None:
         if self._rows[target]:
@@ -243,23 +242,13 @@ class LlamaEngine:
             raise EngineFault(f"sequence {source} cannot be forked at {n_rows}: no window there")
         llama.llama_memory_seq_cp(self._memory, source, target, 0, n_rows)
         if self._sliding and self._sliding_cells < self.n_cells:
-            self._unshare(target)
+            self._scratch.unshare(target)
         self._rows[target], self._run[target] = n_rows, self._run[source]
-
-    def _unshare(self, seq_id: int) -> None:
-        """Give a sequence sliding cells of its own. llama.cpp never takes back a cell that two
-        sequences share, so shared ones would fill the sliding cache as both go on."""
-        state = self._get(seq_id, _SLIDING_ONLY)
-        before = self._held(seq_id)[1]
-        got = self._set(state, seq_id, _SLIDING_ONLY)
-        if got != state.size or self._held(seq_id)[1] != before:
-            llama.llama_memory_seq_rm(self._memory, seq_id, -1, -1)
-            raise EngineFault(f"the window of a fork was not copied ({got} of {state.size} bytes)")
 
     def window_start(self, seq_id: int) -> int:
         if not self._sliding:
             return 0
-        first, last = self._held(seq_id)
+        first, last = self._scratch.held(seq_id)
         if last + 1 != self._rows[seq_id]:  # none at the end: loaded without, or lost
             return self._rows[seq_id]
         return max(first, self._run[seq_id], 0)
@@ -279,11 +268,6 @@ class LlamaEngine:
         if not n_rows:
             self._run[seq_id] = 0
 
-    def _held(self, seq_id: int) -> tuple[int, int]:
-        """First and last position; (-1, -1): none."""
-        first = llama.llama_memory_seq_pos_min(self._memory, seq_id)
-        return first, llama.llama_memory_seq_pos_max(self._memory, seq_id)
-
     def n_rows(self, seq_id: int) -> int:
         return self._rows[seq_id]
 
@@ -295,3 +279,7 @@ class LlamaEngine:
         if self._model:
             llama.llama_model_free(self._model)
             self._model = None
+
+
+def _same(a: Mapping[str, NDArray[Any]], b: Mapping[str, NDArray[Any]]) -> bool:
+    return all(np.array_equal(a[name], b[name]) for name in a)

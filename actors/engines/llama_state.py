@@ -10,6 +10,7 @@ for caches with one stream (kv_unified) and untransposed V (flash attention):
     per layer  i32 ggml type, u64 row size, cell_count rows of K
     per layer  i32 ggml type, u64 row size, cell_count rows of V; no V at all for MLA
 
+Rows are of float16, or of quantized blocks that are not looked into here (llama_q4 does).
 A sliding cache gives only the cells that the sequence's last token sees.
 """
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,11 +27,50 @@ from numpy.typing import NDArray
 from actors.errors import EngineFault
 
 MAGIC = 0xAF143CD8
-_F16 = 1  # ggml_type
 _LAYER = 12  # bytes of a layer's header
 
-Side = NDArray[np.float16]  # (n_layers, T, row) float16
+Side = NDArray[Any]  # (n_layers, T, blocks of a row), of a CellType's dtype
 KV = tuple[Side, Side]
+
+
+@dataclass(frozen=True)
+class CellType:
+    """How ggml keeps a row: in blocks of some values."""
+
+    name: str
+    number: int  # ggml_type
+    dtype: np.dtype[Any]  # of a block
+    values: int  # of a block
+
+
+F16 = CellType("f16", 1, np.dtype("<f2"), 1)
+Q4_1 = CellType("q4_1", 3, np.dtype("V20"), 32)
+CELL_TYPES = {cell_type.name: cell_type for cell_type in (F16, Q4_1)}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One side, K or V, of the layers of a stack."""
+
+    layers: tuple[int, ...]
+    blocks: int  # of a row; 0: the cache does not hold this side
+    type: CellType
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Of the layers that are held."""
+        return self.layers if self.blocks else ()
+
+    @property
+    def row_bytes(self) -> int:
+        return self.blocks * self.type.dtype.itemsize
+
+    @property
+    def head(self) -> bytes:
+        return struct.pack("<iQ", self.type.number, self.row_bytes)
+
+    def empty(self, n_cells: int) -> Side:
+        return np.empty((len(self.layers), n_cells, self.blocks), self.type.dtype)
 
 
 @dataclass(frozen=True)
@@ -39,6 +80,18 @@ class Stack:
     places: tuple[int, ...]  # of the layers, in the cache's own order
     k_row: int  # values of one token
     v_row: int  # 0: the cache holds no V
+    type: CellType = F16
+
+    @property
+    def k(self) -> Rows:
+        return self._rows(self.k_row)
+
+    @property
+    def v(self) -> Rows:
+        return self._rows(self.v_row)
+
+    def _rows(self, row: int) -> Rows:
+        return Rows(self.places, row // self.type.values, self.type)
 
 
 Cache = tuple[Stack, ...]
@@ -82,10 +135,7 @@ def _cells(raw: bytes | memoryview, offset: int, cache: Cache) -> tuple[Cells, i
         raise EngineFault(f"state of {n_stream} streams")
     offset += 8
     if not n_cells:
-        empty = [
-            [np.empty((len(s.places), 0, n), "<f2") for n in (s.k_row, s.v_row)] for s in cache
-        ]
-        return Cells(0, tuple((k, v) for k, v in empty)), offset
+        return Cells(0, tuple((s.k.empty(0), s.v.empty(0)) for s in cache)), offset
     positions = np.frombuffer(raw, "<i4", 3 * n_cells, offset).reshape(n_cells, 3)[:, 0]
     offset += 12 * n_cells
     v_trans, n_layers = struct.unpack_from("<II", raw, offset)
@@ -93,8 +143,8 @@ def _cells(raw: bytes | memoryview, offset: int, cache: Cache) -> tuple[Cells, i
         raise EngineFault("state with transposed V: flash attention is off")
     if n_layers != sum(len(s.places) for s in cache):
         raise EngineFault(f"state has {n_layers} layers: not those of the spec")
-    k, offset = _sides(raw, offset + 8, n_cells, [(s.places, s.k_row) for s in cache])
-    v, offset = _sides(raw, offset, n_cells, [(s.places, s.v_row) for s in cache])
+    k, offset = _sides(raw, offset + 8, n_cells, [s.k for s in cache])
+    v, offset = _sides(raw, offset, n_cells, [s.v for s in cache])
     order = np.argsort(positions, kind="stable")
     start = int(positions[order[0]])
     if not np.array_equal(positions[order], np.arange(start, start + n_cells)):
@@ -105,48 +155,41 @@ def _cells(raw: bytes | memoryview, offset: int, cache: Cache) -> tuple[Cells, i
 
 
 def _sides(
-    raw: bytes | memoryview,
-    offset: int,
-    n_cells: int,
-    stacks: Sequence[tuple[tuple[int, ...], int]],
+    raw: bytes | memoryview, offset: int, n_cells: int, sides: Sequence[Rows]
 ) -> tuple[list[Side], int]:
-    """K or V of every stack: (places, row); and where they end."""
-    offsets, end = _offsets(offset, n_cells, stacks)
+    """K or V of every stack, and where they end."""
+    offsets, end = _offsets(offset, n_cells, sides)
     if end > len(raw):
         raise EngineFault(f"state ends {end - len(raw)} bytes too early")
-    sides = []
-    for places, row in stacks:
-        shape, at = (len(places), n_cells, row), [offsets[place] for place in places if row]
-        strides = set(np.diff(at).tolist())
-        if not row:
-            side = np.empty(shape, "<f2")
-        elif len(strides) <= 1:
+    found = []
+    for side in sides:
+        dtype, at = side.type.dtype, [offsets[place] for place in side.places]
+        shape, strides = (len(at), n_cells, side.blocks), set(np.diff(at).tolist())
+        if not at:
+            found.append(side.empty(n_cells))
+            continue
+        if len(strides) <= 1:
             stride = strides.pop() if strides else 0
             heads = np.ndarray((len(at), _LAYER), "u1", raw, at[0], (stride, 1))
-            side = np.ndarray(shape, "<f2", raw, at[0] + _LAYER, (stride, 2 * row, 2))
+            inner = (stride, side.row_bytes, dtype.itemsize)
+            rows = np.ndarray(shape, dtype, raw, at[0] + _LAYER, inner)
         else:  # layers of different geometries take turns
             heads = np.stack([np.frombuffer(raw, "u1", _LAYER, o) for o in at])
-            flat = [np.frombuffer(raw, "<f2", n_cells * row, o + _LAYER) for o in at]
-            side = np.stack(flat).reshape(shape)
-        if row and (heads != np.frombuffer(_head(row), "u1")).any():
-            raise EngineFault(f"state with other layers than f16 rows of {row} values")
-        sides.append(side)
-    return sides, end
+            flat = [np.frombuffer(raw, dtype, n_cells * side.blocks, o + _LAYER) for o in at]
+            rows = np.stack(flat).reshape(shape)
+        if (heads != np.frombuffer(side.head, "u1")).any():
+            kind = f"{side.type.name} rows of {side.blocks * side.type.values} values"
+            raise EngineFault(f"state with other layers than {kind}")
+        found.append(rows)
+    return found, end
 
 
-def _head(row: int) -> bytes:
-    return struct.pack("<iQ", _F16, 2 * row)
-
-
-def _offsets(
-    offset: int, n_cells: int, stacks: Sequence[tuple[tuple[int, ...], int]]
-) -> tuple[dict[int, int], int]:
+def _offsets(offset: int, n_cells: int, sides: Sequence[Rows]) -> tuple[dict[int, int], int]:
     """Where each place's header is, and where the last place's rows end."""
-    rows = sorted((place, row) for places, row in stacks for place in places)
     offsets = {}
-    for place, row in rows:
+    for place, size in sorted((place, side.row_bytes) for side in sides for place in side.places):
         offsets[place] = offset
-        offset += _LAYER + 2 * n_cells * row if row else 0
+        offset += _LAYER + n_cells * size
     return offsets, offset
 
 
@@ -163,8 +206,8 @@ def build(
             meta[:, 0] = np.arange(cells.start, cells.start + n)
             meta[:, 1], meta[:, 2] = 1, seq_id
             head += meta.tobytes() + struct.pack("<II", 0, sum(len(s.places) for s in cache))
-            sides = ((s.places, row) for s in cache for row in (s.k_row, s.v_row) if row)
-            size += sum(len(places) * (_LAYER + 2 * n * row) for places, row in sides)
+            sides = (side for s in cache for side in (s.k, s.v))
+            size += sum(len(side.places) * (_LAYER + n * side.row_bytes) for side in sides)
         heads.append(head)
         size += len(head)
     fits = buffer is not None and buffer.size >= size
@@ -176,23 +219,18 @@ def build(
         offset += len(head)
         if cells.n_rows:
             k, v = zip(*cells.kv, strict=True)
-            offset = _put(raw, offset, [(s.places, s.k_row) for s in cache], k)
-            offset = _put(raw, offset, [(s.places, s.v_row) for s in cache], v)
+            offset = _put(raw, offset, [s.k for s in cache], k)
+            offset = _put(raw, offset, [s.v for s in cache], v)
     return raw
 
 
-def _put(
-    raw: NDArray[np.uint8],
-    offset: int,
-    stacks: Sequence[tuple[tuple[int, ...], int]],
-    sides: Sequence[Side],
-) -> int:
-    offsets, end = _offsets(offset, sides[0].shape[1], stacks)
-    for (places, row), side in zip(stacks, sides, strict=True):
-        for place, rows in zip(places if row else (), side, strict=False):
+def _put(raw: NDArray[np.uint8], offset: int, sides: Sequence[Rows], held: Sequence[Side]) -> int:
+    offsets, end = _offsets(offset, held[0].shape[1], sides)
+    for side, layers in zip(sides, held, strict=True):
+        for place, rows in zip(side.places, layers, strict=False):
             at = offsets[place] + _LAYER
-            raw[at - _LAYER : at] = np.frombuffer(_head(row), np.uint8)
-            out = raw[at : at + rows.size * 2].view("<f2").reshape(rows.shape)
+            raw[at - _LAYER : at] = np.frombuffer(side.head, np.uint8)
+            out = raw[at : at + rows.nbytes].view(side.type.dtype).reshape(rows.shape)
             np.copyto(out, rows)
     return end
 
