@@ -99,8 +99,9 @@ def test_a_doubtful_create_is_told(store, disk, faults):
 def test_a_claim_can_let_go_of_the_rows(store):
     part = store.put_block("acme", "3c" * 32, "full", b"rows")
     ref = BlockRef("3c" * 32, 16, {"full": part})
+    tail = BlockRef("3c" * 32, 3, {"full": part})
     branch = BranchCard(
-        0, tuple(range(20)), (ref,), (ref,), (Reply(1, 2),), checkpoints=(16,), last_used=7
+        0, tuple(range(20)), (ref,), (tail,), (Reply(1, 2),), checkpoints=(16,), last_used=7
     )
     card = replace(store.claim(template(ALICE)).card, cache_salt="salt")
     card = store.commit(replace(card, generation=1, branches=(branch,))).card
