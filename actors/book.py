@@ -10,9 +10,10 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+from actors.errors import ActorError
 from actors.prepare import Prepared
 from actors.sequence import Sequence
-from actors.turn import CacheState, StreamItem, TurnFinished, TurnRequest
+from actors.turn import CacheState, StreamItem, TurnFailed, TurnFinished, TurnRequest
 from storage.card import AgentId
 from storage.spec import KVRows
 
@@ -45,6 +46,7 @@ class Turn:
     restore: Restore | None = None
     last_item: float = field(default_factory=time.monotonic)
     last: TurnFinished | None = None  # held back until the turn's memory is stored
+    failure: ActorError | None = None  # why it was cancelled, unless the client wished it
 
     def emit(self, item: StreamItem) -> None:
         self.last_item = time.monotonic()
@@ -52,6 +54,25 @@ class Turn:
             self.sink(item)
         except Exception:  # nobody listens any more; the others' turns go on
             logger.exception("the sink of turn %s failed", self.request.id)
+
+    def stopped(self, index: int, text: str) -> StreamItem:
+        """The last item of a cancelled turn."""
+        if self.failure is not None:
+            return TurnFailed(self.request.attempt, self.failure)
+        return TurnFinished(self.request.attempt, index, text, "cancelled")
+
+    @property
+    def asks_for(self) -> AgentId:
+        return self.request.agent
+
+    @property
+    def priority(self) -> int:
+        return self.request.priority
+
+    @property
+    def preempted(self) -> bool:
+        """It has begun, but had to leave the engine, or is on its way back."""
+        return self.sequence is not None and self.sequence.seq_id < 0
 
     @property
     def ready(self) -> Prepared:

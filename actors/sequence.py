@@ -121,6 +121,7 @@ class Sequence:
     paused: bool = False  # frozen for a migration: takes no part in steps
     finish_reason: FinishReason | None = None
     new_ids: list[int] = field(default_factory=list)  # sampled, not yet sent
+    priority: int = 0
 
     @property
     def is_prefill(self) -> bool:
