@@ -180,7 +180,7 @@ class ReplicaLoop:
     def _round(self) -> bool:
         """One round; False when there was nothing to do."""
         began, in_engine = time.perf_counter(), self.overhead.engine_s
-        while not self._calls.empty():
+        for _ in range(self._calls.qsize()):  # those that calls make wait for the next round
             self._calls.get()()
         self._tend()
         admitted = self._admit()
