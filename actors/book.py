@@ -42,6 +42,7 @@ class Turn:
     began: float = field(default_factory=time.monotonic)
     cancelled: bool = False
     prepared: Future[Prepared] | None = None
+    _ready: Prepared | None = field(default=None, init=False)
     sequence: Sequence | None = None
     restore: Restore | None = None
     last_item: float = field(default_factory=time.monotonic)
@@ -76,9 +77,11 @@ class Turn:
 
     @property
     def ready(self) -> Prepared:
-        """Only for a turn that has been placed."""
-        assert self.prepared is not None
-        return self.prepared.result(timeout=0)
+        """Only for a turn that is prepared."""
+        if self._ready is None:
+            assert self.prepared is not None
+            self._ready = self.prepared.result(timeout=0)
+        return self._ready
 
 
 @dataclass

@@ -40,22 +40,24 @@ class Cells:
         """See that every running sequence has the cells of its next token; returns those that have
         to sit the step out, because what they wait for is on its way out of the engine or into it.
         """
-        without = []
-        for turn in sorted(map(self._turn, self._scheduler.running), key=_rank):
+        running, without = self._scheduler.running, list[Sequence]()
+        short = [s for s in running if not s.paused and not self._holds(s)]
+        for turn in sorted(map(self._turn, short), key=_rank):
             sequence = turn.sequence
-            if sequence in self._scheduler.running and not self._fits(turn):
-                assert sequence is not None
+            assert sequence is not None
+            if sequence in running and not self._fits(turn, sequence):
                 without.append(sequence)
         return without
 
     def _turn(self, sequence: Sequence) -> Turn:
         return self._book.by_sequence[id(sequence)]
 
-    def _fits(self, turn: Turn) -> bool:
+    def _holds(self, sequence: Sequence) -> bool:
+        return self._residency.reserved(sequence.seq_id) >= len(sequence.tokens)
+
+    def _fits(self, turn: Turn, sequence: Sequence) -> bool:
         """Make it so; the turn itself leaves when it is the last. False: not yet."""
-        sequence = turn.sequence
-        assert sequence is not None
-        while not sequence.paused and not self._grow(sequence):
+        while not self._grow(sequence):
             others = [self._turn(s) for s in self._scheduler.running if not s.paused]
             last = max(others, key=_rank)
             if last is turn and self._book.restoring + self._book.draining + self._paused():
@@ -70,8 +72,6 @@ class Cells:
 
     def _grow(self, sequence: Sequence) -> bool:
         needed, most = len(sequence.tokens), sequence.n_prompt + sequence.max_tokens
-        if self._residency.reserved(sequence.seq_id) >= needed:
-            return True
         return any(
             self._residency.grow(sequence.seq_id, self._ahead(most, needed, ahead))
             for ahead in (_AHEAD, _AHEAD // 4, 0)

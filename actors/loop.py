@@ -287,7 +287,7 @@ class ReplicaLoop:
         return True
 
     def _accept(self, turn: Turn, sequence: Sequence, token: int) -> None:
-        index = len(sequence.reply)
+        index = len(sequence.tokens) - sequence.n_prompt
         text = sequence.accept(token, self.engine.vocab.eog)
         ids, sequence.new_ids = tuple(sequence.new_ids), []
         if ids:

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from actors.engines.base import Chunk, Engine, Logits
-from actors.engines.fake_engine import FakeEngine
+from actors.engines.fake_engine import FakeEngine, FakeVocab
 from actors.errors import TurnTimeout
 from actors.loop import LoopConfig, ReplicaLoop
 from actors.scheduler import SchedulerConfig
@@ -362,6 +362,9 @@ def test_an_arrival_does_not_stall_the_others_longer_than_the_bound(loop_on: Mak
 # ---- many agents over a few slots
 
 
+Told = dict[str, list[tuple[str, list[int], str]]]  # agent -> (asked, ids, text) of every turn
+
+
 @dataclass
 class Crowd:
     """Agents that talk turn after turn; `told` is the log of what each was told."""
@@ -372,9 +375,9 @@ class Crowd:
     most: int  # tokens of a reply
     words: int
 
-    def talk(self, seed: int = 1) -> dict[str, list[tuple[str, list[int], str]]]:
+    def talk(self, seed: int = 1) -> Told:
         rng = random.Random(seed)
-        told: dict[str, list[tuple[str, list[int], str]]] = {}
+        told: Told = {}
         messages: dict[str, list[dict[str, str]]] = {}
         for first in range(0, self.turns, self.n_agents):
             asked = []
@@ -393,7 +396,7 @@ class Crowd:
         return told
 
 
-def check_crowd(loop: ReplicaLoop, crowd: Crowd) -> dict[str, list[tuple[str, list[int], str]]]:
+def check_crowd(loop: ReplicaLoop, crowd: Crowd) -> Told:
     """The crowd talks; at the end cells and process memory are what they were."""
     process, kv_bytes = psutil.Process(), loop.engine.kv_bytes
     run(loop, [user("warm")], persist=False)
@@ -414,16 +417,44 @@ def check_crowd(loop: ReplicaLoop, crowd: Crowd) -> dict[str, list[tuple[str, li
 _WIDE = LoopConfig(scheduler=SchedulerConfig(max_waiting=400))
 
 
+def check_told(lone: ReplicaLoop, told: Told, sessions: list[str]) -> tuple[int, int]:
+    """The same conversations one by one on a loop of their own; (replies that were the same,
+    replies)."""
+    same = total = 0
+    for session in sessions:
+        messages: list[dict[str, str]] = []
+        for text, ids, said in told[session]:
+            messages.append(user(text))
+            answer = run(lone, messages, session=session, n=max(len(ids), 1))
+            same += answer.ids == ids
+            total += 1
+            messages.append(assistant(said))
+    return same, total
+
+
 def test_two_hundred_agents_over_four_slots(loop_on: MakeLoop) -> None:
     loop = loop_on(FakeEngine(4, n_ctx=1024, n_cells=1100), loop=_WIDE)
     told = check_crowd(loop, Crowd(loop, 200, 1000, most=40, words=20))
     assert loop.engine.kv_bytes == 1100 * loop.engine.key.spec.f16_row_bytes
     all_free(loop)
-    lone = loop_on(FakeEngine(1, n_ctx=1024))
-    for session in sorted(told)[::10]:
-        messages: list[dict[str, str]] = []
-        for text, ids, said in told[session]:
-            messages.append(user(text))
-            answer = run(lone, messages, session=session, n=len(ids) + 1)
-            assert answer.ids[: len(ids)] == ids
-            messages.append(assistant(said))
+    same, total = check_told(loop_on(FakeEngine(1, n_ctx=1024)), told, sorted(told)[::5])
+    assert same == total == 200
+
+
+def test_two_hundred_agents_over_four_slots_of_llama_cpp(
+    loop_on: MakeLoop, tiny_models: dict[str, Path]
+) -> None:
+    from actors.engines.llama_engine import LlamaEngine
+
+    def engine(slots: int, cells: int) -> LlamaEngine:
+        path = tiny_models["no_template"]
+        made = LlamaEngine(path, n_seq_max=slots, n_ctx=1024, n_cells=cells, n_threads=1)
+        made.vocab.chat_template = FakeVocab().chat_template
+        return made
+
+    loop = loop_on(engine(4, 1024), loop=_WIDE)
+    told = check_crowd(loop, Crowd(loop, 200, 1000, most=12, words=6))
+    all_free(loop)
+    same, total = check_told(loop_on(engine(1, 1024)), told, sorted(told)[::5])
+    print(same, total)
+    assert same >= 0.98 * total
