@@ -12,12 +12,13 @@ from typing import Any
 import psutil
 import pytest
 
+from actors.branches import Branch
 from actors.engines.base import Chunk, Engine, Logits
 from actors.engines.fake_engine import FakeEngine, FakeVocab
-from actors.errors import TurnTimeout
+from actors.errors import EngineFault, TurnTimeout
 from actors.loop import LoopConfig, ReplicaLoop
 from actors.scheduler import SchedulerConfig
-from actors.turn import SamplingParams, TurnFailed, TurnFinished, TurnRequest
+from actors.turn import Resume, SamplingParams, TurnFailed, TurnFinished, TurnMoved, TurnRequest
 from tests.loops import (
     WAIT,
     Stream,
@@ -246,7 +247,99 @@ def test_one_that_left_fails_with_the_loop(loop_on: MakeLoop) -> None:
     assert any(isinstance(stream.result().last, TurnFailed) for stream in streams)
 
 
+def leave(loop: ReplicaLoop) -> None:
+    """The last of the running turns leaves, and finds no way back until `come_back`."""
+
+    def out() -> None:
+        turns = [loop._book.by_sequence[id(s)] for s in loop.scheduler.running]
+        loop.cells._leave(max(turns, key=lambda turn: turn.began))
+        assert loop.residency.acquire(Branch(99), blocking) is not None
+
+    blocking = 560
+    loop.call(out).result(WAIT)
+
+
+def come_back(loop: ReplicaLoop) -> None:
+    def free() -> None:
+        busy = loop.residency._busy
+        loop.residency.free(next(i for i, (branch, _) in busy.items() if branch.id == 99))
+
+    loop.call(free).result(WAIT)
+
+
+@pytest.mark.parametrize("window", [0, 48])
+def test_one_that_left_moves_to_another_replica(
+    tmp_path: Path, loop_on: MakeLoop, window: int
+) -> None:
+    """Frozen while it is out of the engine: all its rows are where the target finds them."""
+    loop = loop_on(CountingEngine(2, n_cells=600, step_delay=0.001, window=window))
+    stream = start(loop, [user("0")], n=400)
+    stream.take(100)
+    leave(loop)
+    loop.call(lambda: loop.handoff.freeze(agent_id())).result(WAIT).result(WAIT)
+    engine = CountingEngine(1, window=window)
+    target = make_loop(engine, loop.memory.store, node="n1")
+    try:
+        target.memory.open(agent_id())
+        loop.call(lambda: loop.handoff.release(agent_id())).result(WAIT)
+        before = stream.result()
+        assert isinstance(before.last, TurnMoved)
+        resume = Resume(tuple(before.prompt), tuple(before.ids))
+        after = start(target, [user("0")], n=400, attempt=1, resume=resume).result()
+        assert before.ids + after.ids == alone(stream.request, 400, window=window)
+        assert max(map(sum, engine.steps)) == 1
+    finally:
+        target.close()
+
+
+def test_one_that_left_goes_on_after_an_engine_fault(loop_on: MakeLoop) -> None:
+    """It has nothing in the engine that could break with it."""
+    loop = loop_on(CountingEngine(2, n_cells=600, step_delay=0.001))
+    stream = start(loop, [user("0")], n=300)
+    stream.take(100)
+    leave(loop)
+    loop.call(lambda: loop._ends.give_up(EngineFault("broken"))).result(WAIT)
+    assert stream.result().ids == alone(stream.request, 300)
+    all_free(loop)
+
+
+def test_one_that_left_times_out(loop_on: MakeLoop) -> None:
+    config = LoopConfig(turn_timeout_s=0.5)
+    loop = loop_on(CountingEngine(2, n_cells=600, step_delay=0.001), loop=config)
+    stream = start(loop, [user("0")], n=400)
+    stream.take(50)
+    leave(loop)
+    timed_out(stream)
+    come_back(loop)
+    settle(loop)
+    (branch,) = memory_of(loop).branches
+    assert branch.tokens == stream.answer.prompt + stream.answer.ids
+    all_free(loop)
+
+
 # ---- order
+
+
+def test_small_turns_do_not_keep_a_large_one_out(loop_on: MakeLoop) -> None:
+    engine = CountingEngine(3, n_cells=1000)
+    loop = loop_on(engine)
+    order: list[str] = []
+    enter = loop.memory.enter
+
+    def entering(memory: Any, *rest: Any) -> None:
+        order.append(memory.agent.session)
+        enter(memory, *rest)
+
+    loop.memory.enter = entering  # type: ignore[method-assign]
+    engine.gate.clear()
+    streams = [start(loop, [user("x" * 60)], session=f"s{i}", n=9 + i) for i in range(2)]
+    streams.append(start(loop, [user("x" * 850)], session="large", n=9))
+    streams += [start(loop, [user("x" * 60)], session=f"t{i}", n=9 + i % 7) for i in range(40)]
+    engine.gate.set()
+    for stream in streams:
+        assert stream.result().reason == "length"
+    assert 2 < order.index("large") < 16
+    all_free(loop)
 
 
 def test_the_turns_of_one_agent_do_not_keep_the_others_waiting(loop_on: MakeLoop) -> None:
@@ -433,12 +526,14 @@ def check_told(lone: ReplicaLoop, told: Told, sessions: list[str]) -> tuple[int,
 
 
 def test_two_hundred_agents_over_four_slots(loop_on: MakeLoop) -> None:
-    loop = loop_on(FakeEngine(4, n_ctx=1024, n_cells=1100), loop=_WIDE)
-    told = check_crowd(loop, Crowd(loop, 200, 1000, most=40, words=20))
-    assert loop.engine.kv_bytes == 1100 * loop.engine.key.spec.f16_row_bytes
+    loop = loop_on(FakeEngine(4, n_ctx=850, n_cells=850), loop=_WIDE)
+    told = check_crowd(loop, Crowd(loop, 200, 1000, most=120, words=8))
+    assert loop.residency.evictions > 500
+    assert loop.cells.preemptions > 5
+    assert loop.engine.kv_bytes == 850 * loop.engine.key.spec.f16_row_bytes
     all_free(loop)
-    same, total = check_told(loop_on(FakeEngine(1, n_ctx=1024)), told, sorted(told)[::5])
-    assert same == total == 200
+    same, total = check_told(loop_on(FakeEngine(1, n_ctx=850)), told, sorted(told)[::10])
+    assert same == total == 100
 
 
 def test_two_hundred_agents_over_four_slots_of_llama_cpp(
@@ -454,7 +549,7 @@ def test_two_hundred_agents_over_four_slots_of_llama_cpp(
 
     loop = loop_on(engine(4, 1024), loop=_WIDE)
     told = check_crowd(loop, Crowd(loop, 200, 1000, most=12, words=6))
+    assert loop.residency.evictions > 500
     all_free(loop)
-    same, total = check_told(loop_on(engine(1, 1024)), told, sorted(told)[::5])
-    print(same, total)
-    assert same >= 0.98 * total
+    same, total = check_told(loop_on(engine(1, 1024)), told, sorted(told)[::10])
+    assert same >= 0.98 * total  # near ties: a batch of four is computed by other kernels
