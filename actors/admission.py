@@ -8,6 +8,7 @@ be done with each turn; the loop does it.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from actors.turn import CacheState, StreamItem, TurnFailed, TurnMoved
 from storage.card import OpenTurn
 from storage.errors import Fenced, StorageError
 
+_AGAIN_S = 0.02  # what is not seen to change is noticed then
 logger = logging.getLogger(__name__)
 
 
@@ -65,10 +67,17 @@ class Admission:
         self._scheduler, self._book, self._cells = scheduler, book, cells
         self._restorer = restorer
         self._prepare, self._workers, self._wake = prepare, workers, wake
+        self._prepared = 0
+        self._seen, self._again = (-1, -1, -1), 0.0
 
     def poll(self) -> Iterator[Begin | End]:
-        """Start to prepare what has arrived, end what cannot run, place the others in order."""
-        waiting = self._scheduler.waiting
+        """Start to prepare what has arrived, end what cannot run, place the others in order. Looks
+        only where something has changed: a queue is long when rounds are short."""
+        waiting, now = self._scheduler.waiting, time.monotonic()
+        seen = (self._residency.changes, waiting.changes, self._prepared)
+        if seen == self._seen and now < self._again:
+            return
+        self._seen, self._again = seen, now + _AGAIN_S
         for turn in waiting:
             agent = turn.request.agent
             if turn.prepared is not None:
@@ -78,13 +87,17 @@ class Admission:
             elif self._book.active.setdefault(agent, turn) is turn:  # else they queue
                 ended = None
                 turn.prepared = self._workers.submit(self._prepare, turn.request)
-                turn.prepared.add_done_callback(lambda _: self._wake())
+                turn.prepared.add_done_callback(self._note_prepared)
             else:
                 ended = None
             if ended is not None:
                 yield ended
         if waiting and self._residency.has_place:
             yield from self._place_in_order()
+
+    def _note_prepared(self, _: object) -> None:
+        self._prepared += 1
+        self._wake()
 
     def _end(self, turn: Turn) -> End | None:
         """The end of a turn that is prepared, but cannot run."""

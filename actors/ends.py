@@ -126,6 +126,7 @@ class Ends:
     def stop(self, turn: Turn) -> None:
         """End it now if it has begun, else where it is placed or restored."""
         turn.cancelled = True
+        self._scheduler.waiting.changes += 1
         sequence = turn.sequence
         if sequence is None or turn in self._book.restoring or turn in self._book.draining:
             return

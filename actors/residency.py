@@ -21,6 +21,7 @@ class Residency:
         self._idle: OrderedDict[int, Branch] = OrderedDict()  # seq_id -> branch, oldest first
         self._busy: dict[int, tuple[Branch, int]] = {}  # seq_id -> (branch, reserved cells)
         self.evictions = 0
+        self.changes = 0  # that may have made room
 
     @property
     def n_idle(self) -> int:
@@ -86,6 +87,7 @@ class Residency:
         """The turn is over: the sequence stays, idle, with its rows."""
         branch, _ = self._busy.pop(seq_id)
         self._idle[seq_id] = branch
+        self.changes += 1
 
     def free(self, seq_id: int) -> None:
         """Empty a sequence, idle or busy."""
@@ -93,6 +95,7 @@ class Residency:
         self._busy.pop(seq_id, None)
         self._engine.truncate(seq_id, 0)
         self._free.append(seq_id)
+        self.changes += 1
 
     def drop(self, branch: Branch) -> None:
         """Empty the idle sequence of a branch, if it has one."""

@@ -76,6 +76,7 @@ class Waiting(Generic[T]):
         self._places: dict[T, _Place] = {}
         self._last = 0  # stamps given
         self._first = 0
+        self.changes = 0  # of who waits, and what for
 
     def __len__(self) -> int:
         return len(self._places)
@@ -88,15 +89,18 @@ class Waiting(Generic[T]):
 
     def append(self, turn: T) -> None:
         self._places[turn] = _Place(self._stamp(), self._clock())
+        self.changes += 1
 
     def put_back(self, turn: T) -> None:
         """A turn that had to leave the engine: it is the first of its priority."""
         self._first -= 1
         self._places[turn] = _Place(self._first, self._clock())
+        self.changes += 1
 
     def remove(self, turn: T) -> None:
         """The turn ends without having been placed."""
         del self._places[turn]
+        self.changes += 1
 
     def order(self) -> list[T]:
         """The first turn of every agent; those to be placed first come first."""
@@ -108,6 +112,7 @@ class Waiting(Generic[T]):
     def place(self, turn: T, overtaken: Collection[T] = ()) -> None:
         """The turn goes to the engine, past those that did not fit."""
         del self._places[turn]
+        self.changes += 1
         for other in overtaken:
             self._places[other].passed += 1
         now = self._clock()

@@ -178,13 +178,19 @@ def test_the_first_turn_is_never_asked_to_leave(loop_on: MakeLoop) -> None:
     loop = loop_on(engine)
     engine.gate.clear()
     streams = [start(loop, [user(f"{i}")], session=f"s{i}", n=480) for i in range(8)]
-    ended: list[int] = []
+    leave_first, first_left = loop.cells._leave, []
+
+    def leaving(turn: Any) -> None:
+        running = [loop._book.by_sequence[id(s)] for s in loop.scheduler.running]
+        first_left.append(turn is min(running, key=lambda t: t.began))
+        leave_first(turn)
+
+    loop.cells._leave = leaving  # type: ignore[method-assign]
     engine.gate.set()
-    for number, stream in enumerate(streams):
+    for stream in streams:
         assert stream.result().reason == "length"
-        ended.append(number)
-    assert len(ended) == 8
     assert loop.cells.preemptions >= 3
+    assert not any(first_left)
     # 8 replies of 480 in 500 cells: each alone at its end, none computed twice.
     assert sum(map(sum, engine.steps)) == sum(
         len(s.answer.prompt) + len(s.answer.ids) - 1 for s in streams
@@ -231,6 +237,7 @@ def test_one_that_left_can_be_cancelled(loop_on: MakeLoop) -> None:
     assert answer.ids == alone(second.request, 500)[: len(answer.ids)]
     assert first.result().ids == alone(first.request, 500)
     settle(loop)
+    assert not second.violations  # nothing comes after its last item
     (branch,) = memory_of(loop, "s1").branches
     assert branch.tokens == answer.prompt + answer.ids
     assert branch.turn is None
@@ -321,7 +328,7 @@ def test_one_that_left_times_out(loop_on: MakeLoop) -> None:
 
 
 def test_small_turns_do_not_keep_a_large_one_out(loop_on: MakeLoop) -> None:
-    engine = CountingEngine(3, n_cells=1000)
+    engine = CountingEngine(3, n_cells=950)
     loop = loop_on(engine)
     order: list[str] = []
     enter = loop.memory.enter
