@@ -3,13 +3,15 @@
 
 import gc
 import random
+import resource
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from actors.branches import Branch
@@ -67,6 +69,20 @@ class CountingEngine(FakeEngine):
         return super().step(chunks)
 
 
+@contextmanager
+def together(loop: ReplicaLoop) -> Iterator[None]:
+    """What is started inside is prepared before any of it is placed: then it runs side by side."""
+    residency, places = loop.residency, range(loop.engine.n_seq_max)
+    taken = loop.call(lambda: [residency.acquire(Branch(90 + i), 1) for i in places]).result(WAIT)
+    yield
+    ready = loop.call(lambda: False)
+    while not ready.result(WAIT):
+        ready = loop.call(
+            lambda: all(t.prepared and t.prepared.done() for t in loop.scheduler.waiting.order())
+        )
+    loop.call(lambda: [residency.free(i) for i in taken if i is not None]).result(WAIT)
+
+
 def alone(request: TurnRequest, n: int, *, window: int = 0) -> list[int]:
     """What the model says to a first message, straight from the engine."""
     engine = CountingEngine(1, window=window)
@@ -106,9 +122,10 @@ def test_a_large_max_tokens_keeps_nobody_out(loop_on: MakeLoop) -> None:
     """Three turns that might fill the cells run together while they are short."""
     engine = CountingEngine(3, n_cells=1000)
     loop = loop_on(engine)
-    engine.gate.clear()
-    streams = [start(loop, [user(f"{i}")], session=f"s{i}", n=900, turn_id=f"{i}") for i in "abc"]
-    engine.gate.set()
+    with together(loop):
+        streams = [
+            start(loop, [user(f"{i}")], session=f"s{i}", n=900, turn_id=f"{i}") for i in "abc"
+        ]
     for stream in streams:
         stream.take(20)
     assert max(map(len, engine.steps)) == 3
@@ -127,9 +144,11 @@ def test_a_turn_that_had_to_leave_goes_on_where_it_was(
     """Neither is a token lost nor doubled, and the client sees nothing of it."""
     loop = loop_on(CountingEngine(3, n_cells=700, window=window))
     options: dict[str, Any] = {"n": 400, "temperature": temperature, "persist": persist}
-    streams = [
-        start(loop, [user(f"{i} and more")], session=f"s{i}", seed=i, **options) for i in range(3)
-    ]
+    with together(loop):
+        streams = [
+            start(loop, [user(f"{i} and more")], session=f"s{i}", seed=i, **options)
+            for i in range(3)
+        ]
     answers = [stream.result() for stream in streams]
     assert loop.cells.preemptions >= 2
     reference = loop_on(CountingEngine(1, window=window))
@@ -149,7 +168,8 @@ def test_the_rows_of_one_that_left_are_restored_not_computed(
 ) -> None:
     engine = CountingEngine(2, n_cells=600, window=window)
     loop = loop_on(engine)
-    streams = [start(loop, [user(f"{i}")], session=f"s{i}", n=450) for i in range(2)]
+    with together(loop):
+        streams = [start(loop, [user(f"{i}")], session=f"s{i}", n=450) for i in range(2)]
     for stream in streams:
         assert stream.result().reason == "length"
     assert loop.cells.preemptions
@@ -161,7 +181,8 @@ def test_the_rows_of_one_that_left_are_restored_not_computed(
 
 def test_the_memory_of_one_that_left_is_whole(loop_on: MakeLoop) -> None:
     loop = loop_on(CountingEngine(2, n_cells=600))
-    streams = [start(loop, [user(f"{i}")], session=f"s{i}", n=450) for i in range(2)]
+    with together(loop):
+        streams = [start(loop, [user(f"{i}")], session=f"s{i}", n=450) for i in range(2)]
     answers = [stream.result() for stream in streams]
     settle(loop)
     for number, answer in enumerate(answers):
@@ -176,8 +197,8 @@ def test_the_first_turn_is_never_asked_to_leave(loop_on: MakeLoop) -> None:
     """One always comes to its end: however many there are, the oldest decodes in every step."""
     engine = CountingEngine(4, n_cells=500)
     loop = loop_on(engine)
-    engine.gate.clear()
-    streams = [start(loop, [user(f"{i}")], session=f"s{i}", n=480) for i in range(8)]
+    with together(loop):
+        streams = [start(loop, [user(f"{i}")], session=f"s{i}", n=480) for i in range(8)]
     leave_first, first_left = loop.cells._leave, []
 
     def leaving(turn: Any) -> None:
@@ -186,7 +207,6 @@ def test_the_first_turn_is_never_asked_to_leave(loop_on: MakeLoop) -> None:
         leave_first(turn)
 
     loop.cells._leave = leaving  # type: ignore[method-assign]
-    engine.gate.set()
     for stream in streams:
         assert stream.result().reason == "length"
     assert loop.cells.preemptions >= 3
@@ -201,12 +221,6 @@ def test_the_first_turn_is_never_asked_to_leave(loop_on: MakeLoop) -> None:
 def test_the_lowest_priority_leaves_first(loop_on: MakeLoop) -> None:
     engine = CountingEngine(2, n_cells=500)
     loop = loop_on(engine)
-    engine.gate.clear()
-    low = start(loop, [user("low")], session="low", n=400)
-    high_request = TurnRequest(
-        "high", agent_id("high"), (user("high"),), SamplingParams(400, 0.0), priority=1
-    )
-    loop.submit(high_request, high := Stream(high_request))
     left: list[int] = []
 
     def leaving(turn: Any, leave: Any = loop.cells._leave) -> None:
@@ -214,7 +228,12 @@ def test_the_lowest_priority_leaves_first(loop_on: MakeLoop) -> None:
         leave(turn)
 
     loop.cells._leave = leaving  # type: ignore[method-assign]
-    engine.gate.set()
+    with together(loop):
+        low = start(loop, [user("low")], session="low", n=400)
+        high_request = TurnRequest(
+            "high", agent_id("high"), (user("high"),), SamplingParams(400, 0.0), priority=1
+        )
+        loop.submit(high_request, high := Stream(high_request))
     assert high.result().ids == alone(high.request, 400)
     assert low.result().ids == alone(low.request, 400)
     assert left == [0]
@@ -241,12 +260,16 @@ def test_one_that_left_can_be_cancelled(loop_on: MakeLoop) -> None:
     (branch,) = memory_of(loop, "s1").branches
     assert branch.tokens == answer.prompt + answer.ids
     assert branch.turn is None
+    card = memory_of(loop, "s1").card
+    assert card is not None
+    assert card.branches[0].tokens == tuple(branch.tokens)
     all_free(loop)
 
 
 def test_one_that_left_fails_with_the_loop(loop_on: MakeLoop) -> None:
     loop = loop_on(CountingEngine(2, n_cells=600, step_delay=0.001))
-    streams = [start(loop, [user(f"{i}")], session=f"s{i}", n=550) for i in range(2)]
+    with together(loop):
+        streams = [start(loop, [user(f"{i}")], session=f"s{i}", n=550) for i in range(2)]
     for _ in streams[0]:
         if loop.cells.preemptions:
             break
@@ -328,7 +351,7 @@ def test_one_that_left_times_out(loop_on: MakeLoop) -> None:
 
 
 def test_small_turns_do_not_keep_a_large_one_out(loop_on: MakeLoop) -> None:
-    engine = CountingEngine(3, n_cells=950)
+    engine = CountingEngine(3, n_cells=950, step_delay=0.003)
     loop = loop_on(engine)
     order: list[str] = []
     enter = loop.memory.enter
@@ -338,29 +361,27 @@ def test_small_turns_do_not_keep_a_large_one_out(loop_on: MakeLoop) -> None:
         enter(memory, *rest)
 
     loop.memory.enter = entering  # type: ignore[method-assign]
-    engine.gate.clear()
-    streams = [start(loop, [user("x" * 60)], session=f"s{i}", n=9 + i) for i in range(2)]
-    streams.append(start(loop, [user("x" * 850)], session="large", n=9))
-    streams += [start(loop, [user("x" * 60)], session=f"t{i}", n=9 + i % 7) for i in range(40)]
-    engine.gate.set()
+    streams = [start(loop, [user("x" * 60)], session=f"s{i}", n=300 + 9 * i) for i in range(2)]
+    for stream in streams:
+        stream.take(1)
+    with together(loop):
+        streams.append(start(loop, [user("x" * 850)], session="large", n=9))
+        streams += [start(loop, [user("x" * 60)], session=f"t{i}", n=9 + i % 7) for i in range(40)]
     for stream in streams:
         assert stream.result().reason == "length"
-    assert 2 < order.index("large") < 16
+    assert 2 <= order.index("large") < 16
     all_free(loop)
 
 
 def test_the_turns_of_one_agent_do_not_keep_the_others_waiting(loop_on: MakeLoop) -> None:
     engine = CountingEngine(1)
     loop = loop_on(engine)
-    engine.gate.clear()
     order: list[str] = []
 
     def ask(session: str) -> Stream:
         stream = start(loop, [user(f"{session}{len(order)}")], session=session, n=2)
         return stream
 
-    crowd = [ask("crowd") for _ in range(10)]
-    others = [ask("b"), ask("c")]
     enter = loop.memory.enter
 
     def entering(memory: Any, *rest: Any) -> None:
@@ -368,7 +389,9 @@ def test_the_turns_of_one_agent_do_not_keep_the_others_waiting(loop_on: MakeLoop
         enter(memory, *rest)
 
     loop.memory.enter = entering  # type: ignore[method-assign]
-    engine.gate.set()
+    with together(loop):
+        crowd = [ask("crowd") for _ in range(10)]
+        others = [ask("b"), ask("c")]
     for stream in [*crowd, *others]:
         assert isinstance(stream.result().last, TurnFinished)
     assert {"b", "c"} <= set(order[:4])
@@ -496,17 +519,24 @@ class Crowd:
         return told
 
 
+def resident_bytes() -> int:
+    """Of this process."""
+    if sys.platform == "linux":
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # the most there ever were
+
+
 def check_crowd(loop: ReplicaLoop, crowd: Crowd) -> Told:
     """The crowd talks; at the end cells and process memory are what they were."""
-    process, kv_bytes = psutil.Process(), loop.engine.kv_bytes
+    kv_bytes = loop.engine.kv_bytes
     run(loop, [user("warm")], persist=False)
     gc.collect()
-    before = process.memory_info().rss
+    before = resident_bytes()
     told = crowd.talk()
     assert sum(map(len, told.values())) == crowd.turns
     settle(loop)
     gc.collect()
-    after = process.memory_info().rss
+    after = resident_bytes()
     pool = loop.memory.tiers.pool.used_bytes
     assert after <= 1.1 * (before + pool) + (64 << 20), (before, after, pool)
     assert loop.engine.kv_bytes == kv_bytes
