@@ -1,28 +1,33 @@
 """From waiting to the engine: prepare a turn on a worker, give it a sequence and the rows it has.
 
-Turns of one agent go one after another, in the order they came. Says what is to be done with each
-turn; the loop does it.
+Turns of one agent go one after another, in the order they came; which agent is next, the scheduler
+says. A turn that had to leave the engine comes back the same way, to where it was. Says what is to
+be done with each turn; the loop does it.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from actors.book import Book, Turn
+from actors.cells import Cells
 from actors.engines.base import Engine
 from actors.errors import ActorError, AgentMoved, EngineFault
+from actors.matching import Match
 from actors.memory import Memory
 from actors.prepare import Prepared, Preparer
 from actors.residency import Residency
 from actors.restorer import Restorer
 from actors.scheduler import Scheduler
-from actors.turn import CacheState, StreamItem, TurnFailed, TurnFinished, TurnMoved
+from actors.turn import CacheState, StreamItem, TurnFailed, TurnMoved
 from storage.card import OpenTurn
 from storage.errors import Fenced, StorageError
 
+_AGAIN_S = 0.02  # what is not seen to change is noticed then
 logger = logging.getLogger(__name__)
 
 
@@ -52,69 +57,105 @@ class Admission:
         residency: Residency,
         scheduler: Scheduler[Turn],
         book: Book,
+        cells: Cells,
         restorer: Restorer,
         prepare: Preparer,
         workers: ThreadPoolExecutor,
         wake: Callable[[], None],
     ) -> None:
         self._engine, self._memory, self._residency = engine, memory, residency
-        self._scheduler, self._book, self._restorer = scheduler, book, restorer
+        self._scheduler, self._book, self._cells = scheduler, book, cells
+        self._restorer = restorer
         self._prepare, self._workers, self._wake = prepare, workers, wake
+        self._prepared = 0
+        self._seen, self._again = (-1, -1, -1), 0.0
 
     def poll(self) -> Iterator[Begin | End]:
-        """Start to prepare what has arrived, place what is prepared."""
-        for turn in list(self._scheduler.waiting):
+        """Start to prepare what has arrived, end what cannot run, place the others in order. Looks
+        only where something has changed: a queue is long when rounds are short."""
+        waiting, now = self._scheduler.waiting, time.monotonic()
+        seen = (self._residency.changes, waiting.changes, self._prepared)
+        if seen == self._seen and now < self._again:
+            return
+        self._seen, self._again = seen, now + _AGAIN_S
+        for turn in waiting:
             agent = turn.request.agent
-            if self._book.active.get(agent, turn) is not turn:
-                continue  # turns of one agent queue
-            if turn.prepared is None and not turn.cancelled:
-                self._book.active[agent] = turn
+            if turn.prepared is not None:
+                ended = self._end(turn) if turn.prepared.done() else None
+            elif turn.cancelled:
+                ended = End(turn, turn.stopped(0, ""))
+            elif self._book.active.setdefault(agent, turn) is turn:  # else they queue
+                ended = None
                 turn.prepared = self._workers.submit(self._prepare, turn.request)
-                turn.prepared.add_done_callback(lambda _: self._wake())
-            elif turn.prepared is None or turn.prepared.done():
-                yield from self._decide(turn)
+                turn.prepared.add_done_callback(self._note_prepared)
+            else:
+                ended = None
+            if ended is not None:
+                yield ended
+        if waiting and self._residency.has_place:
+            yield from self._place_in_order()
 
-    def _decide(self, turn: Turn) -> Iterator[Begin | End]:
-        """Nothing when the turn has to wait for room, or for its rows."""
-        error = turn.prepared.exception() if turn.prepared is not None else None
+    def _note_prepared(self, _: object) -> None:
+        self._prepared += 1
+        self._wake()
+
+    def _end(self, turn: Turn) -> End | None:
+        """The end of a turn that is prepared, but cannot run."""
+        assert turn.prepared is not None
+        error = turn.prepared.exception()
         if turn.cancelled:
-            yield End(turn, TurnFinished(turn.request.attempt, 0, "", "cancelled"))
-        elif error is not None:
-            yield _refusal(turn, error)
-        elif turn.ready.memory.state != "owned":
-            yield End(turn, TurnMoved(turn.request.attempt))
-        else:
+            return End(turn, turn.stopped(0, ""))
+        if error is not None:
+            return _refusal(turn, error)
+        if turn.ready.memory.state != "owned":
+            return End(turn, TurnMoved(turn.request.attempt))
+        return None
+
+    def _place_in_order(self) -> Iterator[Begin | End]:
+        waiting = self._scheduler.waiting
+        blocked: list[Turn] = []  # those that do not fit yet
+        for turn in waiting.order():
+            if turn.prepared is None or not turn.prepared.done():
+                continue
             try:
-                began = self._place(turn, turn.ready)
+                began = self._place(turn, turn.ready, blocked)
             except EngineFault as fault:
                 yield End(turn, TurnFailed(turn.request.attempt, fault), fault)
-            else:
-                if began is not None:
-                    yield began
+                return
+            if began is not None:
+                yield began
+            if turn in waiting:
+                blocked.append(turn)
+                if waiting.holds_back(turn):
+                    return
 
-    def _place(self, turn: Turn, ready: Prepared) -> Begin | None:
+    def _place(self, turn: Turn, ready: Prepared, blocked: list[Turn]) -> Begin | None:
+        """None: it has to wait for room, or for its rows."""
         match, engine = ready.match, self._engine
+        if turn.sequence is not None:
+            match = Match(match.branch, None, match.branch.exported)
         keep = min(match.keep, len(ready.tokens) - 1)  # the last token is always computed
-        found = self._sequence_for(ready, keep)
+        found = self._sequence_for(ready, match, keep)
         if found is None:
             return None
         seq_id, holds_rows = found
-        self._scheduler.waiting.remove(turn)
+        self._scheduler.waiting.place(turn, blocked)
         if match.dropped is not None:
             self._residency.drop(match.dropped)
         in_ram = self._memory.rows.in_ram(match.source or match.branch, keep)
-        open_turn = OpenTurn(turn.request.id, ready.n_prompt)
-        self._memory.enter(ready.memory, match, open_turn, ready.tokens)
+        if turn.sequence is None:
+            open_turn = OpenTurn(turn.request.id, ready.n_prompt)
+            self._memory.enter(ready.memory, match, open_turn, ready.tokens)
         if not holds_rows and match.branch.exported and keep:
             cache = "hot" if in_ram else ready.memory.origin
             self._restorer.begin(turn, seq_id, keep, cache)
             return None
         return Begin(turn, seq_id, "hot" if engine.n_rows(seq_id) else "cold")
 
-    def _sequence_for(self, ready: Prepared, keep: int) -> tuple[int, bool] | None:
+    def _sequence_for(self, ready: Prepared, match: Match, keep: int) -> tuple[int, bool] | None:
         """(sequence, whether it holds the rows the engine had of the match); None: no room."""
-        match, engine, residency = ready.match, self._engine, self._residency
-        cells = min(engine.n_ctx, ready.n_prompt + ready.max_tokens)
+        engine, residency = self._engine, self._residency
+        cells = self._cells.to_begin(ready)
         held = residency.find(match.source or match.branch)
         if held is not None and not engine.can_truncate(held, min(keep, engine.n_rows(held))):
             if match.source is None:  # its rows are stored: go on from a checkpoint

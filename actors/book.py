@@ -10,9 +10,10 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+from actors.errors import ActorError
 from actors.prepare import Prepared
 from actors.sequence import Sequence
-from actors.turn import CacheState, StreamItem, TurnFinished, TurnRequest
+from actors.turn import CacheState, StreamItem, TurnFailed, TurnFinished, TurnRequest
 from storage.card import AgentId
 from storage.codec import Tensors
 from storage.spec import KVRows
@@ -42,10 +43,12 @@ class Turn:
     began: float = field(default_factory=time.monotonic)
     cancelled: bool = False
     prepared: Future[Prepared] | None = None
+    _ready: Prepared | None = field(default=None, init=False)
     sequence: Sequence | None = None
     restore: Restore | None = None
     last_item: float = field(default_factory=time.monotonic)
     last: TurnFinished | None = None  # held back until the turn's memory is stored
+    failure: ActorError | None = None  # why it was cancelled, unless the client wished it
 
     def emit(self, item: StreamItem) -> None:
         self.last_item = time.monotonic()
@@ -54,11 +57,32 @@ class Turn:
         except Exception:  # nobody listens any more; the others' turns go on
             logger.exception("the sink of turn %s failed", self.request.id)
 
+    def stopped(self, index: int, text: str) -> StreamItem:
+        """The last item of a cancelled turn."""
+        if self.failure is not None:
+            return TurnFailed(self.request.attempt, self.failure)
+        return TurnFinished(self.request.attempt, index, text, "cancelled")
+
+    @property
+    def asks_for(self) -> AgentId:
+        return self.request.agent
+
+    @property
+    def priority(self) -> int:
+        return self.request.priority
+
+    @property
+    def preempted(self) -> bool:
+        """It has begun, but had to leave the engine, or is on its way back."""
+        return self.sequence is not None and self.sequence.seq_id < 0
+
     @property
     def ready(self) -> Prepared:
-        """Only for a turn that has been placed."""
-        assert self.prepared is not None
-        return self.prepared.result(timeout=0)
+        """Only for a turn that is prepared."""
+        if self._ready is None:
+            assert self.prepared is not None
+            self._ready = self.prepared.result(timeout=0)
+        return self._ready
 
 
 @dataclass

@@ -26,7 +26,9 @@ class ReplicaConfig:
     max_waiting: int = 64  # queued turns; one more is answered 429
     max_tokens: int = 1024  # of a reply whose request does not say
     prefill_chunk: int = 512  # tokens per step when nobody decodes
-    prefill_chunk_busy: int = 128  # tokens per step while others decode
+    prefill_chunk_busy: int = 128  # tokens per step while others decode, until speeds are measured
+    max_step_s: float = 0.25  # of a step while others decode; 0: prefill_chunk_busy is kept
+    turn_timeout_s: float = 600.0  # a turn on one replica, waiting included
     signing_key_file: str = ""  # HMAC key for cards; empty: cards carry a plain checksum
     # digest of weights or tokenizer -> the digest it counts as; see storage.spec
     equivalent_digests: Mapping[str, str] = field(default_factory=dict)

@@ -48,7 +48,7 @@ class Exporter:
         branch, sequence = turn.ready.match.branch, turn.sequence
         assert sequence is not None
         at, windows = branch.exported, self._memory.rows.windows
-        if not windows.size or not at or at == branch.windowed:
+        if turn.preempted or not windows.size or not at or at == branch.windowed:
             return
         if at > self._engine.n_rows(sequence.seq_id):
             return  # of a turn that ended before it came as far as the one it repeats
@@ -63,17 +63,19 @@ class Exporter:
         memory, sequence = turn.ready.memory, turn.sequence
         assert sequence is not None
         if memory.card is None or memory.state == "released":
-            self._residency.free(sequence.seq_id)
+            if not turn.preempted:
+                self._residency.free(sequence.seq_id)
             return True
         if not self.export(turn, sequence.n_rows, wait=True):
             return False
-        whole = self._engine.n_rows(sequence.seq_id) == sequence.n_rows
+        seq_id = sequence.seq_id
+        whole = not turn.preempted and self._engine.n_rows(seq_id) == sequence.n_rows
         if whole:
             self.checkpoint(turn)
         if memory.state == "owned":  # a frozen agent's card is written, maybe claimed
             self._memory.commit_later(memory)
         if whole:
-            self._residency.park(sequence.seq_id)
-        else:  # it could not be cut to what the client saw
-            self._residency.free(sequence.seq_id)
+            self._residency.park(seq_id)
+        elif not turn.preempted:  # it could not be cut to what the client saw
+            self._residency.free(seq_id)
         return True

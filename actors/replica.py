@@ -60,10 +60,13 @@ class ModelReplica:
             store, engine.key, codec, tiers, self._owner, MemoryConfig(), {"engine": engine.name}
         )
         scheduler = SchedulerConfig(
-            config.max_waiting, config.prefill_chunk, config.prefill_chunk_busy
+            config.max_waiting, config.prefill_chunk, config.prefill_chunk_busy, config.max_step_s
         )
         loop_config = LoopConfig(
-            scheduler, default_max_tokens=config.max_tokens, sync=config.durability == "sync"
+            scheduler,
+            default_max_tokens=config.max_tokens,
+            turn_timeout_s=config.turn_timeout_s,
+            sync=config.durability == "sync",
         )
         self._loop = ReplicaLoop(engine, self._memory, loop_config, node)
         threading.Thread(target=self._memory.recover, name="recover", daemon=True).start()

@@ -21,16 +21,27 @@ class Residency:
         self._idle: OrderedDict[int, Branch] = OrderedDict()  # seq_id -> branch, oldest first
         self._busy: dict[int, tuple[Branch, int]] = {}  # seq_id -> (branch, reserved cells)
         self.evictions = 0
+        self.changes = 0  # that may have made room
 
     @property
     def n_idle(self) -> int:
         return len(self._idle)
 
     @property
+    def has_place(self) -> bool:
+        """Whether any sequence is empty or idle."""
+        return bool(self._free or self._idle)
+
+    @property
+    def cells_reserved(self) -> int:
+        """Cells of busy sequences."""
+        return sum(cells for _, cells in self._busy.values())
+
+    @property
     def cells_used(self) -> int:
         """Cells that idle sequences fill and busy ones have reserved."""
         idle = sum(self._engine.n_rows(seq_id) for seq_id in self._idle)
-        return idle + sum(cells for _, cells in self._busy.values())
+        return idle + self.cells_reserved
 
     def find(self, branch: Branch) -> int | None:
         """The sequence that holds an idle branch's rows."""
@@ -59,10 +70,24 @@ class Residency:
         self._busy[seq_id] = (branch, cells)
         return seq_id
 
+    def grow(self, seq_id: int, cells: int) -> bool:
+        """Reserve `cells` in all for a busy sequence; False if they do not fit."""
+        branch, reserved = self._busy[seq_id]
+        if cells > reserved:
+            if not self._make_room(cells - reserved, need_sequence=False):
+                return False
+            self._busy[seq_id] = (branch, cells)
+        return True
+
+    def reserved(self, seq_id: int) -> int:
+        """Cells of a busy sequence."""
+        return self._busy[seq_id][1]
+
     def park(self, seq_id: int) -> None:
         """The turn is over: the sequence stays, idle, with its rows."""
         branch, _ = self._busy.pop(seq_id)
         self._idle[seq_id] = branch
+        self.changes += 1
 
     def free(self, seq_id: int) -> None:
         """Empty a sequence, idle or busy."""
@@ -70,6 +95,7 @@ class Residency:
         self._busy.pop(seq_id, None)
         self._engine.truncate(seq_id, 0)
         self._free.append(seq_id)
+        self.changes += 1
 
     def drop(self, branch: Branch) -> None:
         """Empty the idle sequence of a branch, if it has one."""
@@ -90,8 +116,7 @@ class Residency:
             self.free(seq_id)
 
     def _make_room(self, cells: int, *, need_sequence: bool) -> bool:
-        busy = sum(reserved for _, reserved in self._busy.values())
-        if busy + cells > self._engine.n_cells:
+        if self.cells_reserved + cells > self._engine.n_cells:
             return False  # nobody leaves for what cannot fit anyway
         if need_sequence and not self._free and not self._idle:
             return False

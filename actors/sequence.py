@@ -93,6 +93,7 @@ class Sequence:
     grammar: Grammar | None = None  # has accepted the reply so far
     new_ids: list[int] = field(default_factory=list)  # sampled, not yet sent
     new_logprobs: list[TokenLogprob] = field(default_factory=list)  # of new_ids, if asked for
+    priority: int = 0
     sampler: Sampler = field(init=False)
 
     def __post_init__(self) -> None:

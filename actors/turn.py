@@ -70,6 +70,7 @@ class TurnRequest:
     persist: bool = True
     attempt: int = 0
     resume: Resume | None = None
+    priority: int = 0  # higher ones go first
 
 
 @dataclass(frozen=True)

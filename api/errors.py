@@ -14,7 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from actors.errors import AgentMoved, EngineFault, InvalidRequest, Overloaded
+from actors.errors import AgentMoved, EngineFault, InvalidRequest, Overloaded, TurnTimeout
 from cluster.errors import AgentBusy, MigrationFailed, NoReplica, UnknownAgent, UnknownNode
 from cluster.remote import ReplicaLost
 from storage.errors import StorageError
@@ -39,10 +39,6 @@ class ApiError(Exception):
         self.status = status
         self.retry_after = retry_after
         self.body = {"error": {"message": message, "type": type, "param": param, "code": code}}
-
-
-class TurnTimeout(Exception):
-    """A request's own deadline passed."""
 
 
 def api_error(error: Exception) -> ApiError:

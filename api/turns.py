@@ -14,7 +14,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from actors.errors import AgentMoved, EngineFault
+from actors.errors import AgentMoved, EngineFault, TurnTimeout
 from actors.turn import (
     StreamItem,
     TokenLogprob,
@@ -25,7 +25,6 @@ from actors.turn import (
     TurnRequest,
     TurnStarted,
 )
-from api.errors import TurnTimeout
 from api.metrics import Metrics
 from cluster.config import HttpConfig
 from cluster.errors import NoReplica

@@ -186,6 +186,8 @@ def _validate(config: ClusterConfig) -> None:
         ("max_tokens", replica.max_tokens, 1, 1 << 20),
         ("prefill_chunk", replica.prefill_chunk, 1, 512),
         ("prefill_chunk_busy", replica.prefill_chunk_busy, 1, 512),
+        ("max_step_s", replica.max_step_s, 0, 60),
+        ("turn_timeout_s", replica.turn_timeout_s, 1, 1e6),
         ("cells", replica.cells, 0, 1 << 24),
         ("pool_bytes", replica.pool_bytes, 0, 1 << 50),
         ("local_bytes", replica.local_bytes, 0, 1 << 50),

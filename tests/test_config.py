@@ -230,7 +230,16 @@ def test_a_wrong_type_is_named(line: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["request_timeout_s = -1", "temperature = nan", "top_p = 0", "cells = -1", "slots = 0"]
+    "line",
+    [
+        "request_timeout_s = -1",
+        "temperature = nan",
+        "top_p = 0",
+        "cells = -1",
+        "slots = 0",
+        "max_step_s = -1",
+        "turn_timeout_s = 0",
+    ],
 )
 def test_a_value_out_of_bounds_is_named(line: str, tmp_path: Path) -> None:
     name = line.split()[0]

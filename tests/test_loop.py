@@ -739,7 +739,7 @@ def test_a_finished_turn_gets_no_item_after_its_last(loop_on: MakeLoop, disturb:
     if disturb == "release":
         loop.call(lambda: loop.handoff.release(agent_id())).result(WAIT)
     else:
-        loop.call(lambda: loop._give_up(EngineFault("broken"))).result(WAIT)
+        loop.call(lambda: loop._ends.give_up(EngineFault("broken"))).result(WAIT)
     loop.memory.persister._max_jobs = 64
     gate.set()
     assert isinstance(run(loop, [user("two")], session="x").last, TurnFinished)

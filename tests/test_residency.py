@@ -135,6 +135,34 @@ def test_busy_sequences_are_never_evicted() -> None:
     assert residency.evictions == 0
 
 
+def test_a_busy_one_grows_and_idle_ones_leave_for_it() -> None:
+    engine = engine_of()
+    residency = Residency(engine)
+    idle = parked(residency, engine, 0, 100)
+    seq_id = residency.acquire(Branch(1), 150)
+    assert seq_id is not None
+    assert residency.grow(seq_id, 200)
+    assert residency.find(idle) is not None
+    assert residency.grow(seq_id, 201)
+    assert residency.find(idle) is None
+    assert residency.reserved(seq_id) == residency.cells_used == 201
+    assert residency.grow(seq_id, 50)
+    assert residency.reserved(seq_id) == 201
+
+
+def test_growth_that_does_not_fit_changes_nothing() -> None:
+    engine = engine_of()
+    residency = Residency(engine)
+    idle = parked(residency, engine, 0, 50)
+    first, second = residency.acquire(Branch(1), 100), residency.acquire(Branch(2), 100)
+    assert first is not None
+    assert second is not None
+    assert not residency.grow(first, 201)
+    assert residency.find(idle) is not None
+    assert residency.reserved(first) == 100
+    assert residency.grow(first, 200)
+
+
 def test_drop_frees_an_idle_branch_only() -> None:
     engine = engine_of()
     residency = Residency(engine)

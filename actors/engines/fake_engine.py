@@ -2,7 +2,8 @@
 
 Every row is a hash of its token and of all rows it sees, so a row that is missing, stale, moved or
 from another agent changes the next token. Logits depend on the float16 rows alone, so exported rows
-carry all of it. Its vocabulary is bytes. `step_delay` makes it as slow as a test wants.
+carry all of it. Its vocabulary is bytes. `step_delay` and `token_delay` (of every token in a step)
+make it as slow as a test wants.
 
 With `window` one more layer slides: a token sees its last `window` rows, itself included, and no
 more than the window - 1 rows that the next token will see are kept.
@@ -75,6 +76,7 @@ class FakeEngine:
         *,
         n_cells: int | None = None,
         step_delay: float = 0.0,
+        token_delay: float = 0.0,
         seed: int = 0,
         window: int = 0,
     ) -> None:
@@ -90,15 +92,15 @@ class FakeEngine:
         self.kv_bytes = self.n_cells * spec.f16_row_bytes
         self.window = window
         self._seed = seed
-        self._delay = step_delay
+        self._delay, self._token_delay = step_delay, token_delay
         self._rows: list[list[Row]] = [[] for _ in range(n_seq_max)]
         self._states: list[list[bytes]] = [[] for _ in range(n_seq_max)]  # digest of rows so far
         self._sliding: list[dict[int, Row]] = [{} for _ in range(n_seq_max)]  # position -> row
 
     def step(self, chunks: Sequence[Chunk]) -> dict[int, Logits]:
-        if self._delay:
-            time.sleep(self._delay)
         wanted = sum(len(c.token_ids) for c in chunks)
+        if self._delay or self._token_delay:
+            time.sleep(self._delay + self._token_delay * wanted)
         if sum(map(len, self._rows)) + wanted > self.n_cells:
             raise EngineFault(f"no cells for {wanted} tokens")
         if wanted > self.n_batch + self.n_seq_max:
