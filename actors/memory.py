@@ -13,6 +13,7 @@ from collections import OrderedDict
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
+from actors import journal
 from actors.branches import (
     AgentMemory,
     Branch,
@@ -112,45 +113,24 @@ class Memory:
         claim = self.store.claim(self.template(agent))
         before = claim.previous
         here = before is None or before.owner.node == self.owner.node
-        memory = AgentMemory(agent, claim.card, "warm" if here else "remote")
-        ahead = self._ahead(agent, before)
-        if ahead is None:
-            memory.branches = [branch_of(card, "shared") for card in claim.card.branches]
-        else:
-            memory.branches = [branch_of(card, "local") for card in ahead.branches]
-            note_shared(memory.branches, claim.card)
-            journal = replace(claim.card, generation=ahead.generation, branches=ahead.branches)
-            memory.card = journal
+        card = claim.card
+        branches = [branch_of(branch, "shared") for branch in card.branches]
+        ahead = journal.ahead(self.tiers.local, self.owner, agent, before)
+        if ahead is not None:
+            branches = [branch_of(branch, "local") for branch in ahead.branches]
+            note_shared(branches, card)
+            card = replace(card, generation=ahead.generation, branches=ahead.branches)
+        memory = AgentMemory(agent, card, "warm" if here else "remote", branches)
         with self._lock:
             self._agents[agent] = memory
             self._drop_idle_records()
         if ahead is not None and self.tiers.local is not None:
             try:  # before a crash can part the claim from what it leads on to
-                self.tiers.local.write_card(journal)
+                self.tiers.local.write_card(card)
             except StoreUnavailable as error:
                 self.faults.count("store_unavailable", error)
             self.commit_later(memory)
         return memory
-
-    def _ahead(self, agent: AgentId, shared: CacheCard | None) -> CacheCard | None:
-        """This node's own card, when the shared store had not caught up with it. One of an older
-        epoch is forgotten: another node has had the agent since."""
-        local = self.tiers.local
-        loaded = local.card(agent) if local is not None else None
-        if local is None or loaded is None:
-            return None
-        card = loaded.card
-        if shared is None:
-            return None  # not known there, or not mounted yet: nothing is decided
-        if not shared.tombstone:
-            if (card.epoch, card.generation) > (shared.epoch, shared.generation):
-                return card if card.epoch == shared.epoch else None
-            ours = shared.generation == 0 and shared.owner.node == self.owner.node
-            base = shared.base  # of a claim after which we died
-            if ours and base and base.epoch == card.epoch and card.generation > base.generation:
-                return card
-        local.forget(agent, card.epoch)
-        return None
 
     def recover(self) -> None:
         """Own again what this node's disk holds and the shared store lacks, and bring it there.
@@ -169,7 +149,7 @@ class Memory:
     def _recover(self, card: CacheCard, local: LocalTier) -> None:
         loaded = self.store.latest(card.agent, self.key)
         shared = loaded.card if loaded is not None else None
-        if self._ahead(card.agent, shared) is not None:
+        if journal.ahead(local, self.owner, card.agent, shared) is not None:
             self._claimed(card.agent)
         elif self.store.epoch(card.agent, self.key) > card.epoch:
             local.forget(card.agent, card.epoch)

@@ -14,7 +14,6 @@ backends differ in:
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import secrets
 import threading
@@ -62,37 +61,6 @@ class Backend(Protocol):
     def remove(self, path: str) -> None: ...
 
     def modified(self, path: str) -> float: ...
-
-
-def open_backend(url: str, timeout_s: float) -> Backend:
-    """The backend of a URL; opens no connection. Raises ValueError for a scheme that has none,
-    naming the extra to install where only its library is missing."""
-    scheme = url.split("://", 1)[0]
-    if scheme == "file":
-        return LocalBackend(url)
-    if scheme == "memory":
-        return MemoryBackend(url)
-    if scheme == "s3":
-        _need("s3fs", "s3", url)
-        from storage.s3 import S3Backend
-
-        return S3Backend(url, timeout_s)
-    if scheme in ("sftp", "ssh"):
-        _need("paramiko", "sftp", url)
-        from storage.sftp import SftpBackend
-
-        return SftpBackend(url, timeout_s)
-    known = "file://, memory://, s3://, sftp://"
-    raise ValueError(f"store {url!r}: scheme {scheme}:// is not supported; use {known}")
-
-
-def _need(library: str, extra: str, url: str) -> None:
-    try:
-        importlib.import_module(library)
-    except ImportError as error:
-        raise ValueError(
-            f"store {url!r}: needs {library}, which is not installed: pip install '.[{extra}]'"
-        ) from error
 
 
 def temporary_name() -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import random
 import secrets
 import time
@@ -19,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from storage.backends import Entry, is_temporary, open_backend
+from storage.backends import Backend, Entry, LocalBackend, MemoryBackend, is_temporary
 from storage.errors import StorageError, StoreUnavailable
 from storage.workers import DeadlinePassed, Workers
 
@@ -203,3 +204,34 @@ class Files:
         if isinstance(error, self.backend.transient):
             return True
         return isinstance(error, OSError) and error.errno in _TRANSIENT
+
+
+def open_backend(url: str, timeout_s: float) -> Backend:
+    """The backend of a URL; opens no connection. Raises ValueError for a scheme that has none,
+    naming the extra to install where only its library is missing."""
+    scheme = url.split("://", 1)[0]
+    if scheme == "file":
+        return LocalBackend(url)
+    if scheme == "memory":
+        return MemoryBackend(url)
+    if scheme == "s3":
+        _need("s3fs", "s3", url)
+        from storage.s3 import S3Backend
+
+        return S3Backend(url, timeout_s)
+    if scheme in ("sftp", "ssh"):
+        _need("paramiko", "sftp", url)
+        from storage.sftp import SftpBackend
+
+        return SftpBackend(url, timeout_s)
+    known = "file://, memory://, s3://, sftp://"
+    raise ValueError(f"store {url!r}: scheme {scheme}:// is not supported; use {known}")
+
+
+def _need(library: str, extra: str, url: str) -> None:
+    try:
+        importlib.import_module(library)
+    except ImportError as error:
+        raise ValueError(
+            f"store {url!r}: needs {library}, which is not installed: pip install '.[{extra}]'"
+        ) from error
