@@ -42,6 +42,7 @@ from storage.tiers import Tiers
 class MemoryConfig:
     max_branches: int = 4  # per agent
     max_agents: int = 4096  # records of idle agents in RAM; the store has them all
+    codec_threads: int = 1  # that encode or decode one block
 
 
 class Memory:
@@ -60,7 +61,7 @@ class Memory:
         self.store, self.key, self.codec, self.tiers = store, key, codec, tiers
         self.owner, self.config = owner, config
         self.persister, self.faults = Persister(), Faults()
-        self.rows = Rows(key, codec, tiers, self.persister, self.faults)
+        self.rows = Rows(key, codec, tiers, self.persister, self.faults, config.codec_threads)
         store.on_fault = self.faults.card
         self.replicator: Replicator | None = None
         if tiers.local is not None:

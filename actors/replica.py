@@ -34,6 +34,7 @@ from storage.tiers import Tiers
 
 T = TypeVar("T")
 _CALL_TIMEOUT_S = 30.0
+_MAX_CODEC_THREADS = 4  # memory is the limit beyond that
 
 
 class ModelReplica:
@@ -56,8 +57,10 @@ class ModelReplica:
         self._config = config
         local = open_local(config, node, engine.key)
         tiers = Tiers(store, engine.key.spec, codec, config.pool_bytes, local)
+        threads = min(_MAX_CODEC_THREADS, config.threads or os.cpu_count() or 1)
+        memory_config = MemoryConfig(codec_threads=threads)
         self._memory = Memory(
-            store, engine.key, codec, tiers, self._owner, MemoryConfig(), {"engine": engine.name}
+            store, engine.key, codec, tiers, self._owner, memory_config, {"engine": engine.name}
         )
         scheduler = SchedulerConfig(
             config.max_waiting, config.prefill_chunk, config.prefill_chunk_busy, config.max_step_s

@@ -112,7 +112,7 @@ class Restorer:
         if self._engine.loads_encoded == codec.name:
             assert sliding is None  # such an engine has no sliding layers
             return full
-        rows = decode_rows(spec, codec, full)
+        rows = decode_rows(spec, codec, full, executor=self._memory.rows.codec_threads)
         if sliding is not None:
             rows = merge_parts(spec, rows, decode_rows(spec, codec, sliding, "sliding"))
         return rows

@@ -35,10 +35,13 @@ class Rows:
         tiers: Tiers,
         persister: Persister,
         faults: Faults,
+        threads: int = 1,
     ) -> None:
         self._key, self._codec, self._tiers = key, codec, tiers
         self._persister, self._faults = persister, faults
         self._readers = ThreadPoolExecutor(2 * _READ_AHEAD, "read-ahead")
+        # Layers are encoded and decoded side by side where the replica has cores for it.
+        self.codec_threads = ThreadPoolExecutor(threads, "codec") if threads > 1 else None
         self.windows = Windows(key.spec, self.tensors, self.keep, tiers.pool.drop)
 
     # ---- from the loop's thread
@@ -79,7 +82,7 @@ class Rows:
         if start > have:  # an earlier run was lost: the next turn exports from there again
             branch.exported = have
             return
-        tensors = encode_rows(self._key.spec, self._codec, rows)
+        tensors = encode_rows(self._key.spec, self._codec, rows, executor=self.codec_threads)
         tensors = slice_rows(tensors, have - start, count_rows(tensors))
         while count := count_rows(tensors):
             filled = sum(run.rows for run in branch.tail)

@@ -594,3 +594,16 @@ def test_a_block_that_is_condemned_is_stored_anew_and_read_from_there(
     evict(loop, pool=True)
     assert talk(loop, messages, "And then?").cached == card.branches[0].rows
     assert not loop.memory.faults
+
+
+def test_layers_side_by_side_give_the_same_rows(loop_on: MakeLoop, tmp_path: Path) -> None:
+    for threads in (1, 3):
+        loop = loop_on(
+            store=tmp_path / str(threads), codec="q4", memory=MemoryConfig(codec_threads=threads)
+        )
+        messages: list[dict[str, str]] = []
+        talk(loop, messages, LONG)
+        evict(loop, pool=True)
+        talk(loop, messages, "And the ships?")
+        settle(loop)
+    assert block_files(tmp_path / "1") == block_files(tmp_path / "3")
