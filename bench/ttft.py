@@ -212,7 +212,7 @@ def _first_turns(cluster: Cluster, probe: Probe) -> None:
     others = [n["id"] for n in nodes if n["replica"] == "ready" and n["id"] != agent["node"]]
     if others:
         cluster.endpoint.request("POST", f"{path}/migrate", {"target": others[0]})
-        _turn(cluster, probe, "migrated", {"remote"})
+        _turn(cluster, probe, "migrated", {"hot", "remote"})
 
 
 def _turn(cluster: Cluster, probe: Probe, state: str, caches: set[str]) -> None:

@@ -79,8 +79,9 @@ def damage_and_take_over(
     if damage is foreign_cards:  # a live owner would write another card when it gives the agent up
         kill(cluster.nodes()[node]["pid"])
         return target, damage(cluster.store, session)
+    path = damage(cluster.store, session)  # before the target reads ahead
     assert cluster.migrate(session, target).status_code == 200
-    return target, damage(cluster.store, session)
+    return target, path
 
 
 @pytest.mark.parametrize(
@@ -124,8 +125,8 @@ def test_what_was_damaged_is_stored_again(cluster: Up) -> None:
     question = recital("Guard", 27)
     one = cluster.chat(question, "healed", max_tokens=2)
     cluster.wait_stored("healed")
-    assert cluster.migrate("healed", cluster.other(one.node)).status_code == 200
     flip(cluster.store, "healed")
     assert not sound(first_block(cluster.store, "healed"))
+    assert cluster.migrate("healed", cluster.other(one.node)).status_code == 200
     assert cluster.chat(question, "healed", max_tokens=2).cached == 0
     until(lambda: sound(first_block(cluster.store, "healed")), "a sound block in its place")

@@ -204,7 +204,7 @@ def test_an_idle_agent_migrates_with_its_memory(cluster: Up) -> None:
     assert record is not None
     assert record["node"] == target
     two = cluster.chat(question, "mover", max_tokens=24)
-    assert (two.node, two.cache) == (target, "remote")
+    assert (two.node, two.cache) == (target, "hot")  # read ahead, before the move
     assert two.cached == two.usage.prompt - 1
     assert two.text == one.text
 
