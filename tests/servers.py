@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from tests.require import require
 
 BUCKET = "kvferry-test"
@@ -38,6 +40,8 @@ def s3_server() -> Iterator[dict[str, Any]]:
     try:
         host, port = server.get_host_and_port()
         settings = {"endpoint_url": f"http://{host}:{port}", "key": "test", "secret": "test"}
+        # What servers of this process held before is moto's still.
+        httpx.post(f"{settings['endpoint_url']}/moto-api/reset", timeout=10).raise_for_status()
         import fsspec
 
         fsspec.filesystem("s3", **settings, skip_instance_cache=True).mkdir(BUCKET)
