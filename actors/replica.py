@@ -91,6 +91,10 @@ class ModelReplica:
             kv_bytes=engine.kv_bytes,
         )
 
+    def close(self) -> None:
+        """Store what is queued, free the engine; for replicas that are no actors."""
+        self._loop.close()
+
     # ---- turns
 
     async def run_turn(self, request: TurnRequest) -> AsyncIterator[list[StreamItem]]:

@@ -8,6 +8,8 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
+from actors.config import ReplicaConfig
+from actors.replica import ModelReplica
 from cluster.registry import Registry
 from storage.card import AgentId, BlockRef, BranchCard, Owner, PartRef
 from storage.pool import Pool
@@ -20,13 +22,15 @@ _TOKENS = 1000
 
 @dataclass(frozen=True)
 class Crowd:
-    """Seconds, medians; `start` is the scan that a router's start makes."""
+    """Seconds, medians; `start` is what the router reads in the background after its own start, to
+    list agents that nobody has asked for yet."""
 
     agents: int
     open: float
     commit: float
     look: float  # whether the agent is still ours: what a turn asks the store
     evict: float  # one entry of a full pool
+    replica: float  # a replica's start, model aside
     start: float
 
 
@@ -71,7 +75,15 @@ def _measure(store: CacheStore, key: CompatibilityKey, size: int) -> Crowd:
     if found < size:
         raise RuntimeError(f"{found} of {size} agents were listed")
     opened, committed, looked = (median(p[i] for p in probes) for i in range(3))
-    return Crowd(size, opened, committed, looked, _evict_s(size), start)
+    return Crowd(size, opened, committed, looked, _evict_s(size), _replica_s(store.url), start)
+
+
+def _replica_s(url: str) -> float:
+    began = time.perf_counter()
+    replica = ModelReplica(ReplicaConfig(model="fake://", store=url), "bench")
+    seconds = time.perf_counter() - began
+    replica.close()
+    return seconds
 
 
 def _evict_s(n_entries: int) -> float:

@@ -129,11 +129,13 @@ def _ends_table(ends: list[TurnEnd]) -> Table:
 
 
 def _crowd_table(crowd: list[Crowd]) -> Table:
-    table = _table("agents in the store", "claim", "commit", "look", "evict", "scan at start")
+    table = _table(
+        "agents in the store", "claim", "commit", "look", "evict", "replica start", "list"
+    )
     for c in crowd:
         table.add_row(
             str(c.agents), _ms(c.open), _ms(c.commit), _ms(c.look), f"{1e6 * c.evict:.1f} µs",
-            f"{c.start:.2f} s",
+            _ms(c.replica), f"{c.start:.2f} s",
         )  # fmt: skip
     return table
 
