@@ -90,6 +90,7 @@ def crash(loop: ReplicaLoop) -> None:
     loop._wake.set()
     loop._thread.join(5)
     loop.memory.persister.close(5)
+    loop.memory.replicator.close(5)
 
 
 def missing(folder: Path, card: CacheCard) -> list[str]:
