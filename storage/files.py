@@ -113,12 +113,6 @@ class Files:
                 return []
         return sorted(found, key=lambda entry: entry.name)
 
-    def stale_temporaries(self, folder: str, older_than_s: float) -> list[str]:
-        """Paths of temporary files whose writers must be dead: older than any write may take."""
-        found = [entry for entry in self.entries(folder) if is_temporary(entry.name)]
-        oldest = self.now() - older_than_s if found else 0.0
-        return [f"{folder}/{entry.name}" for entry in found if entry.modified < oldest]
-
     def read(self, path: str, start: int | None = None, stop: int | None = None) -> bytes:
         """The file, or its bytes from `start` to `stop` (fewer where it ends before).
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from actors.branches import Branch
@@ -19,8 +20,10 @@ from actors.engines.base import Chunk, Engine, Logits
 from actors.engines.fake_engine import FakeEngine, FakeVocab
 from actors.errors import EngineFault, TurnTimeout
 from actors.loop import LoopConfig, ReplicaLoop
+from actors.prompt import common_prefix
 from actors.scheduler import SchedulerConfig
 from actors.turn import Resume, SamplingParams, TurnFailed, TurnFinished, TurnMoved, TurnRequest
+from tests.engine_contract import GAP, feed
 from tests.loops import (
     WAIT,
     Stream,
@@ -547,19 +550,26 @@ def check_crowd(loop: ReplicaLoop, crowd: Crowd) -> Told:
 _WIDE = LoopConfig(scheduler=SchedulerConfig(max_waiting=400))
 
 
-def check_told(lone: ReplicaLoop, told: Told, sessions: list[str]) -> tuple[int, int]:
-    """The same conversations one by one on a loop of their own; (replies that were the same,
-    replies)."""
-    same = total = 0
+Parted = list[tuple[list[int], list[int], list[int]]]  # prompt, the lone reply, the crowd's
+
+
+def check_told(lone: ReplicaLoop, told: Told, sessions: list[str]) -> tuple[Parted, int]:
+    """The same conversations one by one on a loop of their own, each up to the first reply that is
+    another; (those replies, number of replies)."""
+    parted: Parted = []
+    total = 0
     for session in sessions:
         messages: list[dict[str, str]] = []
         for text, ids, said in told[session]:
             messages.append(user(text))
             answer = run(lone, messages, session=session, n=max(len(ids), 1))
-            same += answer.ids == ids
+            if answer.ids != ids:
+                parted.append((answer.prompt, answer.ids, ids))
+                total += 1
+                break  # from here on the two have other histories
             total += 1
             messages.append(assistant(said))
-    return same, total
+    return parted, total
 
 
 def test_two_hundred_agents_over_four_slots(loop_on: MakeLoop) -> None:
@@ -569,8 +579,8 @@ def test_two_hundred_agents_over_four_slots(loop_on: MakeLoop) -> None:
     assert loop.cells.preemptions > 5
     assert loop.engine.kv_bytes == 850 * loop.engine.key.spec.f16_row_bytes
     all_free(loop)
-    same, total = check_told(loop_on(FakeEngine(1, n_ctx=850)), told, sorted(told)[::10])
-    assert same == total == 100
+    parted, total = check_told(loop_on(FakeEngine(1, n_ctx=850)), told, sorted(told)[::10])
+    assert (parted, total) == ([], 100)
 
 
 def test_two_hundred_agents_over_four_slots_of_llama_cpp(
@@ -588,7 +598,17 @@ def test_two_hundred_agents_over_four_slots_of_llama_cpp(
     told = check_crowd(loop, Crowd(loop, 200, 1000, most=12, words=6))
     assert loop.residency.evictions > 500
     all_free(loop)
-    same, total = check_told(loop_on(engine(1, 1024)), told, sorted(told)[::10])
-    # A batch of four is computed by other kernels, and parts at near ties. An agent that saw
-    # another's rows would answer otherwise nearly always: the exact count is the test above.
-    assert same >= 0.9 * total
+    parted, total = check_told(loop_on(engine(1, 1024)), told, sorted(told)[::10])
+    assert total > 80
+    # A batch of four is computed by other kernels: a reply may part from the lone one, but only
+    # where two tokens are nearly as likely.
+    reference = engine(1, 1024)
+    gaps = []
+    for prompt, lone, crowds in parted:
+        common = common_prefix(lone, crowds)
+        top = np.sort(feed(reference, 0, [*prompt, *lone[:common]]))
+        reference.truncate(0, 0)
+        gaps.append(float(top[-1] - top[-2]))
+    reference.close()
+    print(f"{len(parted)} of {total} parted, at gaps {gaps}")
+    assert all(gap < GAP for gap in gaps)

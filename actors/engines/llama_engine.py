@@ -36,7 +36,7 @@ from actors.engines.llama_state import Cells
 from actors.engines.llama_vocab import LlamaVocab
 from actors.errors import EngineFault, ModelUnavailable
 from storage import codec
-from storage.codec import Tensors
+from storage.codec import Tensors, merge_parts
 from storage.spec import CompatibilityKey, KVRows
 
 logger = logging.getLogger(__name__)
@@ -123,13 +123,15 @@ class LlamaEngine:
         """Two tokens out and in again: this build's state bytes are the ones llama_state knows."""
         try:
             self.step([Chunk(0, [0, 0], 0, False)])
-            rows = self._layout.merged(self.export(0, 0, 2), self.export_window(0, 0, 2))
+            rows = self._first_two()
             self.truncate(0, 0)
             self.load(0, 0, rows)
             if self.loads_encoded:
                 same = _same(self.export_encoded(0, 0, 2), self._encode(rows))
             else:
-                again = self._layout.merged(self.export(0, 0, 2), self.export_window(0, 0, 2))
+                again = merge_parts(
+                    self.key.spec, self.export(0, 0, 2), self.export_window(0, 0, 2)
+                )
                 same = all(_same(vars(x), vars(y)) for x, y in zip(rows, again, strict=True))
             if not same:
                 raise EngineFault("rows do not come back as they went in")
@@ -137,6 +139,10 @@ class LlamaEngine:
         except EngineFault as error:
             reason = f"cannot export and import this model's cache: {error}"
             raise ModelUnavailable(reason) from error
+
+    def _first_two(self) -> KVRows:
+        """Rows 0 and 1 of both parts."""
+        return merge_parts(self.key.spec, self.export(0, 0, 2), self.export_window(0, 0, 2))
 
     def step(self, chunks: Sequence[Chunk]) -> dict[int, Logits]:
         for chunk in chunks:

@@ -117,11 +117,6 @@ class Layout:
             kv.append((k, v.reshape(*lead, g.n_kv_heads * g.value_dim)))
         return Cells(stop - kv[0][0].shape[1], tuple(kv))
 
-    def merged(self, full: KVRows, sliding: KVRows) -> KVRows:
-        """Rows of both parts, exported apart, as one."""
-        pairs = zip(self._groups, full, sliding, strict=True)
-        return tuple(y if g.part == "sliding" else x for g, x, y in pairs)
-
     def bytes(self, full_cells: int, sliding_cells: int) -> int:
         """What the two caches take."""
         pairs = ((self.full, full_cells), (self.sliding, sliding_cells))
