@@ -21,13 +21,15 @@ Parts = Mapping[str, PartRef]
 @dataclass(eq=False)
 class Run:
     """A whole block or a tail segment, and where its parts are stored: on this node's disk, in the
-    shared store, or nowhere yet. `carried`: sliding rows of the segments a block was joined from,
-    until the next checkpoint completes them, and how many of its rows lie before their end."""
+    shared store, or nowhere yet. `durable`: a card of the shared store names it. `carried`: sliding
+    rows of the segments a block was joined from, until the next checkpoint completes them, and how
+    many of its rows lie before their end."""
 
     id: str
     rows: int
     local: Parts = field(default_factory=dict)
     shared: Parts = field(default_factory=dict)
+    durable: bool = False
     has_window: bool = False
     carried: tuple[Tensors, int] | None = None
 
@@ -130,10 +132,10 @@ def positions(branch: Branch) -> Iterator[tuple[int, Run]]:
 
 
 def durable_rows(branch: Branch) -> int:
-    """Rows that survive this node: in the shared store without a gap."""
+    """Rows that survive this node: named by a card of the shared store, without a gap."""
     rows = 0
     for run in branch.runs:
-        if "full" not in run.shared:
+        if not run.durable:
             break
         rows += run.rows
     return rows
@@ -143,7 +145,7 @@ def branch_of(card: BranchCard, place: Place) -> Branch:
     """A branch from a card that was read in one place."""
 
     def run(ref: BlockRef) -> Run:
-        made = Run(ref.id, ref.rows, has_window="sliding" in ref.parts)
+        made = Run(ref.id, ref.rows, durable=place == "shared", has_window="sliding" in ref.parts)
         for part, stored in ref.parts.items():
             made.note(place, part, stored)
         return made
@@ -166,7 +168,7 @@ def note_shared(branches: Sequence[Branch], card: CacheCard) -> None:
     shared = {ref.id: ref for b in card.branches for ref in (*b.blocks, *b.tail)}
     for run in (run for branch in branches for run in branch.runs):
         if run.id in shared:
-            run.shared = dict(shared[run.id].parts)
+            run.shared, run.durable = dict(shared[run.id].parts), True
 
 
 def note_committed(states: Sequence[BranchState], card: CacheCard) -> None:
@@ -177,6 +179,7 @@ def note_committed(states: Sequence[BranchState], card: CacheCard) -> None:
         for run in state.runs:
             parts = named.get(run.id, {})
             run.shared = {part: parts[part] for part in run.shared if part in parts}
+            run.durable = "full" in run.shared
 
 
 def card_of(branch: Branch) -> BranchCard:

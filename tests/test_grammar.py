@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -226,9 +227,14 @@ def test_the_longest_chain_of_rules_does_not_end_the_process() -> None:
 
 
 def test_a_compilation_that_takes_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("actors.grammar._COMPILE_TIMEOUT_S", 0.0)
-    with pytest.raises(InvalidRequest, match="too long"):
-        GrammarCompiler(FakeVocab()).compile(json_guide(SCHEMA))
+    slow = threading.Event()
+    monkeypatch.setattr("actors.grammar._COMPILE_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(GrammarCompiler, "_compile", lambda *_: slow.wait(30))
+    try:
+        with pytest.raises(InvalidRequest, match="too long"):
+            GrammarCompiler(FakeVocab()).compile(json_guide(SCHEMA))
+    finally:
+        slow.set()
 
 
 def test_a_step_that_costs_too_much_is_refused(compiler: GrammarCompiler) -> None:

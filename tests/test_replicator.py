@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from actors.branches import durable_rows
 from actors.engines.fake_engine import FakeEngine
 from actors.loop import LoopConfig, ReplicaLoop
 from actors.turn import TurnFinished
@@ -507,3 +508,30 @@ def test_an_agent_released_during_a_commit_leaves_nothing_behind(
     assert loop.memory.replicator is not None
     assert loop.memory.replicator.pending == 0
     assert card_in(tmp_path / "n0", loop) is None
+
+
+def test_rows_are_durable_once_a_card_names_them(
+    node: MakeLoop, shared: Shared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks that were uploaded are lost with the node, as long as no card in the store says so."""
+    cards, create = threading.Event(), Files.create
+
+    def slow(files: Files, path: str, raw: bytes) -> None:
+        if str(path).startswith(str(shared.folder / "agents")) and not path.endswith(
+            "00000001-00000000.safetensors"
+        ):
+            cards.wait(10)
+        create(files, path, raw)
+
+    monkeypatch.setattr(Files, "create", slow)
+    loop = node()
+    run(loop, [user("Tell me about the sea.")], n=8)
+    branch = memory_of(loop).branches[0]
+    deadline = time.monotonic() + 10
+    while not all(r.shared for r in branch.runs) or not branch.runs:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert durable_rows(branch) == 0
+    cards.set()
+    settle(loop)
+    assert durable_rows(branch) == branch.rows > 0
