@@ -288,7 +288,7 @@ class ReplicaLoop:
                 done, total = sequence.n_rows, len(sequence.tokens)
                 turn.emit(Progress(turn.request.attempt, done, total))
             else:
-                self._accept(turn, sequence, logits[sequence.seq_id])
+                self._accept(turn, sequence, logits[sequence.seq_id][-1])
             if id(sequence) in self._book.by_sequence:
                 self._exporter.filled(turn)
         return True

@@ -37,8 +37,8 @@ class Scheduled:
     def chunk(self) -> Chunk:
         sequence, start = self.sequence, self.sequence.n_rows
         stop = start + self.n_tokens
-        wanted = stop == len(sequence.tokens)
-        return Chunk(sequence.seq_id, sequence.tokens[start:stop], start, wanted)
+        n_logits = int(stop == len(sequence.tokens))
+        return Chunk(sequence.seq_id, sequence.tokens[start:stop], start, n_logits)
 
 
 class Asking(Hashable, Protocol):

@@ -63,7 +63,7 @@ class RawEngine:
         began = time.perf_counter()
         for start in range(0, len(ids), self._chunk):
             part = ids[start : start + self._chunk]
-            self._engine.step([Chunk(0, part, start, start + len(part) == len(ids))])
+            self._engine.step([Chunk(0, part, start, int(start + len(part) == len(ids)))])
         seconds = time.perf_counter() - began
         self._engine.truncate(0, 0)
         return len(ids), seconds

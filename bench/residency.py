@@ -70,8 +70,9 @@ def run(config: ClusterConfig, lengths: list[int], runs: int) -> int:
 def _feed(engine: Engine, ids: Sequence[int]) -> Logits:
     for at in range(0, len(ids), engine.n_batch):
         part = ids[at : at + engine.n_batch]
-        logits = engine.step([Chunk(0, part, engine.n_rows(0), at + len(part) == len(ids))])
-    return logits[0].copy()
+        logits = engine.step([Chunk(0, part, engine.n_rows(0), int(at + len(part) == len(ids)))])
+    last: Logits = logits[0][-1].copy()
+    return last
 
 
 def _speed(engine: Engine, ids: list[int], length: int, figures: Figures) -> None:

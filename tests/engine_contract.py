@@ -24,8 +24,8 @@ def feed(engine: Engine, seq_id: int, ids: Sequence[int], chunk: int = 0) -> Log
     for at in range(0, len(ids), chunk or len(ids)):
         part = ids[at : at + (chunk or len(ids))]
         last = at + len(part) == len(ids)
-        logits = engine.step([Chunk(seq_id, part, engine.n_rows(seq_id), last)])
-    return logits[seq_id].copy()
+        logits = engine.step([Chunk(seq_id, part, engine.n_rows(seq_id), int(last))])
+    return logits[seq_id][-1].copy()
 
 
 def greedy(engine: Engine, seq_id: int, ids: Sequence[int], n: int) -> tuple[list[int], np.ndarray]:
@@ -142,12 +142,27 @@ class EngineContract:
             engine.truncate(0, 0)
         seen = [[feed(engine, i, ids)] for i, ids in enumerate(starts)]
         for at in range(11):
-            chunks = [Chunk(i, [t[at]], engine.n_rows(i), True) for i, (t, _) in enumerate(alone)]
+            chunks = [Chunk(i, [t[at]], engine.n_rows(i), 1) for i, (t, _) in enumerate(alone)]
             logits = engine.step(chunks)
             for i in range(3):
-                seen[i].append(logits[i].copy())
+                seen[i].append(logits[i][-1].copy())
         for (_, reference), batched in zip(alone, seen, strict=True):
             assert_equal(reference, np.stack(batched), exact=self.exact, limit=self.kl)
+
+    def test_logits_of_several_tokens_are_those_of_one_after_another(self, engine: Engine) -> None:
+        """What drafts are checked with."""
+        ids = self.ids(engine, 60)
+        tokens, reference = greedy(engine, 0, ids, 6)
+        engine.truncate(0, 0)
+        other = feed(engine, 1, self.ids(engine, 30, 1))
+        first = feed(engine, 0, ids)
+        logits = engine.step([Chunk(0, tokens[:5], 60, 5), Chunk(1, [int(other.argmax())], 30, 1)])
+        assert [len(logits[i]) for i in (0, 1)] == [5, 1]
+        assert_equal(reference, np.stack([first, *logits[0]]), exact=self.exact, limit=self.kl)
+        if engine.can_truncate(0, 62):  # a draft that was refused leaves nothing behind
+            engine.truncate(0, 62)
+            again = forced(engine, 0, tokens[2:], logits[0][1].copy())
+            assert_equal(reference[2:], again, exact=self.exact, limit=self.kl)
 
     def test_prefill_beside_decode_equals_prefill_alone(self, engine: Engine) -> None:
         ids, other = self.ids(engine, 90, 0), self.ids(engine, 30, 1)
@@ -157,12 +172,12 @@ class EngineContract:
         for start, stop in ((0, 40), (40, 90)):
             logits = engine.step(
                 [
-                    Chunk(1, [5], engine.n_rows(1), True),
-                    Chunk(0, ids[start:stop], start, stop == 90),
+                    Chunk(1, [5], engine.n_rows(1), 1),
+                    Chunk(0, ids[start:stop], start, int(stop == 90)),
                 ]
             )
             assert logits.keys() == ({0, 1} if stop == 90 else {1})
-        first = logits[0].copy()
+        first = logits[0][-1].copy()
         assert_equal(reference, forced(engine, 0, tokens, first), exact=self.exact, limit=self.kl)
 
     @pytest.mark.parametrize("chunk", [1, 37, 128])
@@ -364,7 +379,7 @@ class EngineContract:
         engine.truncate(0, 0)
         n = engine.n_batch + engine.n_seq_max
         with pytest.raises(EngineFault):
-            engine.step([Chunk(0, self.ids(engine, n + 1), 0, True)])
+            engine.step([Chunk(0, self.ids(engine, n + 1), 0, 1)])
         assert engine.n_rows(0) == 0
         first = feed(engine, 0, self.ids(engine, 30))
         assert_equal(reference, forced(engine, 0, tokens, first), exact=self.exact, limit=self.kl)
@@ -377,7 +392,7 @@ class EngineContract:
         def feed_chunk(number: int) -> None:
             seq_id = number % 2
             ids = self.ids(engine, chunk, seq_id)
-            engine.step([Chunk(seq_id, ids, engine.n_rows(seq_id), False)])
+            engine.step([Chunk(seq_id, ids, engine.n_rows(seq_id), 0)])
 
         for number in range(engine.n_cells // chunk):
             feed_chunk(number)
@@ -392,14 +407,14 @@ class EngineContract:
     def test_a_step_at_the_wrong_position_is_refused(self, engine: Engine) -> None:
         feed(engine, 0, self.ids(engine, 10))
         with pytest.raises(EngineFault):
-            engine.step([Chunk(0, [5], 12, True)])
+            engine.step([Chunk(0, [5], 12, 1)])
         assert engine.n_rows(0) == 10
 
     def test_n_rows_is_the_truth(self, engine: Engine) -> None:
         assert [engine.n_rows(i) for i in range(engine.n_seq_max)] == [0] * engine.n_seq_max
         ids = self.ids(engine, 31)
         feed(engine, 2, ids)
-        engine.step([Chunk(0, self.ids(engine, 3), 0, False), Chunk(2, [5], 31, False)])
+        engine.step([Chunk(0, self.ids(engine, 3), 0, 0), Chunk(2, [5], 31, 0)])
         assert [engine.n_rows(i) for i in range(3)] == [3, 0, 32]
         go_back(engine, 2, ids[:11])
         assert engine.n_rows(2) == 11

@@ -264,7 +264,7 @@ def test_load_into_a_full_context_is_a_fault_and_no_end(tiny: Engine) -> None:
 def test_an_unknown_token_is_a_fault_and_no_end(tiny: Engine) -> None:
     emptied(tiny)
     with pytest.raises(EngineFault):
-        tiny.step([Chunk(0, [tiny.vocab.size], 0, True)])
+        tiny.step([Chunk(0, [tiny.vocab.size], 0, 1)])
     tiny.truncate(0, 0)
     feed(tiny, 0, [5, 6, 7])
     assert tiny.n_rows(0) == 3
@@ -355,8 +355,8 @@ def test_every_sequence_full_and_a_longest_step(tiny_models: dict[str, Path]) ->
         assert not engine.can_truncate(seq_id, 300)
     rows = both(engine, 1, 944, 1200)
     go_back(engine, 1, ids[:944])
-    chunk = [Chunk(0, ids[: engine.n_batch], 1200, True), Chunk(1, [5], 944, True)]
-    engine.step([*chunk, Chunk(2, [5], 1200, True)])
+    chunk = [Chunk(0, ids[: engine.n_batch], 1200, 1), Chunk(1, [5], 944, 1)]
+    engine.step([*chunk, Chunk(2, [5], 1200, 1)])
     go_back(engine, 1, ids[:944])
     engine.load(1, 944, rows)
     for seq_id in range(3):

@@ -83,14 +83,14 @@ def direct(prompt: list[int], n: int, engine: FakeEngine | None = None) -> list[
     engine = engine or FakeEngine(1)
     for at in range(0, len(prompt), 256):
         part = prompt[at : at + 256]
-        logits = engine.step([Chunk(0, part, at, True)])
+        logits = engine.step([Chunk(0, part, at, 1)])
     reply: list[int] = []
     while len(reply) < n:
-        token = int(logits[0].argmax())
+        token = int(logits[0][-1].argmax())
         if token == END:
             break
         reply.append(token)
-        logits = engine.step([Chunk(0, [token], len(prompt) + len(reply) - 1, True)])
+        logits = engine.step([Chunk(0, [token], len(prompt) + len(reply) - 1, 1)])
     return reply
 
 

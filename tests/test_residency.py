@@ -15,7 +15,7 @@ def engine_of(n_seq_max: int = 3, n_cells: int = 300) -> FakeEngine:
 
 
 def fill(engine: FakeEngine, seq_id: int, n: int) -> None:
-    engine.step([Chunk(seq_id, [65] * n, engine.n_rows(seq_id), False)])
+    engine.step([Chunk(seq_id, [65] * n, engine.n_rows(seq_id), 0)])
 
 
 def parked(residency: Residency, engine: FakeEngine, number: int, rows: int) -> Branch:

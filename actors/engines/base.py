@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from storage.codec import Tensors
 from storage.spec import CompatibilityKey, KVRows
 
-Logits = NDArray[np.float32]  # (n_vocab,)
+Logits = NDArray[np.float32]  # (n_vocab,), or (n, n_vocab) of a step
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Chunk:
     seq_id: int
     token_ids: Sequence[int]
     start: int
-    wants_logits: bool  # of the last token
+    n_logits: int  # of its last tokens, so many
 
 
 class Vocab(Protocol):
@@ -73,7 +73,8 @@ class Engine(Protocol):
     loads_encoded: str  # name of the codec whose tensors load_encoded takes; "": of none
 
     def step(self, chunks: Sequence[Chunk]) -> dict[int, Logits]:
-        """Compute all chunks in one batch; logits by seq_id, valid until the next call."""
+        """Compute all chunks in one batch; the (n_logits, n_vocab) logits of those that want any,
+        by seq_id, valid until the next call."""
         ...
 
     def export(self, seq_id: int, start: int, stop: int) -> KVRows:

@@ -112,10 +112,11 @@ class FakeEngine:
                 raise EngineFault(f"position {chunk.start} after {len(rows)} rows")
             if not self.can_truncate(chunk.seq_id, chunk.start):
                 raise EngineFault(f"position {chunk.start} without its window")
-            for token in chunk.token_ids:
-                state = self._compute(chunk.seq_id, token)
-            if chunk.wants_logits:
-                logits[chunk.seq_id] = self._logits(state)
+            states = [self._compute(chunk.seq_id, token) for token in chunk.token_ids]
+            if chunk.n_logits:
+                logits[chunk.seq_id] = np.stack(
+                    [self._logits(state) for state in states[-chunk.n_logits :]]
+                )
         return logits
 
     def _compute(self, seq_id: int, token: int) -> bytes:

@@ -23,8 +23,8 @@ class Batch:
         self._wanted = np.ctypeslib.as_array(self.raw.logits, (size,))
         np.ctypeslib.as_array(self.raw.n_seq_id, (size,))[:] = 1
 
-    def fill(self, chunks: Sequence[Chunk]) -> tuple[int, dict[int, int]]:
-        """(number of tokens, seq_id -> place of the token whose logits are wanted). Raises
+    def fill(self, chunks: Sequence[Chunk]) -> tuple[int, dict[int, range]]:
+        """(number of tokens, seq_id -> places of the tokens whose logits are wanted). Raises
         EngineFault for more tokens than it holds."""
         n = sum(len(chunk.token_ids) for chunk in chunks)
         if n > self._tokens.size:
@@ -37,9 +37,9 @@ class Batch:
             self._positions[n:end] = np.arange(chunk.start, chunk.start + end - n)
             for i in range(n, end):
                 self.raw.seq_id[i][0] = chunk.seq_id
-            if chunk.wants_logits:
-                self._wanted[end - 1] = 1
-                places[chunk.seq_id] = end - 1
+            if chunk.n_logits:
+                self._wanted[end - chunk.n_logits : end] = 1
+                places[chunk.seq_id] = range(end - chunk.n_logits, end)
             n = end
         self.raw.n_tokens = n
         return n, places

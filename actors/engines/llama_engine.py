@@ -122,7 +122,7 @@ class LlamaEngine:
     def _check_state(self) -> None:
         """Two tokens out and in again: this build's state bytes are the ones llama_state knows."""
         try:
-            self.step([Chunk(0, [0, 0], 0, False)])
+            self.step([Chunk(0, [0, 0], 0, 0)])
             rows = self._first_two()
             self.truncate(0, 0)
             self.load(0, 0, rows)
@@ -147,7 +147,7 @@ class LlamaEngine:
     def step(self, chunks: Sequence[Chunk]) -> dict[int, Logits]:
         for chunk in chunks:
             self._check_start(chunk)
-        n, rows = self._batch.fill(chunks)
+        n, places = self._batch.fill(chunks)
         code = llama.llama_decode(self._context, self._batch.raw)
         for chunk in chunks:
             if code:  # part of the batch may be computed: a failed step leaves nothing
@@ -156,12 +156,14 @@ class LlamaEngine:
                 self._rows[chunk.seq_id] += len(chunk.token_ids)
         if code:
             raise EngineFault(f"llama_decode of {n} tokens failed with {code}")
-        return {
-            seq_id: np.ctypeslib.as_array(
-                llama.llama_get_logits_ith(self._context, row), (self.vocab.size,)
-            )
-            for seq_id, row in rows.items()
-        }
+        return {seq_id: self._logits(wanted) for seq_id, wanted in places.items()}
+
+    def _logits(self, places: range) -> Logits:
+        rows = [
+            np.ctypeslib.as_array(llama.llama_get_logits_ith(self._context, i), (self.vocab.size,))
+            for i in places
+        ]
+        return rows[0][None] if len(rows) == 1 else np.stack(rows)
 
     def _check_start(self, chunk: Chunk) -> None:
         """llama.cpp itself computes on, silently wrong, where sliding cells are missing."""
