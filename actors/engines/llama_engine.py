@@ -1,11 +1,12 @@
 """The Engine on llama.cpp, through llama-cpp-python's low-level API.
 
-One context, unified KV, flash attention; sequence n_seq_max is a scratch sequence through which
-rows enter and leave without touching the rest. Keys of architectures with interleaved rope are
-reordered at this edge. Refuses, before it is ready, models whose cache it cannot carry.
+One context, unified KV; sequence n_seq_max is a scratch sequence through which rows enter and
+leave without touching the rest. Keys of architectures with interleaved rope are reordered at this
+edge. Refuses, before it is ready, models whose cache it cannot carry.
 
-With `kv_type` q4_1 the cells are ggml's Q4_1 blocks: the q4 codec's tensors go into them as they
-are, and rows that are computed here are quantized by llama.cpp as soon as they exist.
+Cells of another `kv_type` than f16 are ggml's blocks: rows that are computed here are quantized by
+llama.cpp as soon as they exist, rows that are loaded when they enter. Into those of q4_1 the q4
+codec's tensors go as they are.
 
 Models with sliding-window layers have two caches in one context. llama.cpp gives every sequence
 window + (n_ubatch, shared) cells in the sliding one and takes back those that no window reaches,
@@ -30,18 +31,19 @@ from numpy.typing import NDArray
 from actors.engines import llama_spec, llama_state
 from actors.engines.base import Chunk, Logits, Vocab, count_rows
 from actors.engines.llama_batch import Batch
+from actors.engines.llama_context import open_context, open_model
 from actors.engines.llama_rows import Layout
 from actors.engines.llama_scratch import SLIDING_ONLY, WHOLE, Scratch
 from actors.engines.llama_state import Cells
 from actors.engines.llama_vocab import LlamaVocab
+from actors.engines.options import MAX_UBATCH, EngineOptions
 from actors.errors import EngineFault, ModelUnavailable
 from storage import codec
 from storage.codec import Tensors, merge_parts
 from storage.spec import CompatibilityKey, KVRows
 
 logger = logging.getLogger(__name__)
-_UBATCH = 512
-_NO_ROTATION = "LLAMA_ATTN_ROT_DISABLE"  # llama.cpp's; stored codes are of rotated rows
+_NO_ROTATION = "LLAMA_ATTN_ROT_DISABLE"  # llama.cpp's; quantized rows are rotated ones
 
 
 @llama.llama_log_callback  # type: ignore[untyped-decorator]
@@ -68,56 +70,53 @@ class LlamaEngine:
         n_cells: int,
         n_threads: int,
         kv_type: str = "f16",
+        flash_attention: bool = True,
+        n_ubatch: int = MAX_UBATCH,
     ) -> None:
         """n_ctx: tokens per sequence, at most the model's; n_cells: tokens of all sequences."""
-        if kv_type != "f16" and _NO_ROTATION in os.environ:
-            raise ModelUnavailable(f"kv_type = {kv_type}: {_NO_ROTATION} must not be set")
         llama.llama_log_set(_log, ctypes.c_void_p(0))
         llama.llama_backend_init()
         self._context: Any = None
-        self._model: Any = llama.llama_model_load_from_file(
-            os.fsencode(path), llama.llama_model_default_params()
+        self._model: Any = open_model(path)
+        spec, self._rope = llama_spec.read(self._model, path)  # refuses before the file is hashed
+        self.key = CompatibilityKey(
+            *llama_spec.digests(path), rope=self._rope.parameters, spec=spec
         )
-        if not self._model:
-            raise ModelUnavailable(f"{path}: llama.cpp cannot load this file")
-        spec, rope = llama_spec.read(self._model, path)  # refuses before the file is hashed
-        self.key = CompatibilityKey(*llama_spec.digests(path), rope=rope.parameters, spec=spec)
         self.window = max(layer.window for layer in spec.layers)
-        self._layout = Layout(spec, rope, kv_type)
+        self.vocab: Vocab = LlamaVocab(self._model)
+        self._n_ctx = min(n_ctx, llama.llama_model_n_ctx_train(self._model))
+        self.n_seq_max = n_seq_max
+        self.n_batch = MAX_UBATCH
+        self.reopen(EngineOptions(n_threads, flash_attention, kv_type, n_ubatch), n_cells)
+
+    def reopen(self, options: EngineOptions, n_cells: int) -> None:
+        """Compute in another way, with the same weights: every sequence is empty then. Raises
+        ModelUnavailable for what this model does not allow; only `reopen` and `close` work then."""
+        try:
+            options.check()
+        except ValueError as error:
+            raise ModelUnavailable(str(error)) from error
+        if options.kv_type != "f16" and _NO_ROTATION in os.environ:
+            raise ModelUnavailable(f"kv_type = {options.kv_type}: {_NO_ROTATION} must not be set")
+        self._free_context()
+        v_trans = not options.flash_attention
+        self._layout = Layout(self.key.spec, self._rope, options.kv_type, v_trans=v_trans)
         self.loads_encoded = self._layout.codec.name if self._layout.codec else ""
         self._sliding = self._layout.sliding
-        self.vocab: Vocab = LlamaVocab(self._model)
-        self.n_ctx = min(n_ctx, llama.llama_model_n_ctx_train(self._model), n_cells)
-        self.n_seq_max = n_seq_max
-        self.n_batch = _UBATCH
-        self._rows = [0] * n_seq_max
-        self._run = [0] * n_seq_max  # first position of the sliding rows loaded without a gap
-        self._open_context(n_cells, n_threads)
-        self._check_state()
-
-    def _open_context(self, n_cells: int, n_threads: int) -> None:
-        params = llama.llama_context_default_params()
-        params.n_ctx = n_cells
-        params.n_batch = self.n_batch + self.n_seq_max
-        params.n_ubatch = _UBATCH
-        params.n_seq_max = self.n_seq_max + 1
-        params.n_threads = params.n_threads_batch = n_threads
-        params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        params.kv_unified = True
-        params.type_k = params.type_v = self._layout.type.number
-        params.swa_full = False
-        params.no_perf = True
-        self._context = llama.llama_init_from_model(self._model, params)
-        if not self._context:
-            raise ModelUnavailable(f"llama.cpp cannot make a context of {n_cells} cells")
+        n_batch, n_seq_max = self.n_batch + self.n_seq_max, self.n_seq_max + 1
+        self._context = open_context(self._model, options, n_cells, n_batch, n_seq_max)
+        self._batch = Batch(n_batch)
         self.n_cells = llama.llama_n_ctx(self._context)
+        self.n_ctx = min(self._n_ctx, n_cells)
         # llama-kv-cache-iswa.cpp: a window for each sequence, one micro-batch, rounded up
-        wanted = -(-(self.window * params.n_seq_max + _UBATCH) // 256) * 256
+        wanted = -(-(self.window * n_seq_max + options.ubatch) // 256) * 256
         self._sliding_cells = min(self.n_cells, wanted)
         self.kv_bytes = self._layout.bytes(self.n_cells, self._sliding_cells)
         self._memory = llama.llama_get_memory(self._context)
-        self._batch = Batch(params.n_batch)
         self._scratch = Scratch(self._context, self.n_seq_max)
+        self._rows = [0] * self.n_seq_max
+        self._run = [0] * self.n_seq_max  # first position of the sliding rows loaded without a gap
+        self._check_state()
 
     def _check_state(self) -> None:
         """Two tokens out and in again: this build's state bytes are the ones llama_state knows."""
@@ -132,7 +131,7 @@ class LlamaEngine:
                 again = merge_parts(
                     self.key.spec, self.export(0, 0, 2), self.export_window(0, 0, 2)
                 )
-                same = all(_same(vars(x), vars(y)) for x, y in zip(rows, again, strict=True))
+                same = self._layout.same(rows, again)
             if not same:
                 raise EngineFault("rows do not come back as they went in")
             self.truncate(0, 0)
@@ -214,7 +213,7 @@ class LlamaEngine:
 
     def load_encoded(self, seq_id: int, start: int, tensors: Tensors) -> None:
         if not self.loads_encoded:
-            raise EngineFault("float16 cells take no encoded rows")
+            raise EngineFault(f"{self._layout.type.name} cells take no encoded rows")
         stop = start + codec.count_rows(tensors)
         cells = self._layout.encoded_cells(tensors, stop)
         self._append(seq_id, start, stop, [(self._layout.full, cells)])
@@ -280,13 +279,16 @@ class LlamaEngine:
         return self._rows[seq_id]
 
     def close(self) -> None:
+        self._free_context()
+        if self._model:
+            llama.llama_model_free(self._model)
+            self._model = None
+
+    def _free_context(self) -> None:
         if self._context:
             self._batch.free()
             llama.llama_free(self._context)
             self._context = None
-        if self._model:
-            llama.llama_model_free(self._model)
-            self._model = None
 
 
 def _same(a: Mapping[str, NDArray[Any]], b: Mapping[str, NDArray[Any]]) -> bool:

@@ -1,14 +1,15 @@
 """llama.cpp's sequence-state bytes <-> K/V arrays. Pure numpy; knows no llama.cpp library.
 
 The bytes of `llama_state_seq_get_data` (llama-kv-cache.cpp, state_write; llama-cpp-python 0.3.36)
-for caches with one stream (kv_unified) and untransposed V (flash attention):
+for caches with one stream (kv_unified):
 
     u32 magic, i32 seq_id, then for each cache (one, or full and sliding, llama-kv-cache-iswa.cpp):
     u32 n_stream = 1, u32 cell_count; if there are cells:
     per cell   i32 pos, u32 n_seq_id = 1, i32 seq_id
-    u32 v_trans = 0, u32 n_layer
+    u32 v_trans (1: without flash attention), u32 n_layer
     per layer  i32 ggml type, u64 row size, cell_count rows of K
     per layer  i32 ggml type, u64 row size, cell_count rows of V; no V at all for MLA
+               v_trans: i32 ggml type, u32 value size, u32 n values, n rows of cell_count values
 
 Rows are of float16, or of quantized blocks that are not looked into here (llama_q4 does).
 A sliding cache gives only the cells that the sequence's last token sees.
@@ -44,8 +45,10 @@ class CellType:
 
 
 F16 = CellType("f16", 1, np.dtype("<f2"), 1)
+Q4_0 = CellType("q4_0", 2, np.dtype("V18"), 32)
 Q4_1 = CellType("q4_1", 3, np.dtype("V20"), 32)
-CELL_TYPES = {cell_type.name: cell_type for cell_type in (F16, Q4_1)}
+Q8_0 = CellType("q8_0", 8, np.dtype("V34"), 32)
+CELL_TYPES = {cell_type.name: cell_type for cell_type in (F16, Q8_0, Q4_1, Q4_0)}
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Rows:
     layers: tuple[int, ...]
     blocks: int  # of a row; 0: the cache does not hold this side
     type: CellType
+    transposed: bool = False  # kept value by value, all cells of one after the other
 
     @property
     def places(self) -> tuple[int, ...]:
@@ -67,6 +71,8 @@ class Rows:
 
     @property
     def head(self) -> bytes:
+        if self.transposed:
+            return struct.pack("<iII", self.type.number, self.type.dtype.itemsize, self.blocks)
         return struct.pack("<iQ", self.type.number, self.row_bytes)
 
     def empty(self, n_cells: int) -> Side:
@@ -81,17 +87,15 @@ class Stack:
     k_row: int  # values of one token
     v_row: int  # 0: the cache holds no V
     type: CellType = F16
+    v_trans: bool = False
 
     @property
     def k(self) -> Rows:
-        return self._rows(self.k_row)
+        return Rows(self.places, self.k_row // self.type.values, self.type)
 
     @property
     def v(self) -> Rows:
-        return self._rows(self.v_row)
-
-    def _rows(self, row: int) -> Rows:
-        return Rows(self.places, row // self.type.values, self.type)
+        return Rows(self.places, self.v_row // self.type.values, self.type, self.v_trans)
 
 
 Cache = tuple[Stack, ...]
@@ -139,8 +143,8 @@ def _cells(raw: bytes | memoryview, offset: int, cache: Cache) -> tuple[Cells, i
     positions = np.frombuffer(raw, "<i4", 3 * n_cells, offset).reshape(n_cells, 3)[:, 0]
     offset += 12 * n_cells
     v_trans, n_layers = struct.unpack_from("<II", raw, offset)
-    if v_trans:
-        raise EngineFault("state with transposed V: flash attention is off")
+    if v_trans != cache[0].v_trans:
+        raise EngineFault(f"state with v_trans = {v_trans}: flash attention is not as asked for")
     if n_layers != sum(len(s.places) for s in cache):
         raise EngineFault(f"state has {n_layers} layers: not those of the spec")
     k, offset = _sides(raw, offset + 8, n_cells, [s.k for s in cache])
@@ -172,11 +176,16 @@ def _sides(
             stride = strides.pop() if strides else 0
             heads = np.ndarray((len(at), _LAYER), "u1", raw, at[0], (stride, 1))
             inner = (stride, side.row_bytes, dtype.itemsize)
+            if side.transposed:
+                inner = (stride, dtype.itemsize, n_cells * dtype.itemsize)
             rows = np.ndarray(shape, dtype, raw, at[0] + _LAYER, inner)
         else:  # layers of different geometries take turns
             heads = np.stack([np.frombuffer(raw, "u1", _LAYER, o) for o in at])
             flat = [np.frombuffer(raw, dtype, n_cells * side.blocks, o + _LAYER) for o in at]
-            rows = np.stack(flat).reshape(shape)
+            rows = np.stack(flat)
+            if side.transposed:
+                rows = rows.reshape(len(at), side.blocks, n_cells).swapaxes(1, 2)
+            rows = rows.reshape(shape)
         if (heads != np.frombuffer(side.head, "u1")).any():
             kind = f"{side.type.name} rows of {side.blocks * side.type.values} values"
             raise EngineFault(f"state with other layers than {kind}")
@@ -205,7 +214,9 @@ def build(
             meta = np.empty((n, 3), "<i4")
             meta[:, 0] = np.arange(cells.start, cells.start + n)
             meta[:, 1], meta[:, 2] = 1, seq_id
-            head += meta.tobytes() + struct.pack("<II", 0, sum(len(s.places) for s in cache))
+            head += meta.tobytes() + struct.pack(
+                "<II", cache[0].v_trans, sum(len(s.places) for s in cache)
+            )
             sides = (side for s in cache for side in (s.k, s.v))
             size += sum(len(side.places) * (_LAYER + n * side.row_bytes) for side in sides)
         heads.append(head)
@@ -230,8 +241,9 @@ def _put(raw: NDArray[np.uint8], offset: int, sides: Sequence[Rows], held: Seque
         for place, rows in zip(side.places, layers, strict=False):
             at = offsets[place] + _LAYER
             raw[at - _LAYER : at] = np.frombuffer(side.head, np.uint8)
-            out = raw[at : at + rows.nbytes].view(side.type.dtype).reshape(rows.shape)
-            np.copyto(out, rows)
+            out = raw[at : at + rows.nbytes].view(side.type.dtype)
+            turned = rows.T if side.transposed else rows
+            np.copyto(out.reshape(turned.shape), turned)
     return end
 
 

@@ -1,0 +1,46 @@
+"""Weights and contexts of llama.cpp, as the engine wants them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import llama_cpp as llama
+
+from actors.engines.llama_state import CELL_TYPES
+from actors.engines.options import EngineOptions
+from actors.errors import ModelUnavailable
+
+
+def open_model(path: Path) -> Any:
+    """Raises ModelUnavailable for a file llama.cpp cannot load."""
+    model = llama.llama_model_load_from_file(os.fsencode(path), llama.llama_model_default_params())
+    if not model:
+        raise ModelUnavailable(f"{path}: llama.cpp cannot load this file")
+    return model
+
+
+def open_context(
+    model: Any, options: EngineOptions, n_cells: int, n_batch: int, n_seq_max: int
+) -> Any:
+    """One context of n_seq_max sequences that share n_cells cells. Raises ModelUnavailable."""
+    params = llama.llama_context_default_params()
+    params.n_ctx = n_cells
+    params.n_batch = n_batch
+    params.n_ubatch = options.ubatch
+    params.n_seq_max = n_seq_max
+    params.n_threads = params.n_threads_batch = options.threads
+    params.flash_attn_type = (
+        llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        if options.flash_attention
+        else llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    )
+    params.kv_unified = True
+    params.type_k = params.type_v = CELL_TYPES[options.kv_type].number
+    params.swa_full = False
+    params.no_perf = True
+    context = llama.llama_init_from_model(model, params)
+    if not context:
+        raise ModelUnavailable(f"llama.cpp cannot make a context of {n_cells} cells ({options})")
+    return context
