@@ -13,7 +13,13 @@ class ReplicaConfig:
     model: str = DEFAULT_MODEL
     store: str = ".kvferry/store"  # a directory, or an fsspec URL; shared by all nodes
     codec: str = "q4"
-    kv_type: str = "f16"  # of the engine's cells; "q4_1": the q4 codec's codes, as they are stored
+    profile: str = "default"  # "auto": what is not set below is measured at the first start
+    # of the engine's cells: f16, q8_0, q4_0, or "q4_1": the q4 codec's codes, as they are stored
+    kv_type: str = "auto"  # the profile's
+    flash_attention: str = "auto"  # on, off; the profile's
+    ubatch: int = 0  # tokens the engine computes at once; 0: the profile's
+    kv_budget: int = 0  # bytes that the cells may take under profile "auto"; 0: no limit
+    profile_dir: str = ""  # where measured profiles are kept; "": the user's cache directory
     slots: int = 4  # sequences in the engine: agents that decode together or stay resident
     n_ctx: int = 8192  # tokens one agent may hold; the model's own limit if that is lower
     cells: int = 0  # tokens all sequences hold together; 0: slots x n_ctx
@@ -22,7 +28,8 @@ class ReplicaConfig:
     local_bytes: int = 20 << 30  # of that directory; 0: none
     daily_write_bytes: int = 0  # what a day may write there, against wear; 0: no limit
     durability: str = "behind"  # "sync": a turn ends when its memory is in the store
-    threads: int = 0  # of the engine; 0: the machine's cores divided by its replicas
+    threads: int = 0  # of the engine; 0: the profile's, at most `cores`
+    cores: int = 0  # that a replica may use; 0: the machine's divided by its replicas
     max_waiting: int = 64  # queued turns; one more is answered 429
     max_tokens: int = 1024  # of a reply whose request does not say
     prefill_chunk: int = 512  # tokens per step when nobody decodes

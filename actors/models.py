@@ -10,15 +10,20 @@ Everything that is wrong with a reference is a ModelUnavailable with one clear l
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import re
 from pathlib import Path
+from types import ModuleType
 from urllib.parse import parse_qsl
 
 from actors.config import ReplicaConfig
 from actors.engines.base import Engine
+from actors.engines.options import KV_TYPES, MAX_UBATCH, EngineOptions
 from actors.errors import ModelUnavailable
+from actors.tuned import Source, Tunable, open_tuned
+from actors.tuning import Profile
 from storage.crypto import Cipher, parse_keys, read_keys
 from storage.errors import StoreUnavailable
 from storage.local import LocalTier
@@ -92,49 +97,110 @@ def _from_hub(model: str) -> Path:
         raise ModelUnavailable(f"{model}: cannot be fetched ({reason})") from error
 
 
-def check_kv_type(config: ReplicaConfig) -> None:
-    """Raises ValueError for cells that the rest of the configuration does not allow."""
-    if config.kv_type not in ("f16", "q4_1"):
-        raise ValueError(f"kv_type = {config.kv_type!r}: f16 or q4_1")
-    if config.kv_type == "f16":
-        return
-    if config.codec != "q4":
+def check_engine(config: ReplicaConfig) -> None:
+    """Raises ValueError for an engine that the rest of the configuration does not allow."""
+    if config.profile not in ("default", "auto"):
+        raise ValueError(f"profile = {config.profile!r}: default or auto")
+    if config.flash_attention not in ("auto", "on", "off"):
+        raise ValueError(f"flash_attention = {config.flash_attention!r}: auto, on or off")
+    if config.kv_type not in ("auto", *KV_TYPES):
+        raise ValueError(f"kv_type = {config.kv_type!r}: auto, {', '.join(KV_TYPES)}")
+    default_options(config).check()
+    if config.kv_type == "q4_1" and config.codec != "q4":
         raise ValueError(f"kv_type = q4_1: wants codec = 'q4', not {config.codec!r}")
+    if config.kv_budget and config.profile != "auto":
+        raise ValueError("kv_budget: wants profile = 'auto'")
     if is_fake(config.model):
-        raise ValueError("kv_type = q4_1: the fake engine has no such cells")
+        _check_fake(config)
+
+
+def _check_fake(config: ReplicaConfig) -> None:
+    if config.kv_type not in ("auto", "f16"):
+        raise ValueError(f"kv_type = {config.kv_type}: the fake engine has no such cells")
+    if config.profile == "auto" or config.flash_attention != "auto" or config.ubatch:
+        reason = "the fake engine computes in one way only"
+        raise ValueError(f"profile = auto, flash_attention, ubatch: {reason}")
+
+
+def default_options(config: ReplicaConfig) -> EngineOptions:
+    """Of the profile "default", with the settings that are made."""
+    return EngineOptions(
+        threads=config.threads or config.cores or os.cpu_count() or 1,
+        flash_attention=config.flash_attention != "off",
+        kv_type="f16" if config.kv_type == "auto" else config.kv_type,
+        ubatch=config.ubatch or MAX_UBATCH,
+    )
 
 
 def open_engine(config: ReplicaConfig) -> Engine:
     """Load the model, declared-equivalent digests in its key as one. Raises ModelUnavailable."""
-    engine = _load(config)
-    engine.key = engine.key.canonical(config.equivalent_digests)
-    return engine
+    return open_profiled(config)[0]
 
 
-def _load(config: ReplicaConfig) -> Engine:
+def open_profiled(
+    config: ReplicaConfig, *, again: bool = False, seconds: float = 0.0
+) -> tuple[Engine, Profile | None]:
+    """As open_engine, with the measured profile it was opened by, if that was asked for; `again`
+    and `seconds` as in open_tuned."""
     try:
-        check_kv_type(config)
+        check_engine(config)
     except ValueError as error:
         raise ModelUnavailable(str(error)) from error
+    engine, profile = _open_engine(config, again, seconds)
+    engine.key = engine.key.canonical(config.equivalent_digests)
+    return engine, profile
+
+
+def _open_engine(
+    config: ReplicaConfig, again: bool, seconds: float
+) -> tuple[Engine, Profile | None]:
     if is_fake(config.model):
         from actors.engines.fake_engine import FakeEngine
 
-        return FakeEngine(config.slots, config.n_ctx, step_delay=_step_delay(config.model))
-    path = resolve(config.model)
+        delay = _step_delay(config.model)
+        return FakeEngine(config.slots, config.n_ctx, step_delay=delay), None
+    path, options = resolve(config.model), default_options(config)
+    n_cells = config.cells or config.slots * config.n_ctx
+    if config.profile == "default":
+        return _open_llama(config, path, options, n_cells), None
+    source = Source(
+        lambda options, n_cells: _open_llama(config, path, options, n_cells),
+        options,
+        n_cells,
+        _identity(path),
+        path.stat().st_size,
+    )
+    return open_tuned(config, source, again=again, seconds=seconds)
+
+
+def _identity(path: Path) -> dict[str, str]:
+    _import_llama()
+    from actors.engines import llama_context, llama_spec
+
+    return {"model": llama_spec.digests(path)[0], "engine": llama_context.build()}
+
+
+def _open_llama(config: ReplicaConfig, path: Path, options: EngineOptions, n_cells: int) -> Tunable:
+    engine: Tunable = _import_llama().LlamaEngine(
+        path,
+        n_seq_max=config.slots,
+        n_ctx=config.n_ctx,
+        n_cells=n_cells,
+        n_threads=options.threads,
+        kv_type=options.kv_type,
+        flash_attention=options.flash_attention,
+        n_ubatch=options.ubatch,
+    )
+    return engine
+
+
+def _import_llama() -> ModuleType:
     try:
-        from actors.engines.llama_engine import LlamaEngine
+        return importlib.import_module("actors.engines.llama_engine")
     except ImportError as error:
         raise ModelUnavailable(
             "GGUF models need llama-cpp-python (pip install '.[llama]')"
         ) from error
-    return LlamaEngine(
-        path,
-        n_seq_max=config.slots,
-        n_ctx=config.n_ctx,
-        n_cells=config.cells or config.slots * config.n_ctx,
-        n_threads=config.threads or os.cpu_count() or 1,
-        kv_type=config.kv_type,
-    )
 
 
 def open_store(config: ReplicaConfig) -> CacheStore:

@@ -16,13 +16,24 @@ class Rates:
     decode_step_s: float | None = None
     restore_tokens_per_s: float | None = None
     turn_s: float | None = None
+    expected: tuple[str, ...] = ()  # rates of a profile, which the first measurement replaces
+
+    def expect(self, prefill_tokens_per_s: float, decode_step_s: float) -> None:
+        """What was measured before there was any work."""
+        self.prefill_tokens_per_s, self.decode_step_s = prefill_tokens_per_s, decode_step_s
+        self.expected = ("prefill_tokens_per_s", "decode_step_s")
 
     def prefill(self, tokens: int, seconds: float) -> None:
         if tokens >= 32:  # shorter ones measure the fixed cost of a step
-            self.prefill_tokens_per_s = _smooth(self.prefill_tokens_per_s, tokens / seconds)
+            self._measured("prefill_tokens_per_s", tokens / seconds)
 
     def decode(self, seconds: float) -> None:
-        self.decode_step_s = _smooth(self.decode_step_s, seconds)
+        self._measured("decode_step_s", seconds)
+
+    def _measured(self, name: str, value: float) -> None:
+        old = None if name in self.expected else getattr(self, name)
+        self.expected = tuple(entry for entry in self.expected if entry != name)
+        setattr(self, name, _smooth(old, value))
 
     def restore(self, tokens: int, seconds: float) -> None:
         self.restore_tokens_per_s = _smooth(self.restore_tokens_per_s, tokens / max(seconds, 1e-6))

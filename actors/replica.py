@@ -23,7 +23,7 @@ from actors.config import ReplicaConfig
 from actors.errors import ActorError, EngineFault, ModelUnavailable
 from actors.loop import LoopConfig, ReplicaLoop
 from actors.memory import Memory, MemoryConfig
-from actors.models import open_engine, open_local, open_store
+from actors.models import open_local, open_profiled, open_store
 from actors.report import AgentReport, ReplicaInfo, ReplicaStatus, local_status
 from actors.scheduler import SchedulerConfig
 from actors.turn import StreamItem, TurnFailed, TurnFinished, TurnMoved, TurnRequest
@@ -46,7 +46,7 @@ class ModelReplica:
         store = open_store(config)
         store.probe()
         codec = get_codec(config.codec)
-        engine = open_engine(config)
+        engine, profile = open_profiled(config)
         if not any(group.part == "full" for group in engine.key.spec.groups):
             raise ModelUnavailable("every layer of this model slides: nothing names its blocks")
         for group in engine.key.spec.groups:
@@ -57,7 +57,7 @@ class ModelReplica:
         self._config = config
         local = open_local(config, node, engine.key)
         tiers = Tiers(store, engine.key.spec, codec, config.pool_bytes, local)
-        threads = min(_MAX_CODEC_THREADS, config.threads or os.cpu_count() or 1)
+        threads = min(_MAX_CODEC_THREADS, config.threads or config.cores or os.cpu_count() or 1)
         memory_config = MemoryConfig(codec_threads=threads)
         self._memory = Memory(
             store, engine.key, codec, tiers, self._owner, memory_config, {"engine": engine.name}
@@ -72,6 +72,9 @@ class ModelReplica:
             sync=config.durability == "sync",
         )
         self._loop = ReplicaLoop(engine, self._memory, loop_config, node)
+        if profile:
+            figures = profile.figures
+            self._loop.rates.expect(figures.prefill_tokens_per_s, figures.decode_s)
         threading.Thread(target=self._memory.recover, name="recover", daemon=True).start()
         self._workers = ThreadPoolExecutor(8, "replica")
 

@@ -126,7 +126,8 @@ def _model(
     own and None."""
     if model is None:
         return bundle.card.key, None
-    engine = open_engine(replace(settings.replica, slots=1, n_ctx=512, cells=0))
+    replica = replace(settings.replica, slots=1, n_ctx=512, cells=0, profile="default", kv_budget=0)
+    engine = open_engine(replica)
     try:
         return engine.key, engine.vocab.size
     finally:

@@ -1,4 +1,4 @@
-"""kvferry up | status | agents | migrate | export | import | verify | gc | demo | bench.
+"""kvferry up | status | agents | migrate | export | import | verify | gc | tune | demo | bench.
 
 `up` owns a local cluster; `export`, `import`, `verify`, `gc` and `agents --bytes` work on a store
 (see `bundle_cli`, `store_cli`); everything else speaks HTTP to a running cluster. What a command
@@ -22,7 +22,7 @@ from rich.table import Table
 
 from actors.errors import ModelUnavailable
 from actors.models import is_fake, open_store, resolve, served_name
-from cluster import bundle_cli, store_cli
+from cluster import bundle_cli, store_cli, tune_cli
 from cluster.config import ClusterConfig, load_config
 from cluster.console import console, fail, size
 from cluster.errors import ConfigError
@@ -209,6 +209,7 @@ app.command("export")(bundle_cli.export)
 app.command("import")(bundle_cli.import_)
 
 store_cli.register(app)
+tune_cli.register(app)
 bench = typer.Typer(help="Measure what the README claims.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 

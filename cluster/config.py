@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.config import ReplicaConfig
-from actors.models import check_kv_type
+from actors.models import check_engine
 from cluster.errors import ConfigError
 from cluster.placement import PlacementConfig
 from storage.card import TENANT_PATTERN
@@ -163,7 +163,7 @@ def _compose(values: Mapping[str, Any]) -> ClusterConfig:
         if values[name] and "://" not in values[name]:
             path = Path(values[name]).expanduser().absolute()
             values[name] = f"file://{path}" if name == "store" else str(path)
-    for name in ("signing_key_file", "encryption_keys_file"):
+    for name in ("signing_key_file", "encryption_keys_file", "profile_dir"):
         if values[name]:
             values[name] = str(Path(values[name]).expanduser().absolute())
     sections = {
@@ -193,6 +193,9 @@ def _validate(config: ClusterConfig) -> None:
         ("local_bytes", replica.local_bytes, 0, 1 << 50),
         ("daily_write_bytes", replica.daily_write_bytes, 0, 1 << 50),
         ("threads", replica.threads, 0, 1024),
+        ("cores", replica.cores, 0, 1024),
+        ("ubatch", replica.ubatch, 0, 512),
+        ("kv_budget", replica.kv_budget, 0, 1 << 50),
         ("temperature", http.temperature, 0, 2),
         ("top_p", http.top_p, 1e-6, 1),
         ("request_timeout_s", http.request_timeout_s, 1, 1e6),
@@ -213,7 +216,7 @@ def _validate(config: ClusterConfig) -> None:
     if replica.codec not in CODECS:
         raise ConfigError(f"codec = {replica.codec!r}: known codecs are {', '.join(CODECS)}")
     try:
-        check_kv_type(replica)
+        check_engine(replica)
         CacheStore(replica.store)
     except ValueError as error:
         raise ConfigError(str(error)) from error

@@ -34,11 +34,13 @@ _ENVIRONMENT = {
 
 
 def divided(config: ClusterConfig) -> ClusterConfig:
-    """The config with the machine's cores divided over its replicas, unless threads are set."""
-    if config.replica.threads:
+    """The config with the machine's cores divided over its replicas, unless they are set."""
+    if config.replica.threads or config.replica.cores:
         return config
-    threads = max(1, (os.cpu_count() or 1) // config.nodes)
-    return replace(config, replica=replace(config.replica, threads=threads))
+    share = max(1, (os.cpu_count() or 1) // config.nodes)
+    if config.replica.profile == "auto":  # which may take fewer threads
+        return replace(config, replica=replace(config.replica, cores=share))
+    return replace(config, replica=replace(config.replica, threads=share))
 
 
 def check_port(host: str, port: int) -> None:

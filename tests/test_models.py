@@ -4,6 +4,7 @@ import importlib.util
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -149,11 +150,15 @@ def test_declared_equivalent_digests_reach_the_engines_key() -> None:
     [
         ({"codec": "q8"}, "wants codec = 'q4', not 'q8'"),
         ({"model": "fake://"}, "the fake engine"),
-        ({"kv_type": "q4_0"}, "f16 or q4_1"),
+        ({"kv_type": "q5_1"}, "q8_0, q4_1, q4_0"),
+        ({"flash_attention": "off"}, "wants flash attention"),
+        ({"kv_type": "f16", "kv_budget": 1}, "wants profile = 'auto'"),
+        ({"kv_type": "f16", "profile": "auto", "model": "fake://"}, "the fake engine"),
+        ({"kv_type": "f16", "ubatch": 64, "model": "fake://"}, "the fake engine"),
     ],
 )
-def test_cells_that_the_configuration_does_not_allow(options: dict[str, str], says: str) -> None:
-    config = ReplicaConfig(**({"kv_type": "q4_1"} | options))  # type: ignore[arg-type]
+def test_cells_that_the_configuration_does_not_allow(options: dict[str, Any], says: str) -> None:
+    config = ReplicaConfig(**({"kv_type": "q4_1"} | options))
     with pytest.raises(ModelUnavailable, match=says) as caught:
         open_engine(config)
     assert "\n" not in str(caught.value)

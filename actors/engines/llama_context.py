@@ -12,6 +12,18 @@ from actors.engines.llama_state import CELL_TYPES
 from actors.engines.options import EngineOptions
 from actors.errors import ModelUnavailable
 
+_NO_ROTATION = "LLAMA_ATTN_ROT_DISABLE"  # llama.cpp's; quantized rows are rotated ones
+
+
+def check_options(options: EngineOptions) -> None:
+    """Raises ModelUnavailable for what llama.cpp cannot do."""
+    try:
+        options.check()
+    except ValueError as error:
+        raise ModelUnavailable(str(error)) from error
+    if options.kv_type != "f16" and _NO_ROTATION in os.environ:
+        raise ModelUnavailable(f"kv_type = {options.kv_type}: {_NO_ROTATION} must not be set")
+
 
 def open_model(path: Path) -> Any:
     """Raises ModelUnavailable for a file llama.cpp cannot load."""
@@ -44,3 +56,9 @@ def open_context(
     if not context:
         raise ModelUnavailable(f"llama.cpp cannot make a context of {n_cells} cells ({options})")
     return context
+
+
+def build() -> str:
+    """The version, and what of the processor it uses."""
+    info = llama.llama_print_system_info().decode(errors="replace")
+    return f"llama-cpp-python {llama.__version__}; {info.strip()}"

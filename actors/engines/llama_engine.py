@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from numpy.typing import NDArray
 from actors.engines import llama_spec, llama_state
 from actors.engines.base import Chunk, Logits, Vocab, count_rows
 from actors.engines.llama_batch import Batch
-from actors.engines.llama_context import open_context, open_model
+from actors.engines.llama_context import check_options, open_context, open_model
 from actors.engines.llama_rows import Layout
 from actors.engines.llama_scratch import SLIDING_ONLY, WHOLE, Scratch
 from actors.engines.llama_state import Cells
@@ -43,7 +42,6 @@ from storage.codec import Tensors, merge_parts
 from storage.spec import CompatibilityKey, KVRows
 
 logger = logging.getLogger(__name__)
-_NO_ROTATION = "LLAMA_ATTN_ROT_DISABLE"  # llama.cpp's; quantized rows are rotated ones
 
 
 @llama.llama_log_callback  # type: ignore[untyped-decorator]
@@ -92,15 +90,9 @@ class LlamaEngine:
     def reopen(self, options: EngineOptions, n_cells: int) -> None:
         """Compute in another way, with the same weights: every sequence is empty then. Raises
         ModelUnavailable for what this model does not allow; only `reopen` and `close` work then."""
-        try:
-            options.check()
-        except ValueError as error:
-            raise ModelUnavailable(str(error)) from error
-        if options.kv_type != "f16" and _NO_ROTATION in os.environ:
-            raise ModelUnavailable(f"kv_type = {options.kv_type}: {_NO_ROTATION} must not be set")
+        check_options(options)
         self._free_context()
-        v_trans = not options.flash_attention
-        self._layout = Layout(self.key.spec, self._rope, options.kv_type, v_trans=v_trans)
+        self._layout = self._layout_of(options)
         self.loads_encoded = self._layout.codec.name if self._layout.codec else ""
         self._sliding = self._layout.sliding
         n_batch, n_seq_max = self.n_batch + self.n_seq_max, self.n_seq_max + 1
@@ -108,15 +100,27 @@ class LlamaEngine:
         self._batch = Batch(n_batch)
         self.n_cells = llama.llama_n_ctx(self._context)
         self.n_ctx = min(self._n_ctx, n_cells)
-        # llama-kv-cache-iswa.cpp: a window for each sequence, one micro-batch, rounded up
-        wanted = -(-(self.window * n_seq_max + options.ubatch) // 256) * 256
-        self._sliding_cells = min(self.n_cells, wanted)
+        self._sliding_cells = self._count_sliding(options, self.n_cells)
         self.kv_bytes = self._layout.bytes(self.n_cells, self._sliding_cells)
         self._memory = llama.llama_get_memory(self._context)
         self._scratch = Scratch(self._context, self.n_seq_max)
         self._rows = [0] * self.n_seq_max
         self._run = [0] * self.n_seq_max  # first position of the sliding rows loaded without a gap
         self._check_state()
+
+    def planned_bytes(self, options: EngineOptions, n_cells: int) -> int:
+        """kv_bytes of an engine of these options. Raises ModelUnavailable."""
+        cells = -(-n_cells // 256) * 256
+        return self._layout_of(options).bytes(cells, self._count_sliding(options, cells))
+
+    def _layout_of(self, options: EngineOptions) -> Layout:
+        v_trans = not options.flash_attention
+        return Layout(self.key.spec, self._rope, options.kv_type, v_trans=v_trans)
+
+    def _count_sliding(self, options: EngineOptions, n_cells: int) -> int:
+        """llama-kv-cache-iswa.cpp: a window for each sequence, one micro-batch, rounded up."""
+        wanted = self.window * (self.n_seq_max + 1) + options.ubatch
+        return min(n_cells, -(-wanted // 256) * 256)
 
     def _check_state(self) -> None:
         """Two tokens out and in again: this build's state bytes are the ones llama_state knows."""
@@ -128,16 +132,12 @@ class LlamaEngine:
             if self.loads_encoded:
                 same = _same(self.export_encoded(0, 0, 2), self._encode(rows))
             else:
-                again = merge_parts(
-                    self.key.spec, self.export(0, 0, 2), self.export_window(0, 0, 2)
-                )
-                same = self._layout.same(rows, again)
+                same = self._layout.same(rows, self._first_two())
             if not same:
                 raise EngineFault("rows do not come back as they went in")
             self.truncate(0, 0)
         except EngineFault as error:
-            reason = f"cannot export and import this model's cache: {error}"
-            raise ModelUnavailable(reason) from error
+            raise ModelUnavailable(f"cannot export and import this cache: {error}") from error
 
     def _first_two(self) -> KVRows:
         """Rows 0 and 1 of both parts."""

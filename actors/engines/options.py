@@ -30,5 +30,5 @@ class EngineOptions:
         attention = "flash attention" if self.flash_attention else "no flash attention"
         return f"{self.threads} threads, {attention}, {self.kv_type}, ubatch {self.ubatch}"
 
-    def set(self, name: str, value: object) -> EngineOptions:
+    def changed(self, name: str, value: object) -> EngineOptions:
         return replace(self, **{name: value})  # type: ignore[arg-type]
