@@ -19,7 +19,7 @@ from storage.spec import GroupRows, KVRows
 _MAX_BATCH = 8  # sequences; more slots tell little more
 _DEPTH, _PREFILL, _STEPS = 1024, 512, 8  # tokens before, tokens at once, decode steps
 _LEAST = 32  # tokens; fewer measure the fixed cost of a step
-_PROBE = 32
+_PROBE = 8
 
 
 @dataclass(frozen=True)
@@ -49,18 +49,22 @@ def plan(
     n_ctx: int,
     seconds: float,
     clock: Callable[[], float] = time.perf_counter,
-) -> Workload:
-    """A workload that takes about so many seconds on this engine; it has to be empty, and is."""
-    ids = _ids(engine, _PROBE)[: max(1, min(_PROBE, engine.n_ctx // 2))]
-    engine.step([Chunk(0, ids, 0, 1)])
+) -> Workload | None:
+    """A workload that takes about so many seconds on this engine; it has to be empty, and is. None
+    where a few tokens take longer already."""
+    ids = _ids(engine, _PROBE)
+
+    def step(n_tokens: int) -> float:
+        began = clock()
+        engine.step([Chunk(0, ids[:n_tokens], engine.n_rows(0), 1)])
+        return clock() - began
+
+    step(1)  # the first one allocates
+    step_s = step(1)
+    token_s = step(_PROBE) / _PROBE
     engine.truncate(0, 0)
-    began = clock()
-    engine.step([Chunk(0, ids, 0, 1)])
-    token_s = (clock() - began) / len(ids)
-    began = clock()
-    engine.step([Chunk(0, ids[:1], len(ids), 1)])
-    step_s = clock() - began
-    engine.truncate(0, 0)
+    if step_s + _PROBE * token_s > seconds:
+        return None
     prefill = _LEAST
     while prefill < _PREFILL and 2 * prefill * token_s < 0.6 * seconds:
         prefill *= 2
@@ -93,11 +97,12 @@ def measure(
     engine: Engine,
     workload: Workload,
     rows: KVRows,
+    seconds: float = 60.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Figures:
-    """`rows`: of the workload's depth. The engine has to be empty, and is afterwards. Raises
-    EngineFault."""
-    ids = _ids(engine, workload.prefill)
+    """`rows`: of the workload's depth. What takes longer than expected is not repeated after
+    `seconds`. The engine has to be empty, and is afterwards. Raises EngineFault."""
+    ids, until = _ids(engine, workload.prefill), clock() + seconds
 
     def step(n_seqs: int, n_tokens: int) -> float:
         chunks = [Chunk(i, ids[:n_tokens], engine.n_rows(i), 1) for i in range(n_seqs)]
@@ -105,12 +110,19 @@ def measure(
         engine.step(chunks)
         return clock() - began
 
+    def fastest(n_seqs: int) -> float:
+        taken = step(n_seqs, 1)
+        for _ in range(workload.steps - 1):
+            if clock() < until:
+                taken = min(taken, step(n_seqs, 1))
+        return taken
+
     try:
         for seq_id in range(workload.batch):
             engine.load(seq_id, 0, rows)
         prefill_s = step(1, workload.prefill)
-        alone = min(step(1, 1) for _ in range(workload.steps))
-        together = min(step(workload.batch, 1) for _ in range(workload.steps))
+        alone = fastest(1)
+        together = fastest(workload.batch)
     finally:
         for seq_id in range(workload.batch):
             engine.truncate(seq_id, 0)

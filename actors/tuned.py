@@ -56,9 +56,10 @@ def deadline_s(weights_bytes: float) -> float:
 def open_tuned(
     config: ReplicaConfig, source: Source, *, again: bool = False, seconds: float = 0.0
 ) -> tuple[Engine, Profile | None]:
-    """The engine and its profile: None when another replica was still measuring at the deadline,
-    and the defaults had to do. `again`: measure, whatever is kept; `seconds`: that a search may
-    take, 0: by the size of the weights. Raises ModelUnavailable."""
+    """The engine and its profile: None where the defaults have to do, because another replica was
+    still measuring at the deadline, or a few tokens took too long to measure anything. `again`:
+    measure, whatever is kept; `seconds`: that a search may take, 0: by the size of the weights.
+    Raises ModelUnavailable."""
     folder = Path(config.profile_dir) if config.profile_dir else profiles.default_folder()
     key = key_of(config, source)
     profile = None if again else profiles.load(folder, key)
@@ -70,11 +71,12 @@ def open_tuned(
                 return _measured(config, source, folder, limit)
     if profile is None:
         logger.warning("another replica is still measuring: starting with the defaults")
-        return _within_budget(config, source.open(source.defaults, source.n_cells)), None
+        return _on_defaults(config, source), None
     return source.open(profile.options, source.n_cells), profile
 
 
-def _within_budget(config: ReplicaConfig, engine: Tunable) -> Tunable:
+def _on_defaults(config: ReplicaConfig, source: Source) -> Tunable:
+    engine = source.open(source.defaults, source.n_cells)
     if config.kv_budget and engine.kv_bytes > config.kv_budget:
         taken = engine.kv_bytes
         engine.close()
@@ -117,14 +119,17 @@ def choices_of(config: ReplicaConfig, source: Source) -> Choices:
 
 def _measured(
     config: ReplicaConfig, source: Source, folder: Path, limit: float
-) -> tuple[Engine, Profile]:
-    began = time.monotonic()
+) -> tuple[Engine, Profile | None]:
     most = largest(config.slots, config.n_ctx)
     engine = source.open(source.defaults, most.cells)
     try:
         profile = tune(config, source, engine, limit)
+        if profile is None:
+            engine.close()
+            logger.warning("a few tokens took too long: starting with the defaults, not measured")
+            return _on_defaults(config, source), None
         profiles.save(folder, key_of(config, source), profile)
-        logger.info("%s: measured in %.1f s", profile.options, time.monotonic() - began)
+        logger.info("%s: measured in %.1f s", profile.options, profile.seconds)
         engine.reopen(profile.options, source.n_cells)
     except EngineFault as error:
         engine.close()
@@ -135,12 +140,15 @@ def _measured(
     return engine, profile
 
 
-def tune(config: ReplicaConfig, source: Source, engine: Tunable, limit: float) -> Profile:
-    """Search on the open engine, whose options are the defaults. Raises ModelUnavailable when no
-    cells fit the budget, EngineFault."""
+def tune(config: ReplicaConfig, source: Source, engine: Tunable, limit: float) -> Profile | None:
+    """Search on the open engine, whose options are the defaults; None where a few tokens take too
+    long. Raises ModelUnavailable when no cells fit the budget, EngineFault."""
     began = time.monotonic()
     choices, refused = _affordable(config, source, engine)
-    workload = plan(engine, config.slots, config.n_ctx, limit / _TRIALS)
+    share = limit / _TRIALS
+    workload = plan(engine, config.slots, config.n_ctx, share)
+    if workload is None:
+        return None
     # A micro-batch is seen only where it is smaller than what is computed at once.
     smaller = [n for n in choices.ubatch[1:] if n < workload.prefill]
     choices = replace(choices, ubatch=(choices.ubatch[0], *smaller))
@@ -148,11 +156,12 @@ def tune(config: ReplicaConfig, source: Source, engine: Tunable, limit: float) -
 
     def measured(options: EngineOptions) -> Figures:
         engine.reopen(options, workload.cells)
-        return measure(engine, workload, rows)
+        return measure(engine, workload, rows, share)
 
     left = limit - (time.monotonic() - began)
     profile = search(choices, measured, left, time.monotonic)
-    return replace(profile, trials=(*profile.trials, *refused))
+    seconds = time.monotonic() - began
+    return replace(profile, trials=(*profile.trials, *refused), seconds=seconds)
 
 
 def _affordable(

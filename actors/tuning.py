@@ -56,6 +56,7 @@ class Profile:
     figures: Figures
     trials: tuple[Trial, ...]
     why: str
+    seconds: float = 0.0  # that measuring took
 
 
 @dataclass(frozen=True)
@@ -189,8 +190,8 @@ def from_json(raw: Any) -> Profile:
         Trial(_options(t["options"]), _figures(t["figures"]) if t["figures"] else None, t["note"])
         for t in raw["trials"]
     )
-    figures = _figures(raw["figures"])
-    return Profile(_options(raw["options"]), figures, trials, str(raw["why"]))
+    figures, seconds = _figures(raw["figures"]), float(raw["seconds"])
+    return Profile(_options(raw["options"]), figures, trials, str(raw["why"]), seconds)
 
 
 def _options(raw: Any) -> EngineOptions:

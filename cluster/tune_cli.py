@@ -43,7 +43,7 @@ def tune(
     except (ConfigError, ModelUnavailable) as error:
         fail(str(error))
     if profile is None:
-        fail("a replica on this machine is still measuring: try again", code=1)
+        fail("the machine is too busy, or another replica is measuring: try again", code=1)
     if as_json:
         print(json.dumps({"tune": {"model": served_name(replica.model)} | _report(profile)}))
         return
@@ -58,9 +58,10 @@ def _report(profile: Profile) -> dict[str, object]:
 
 
 def _print(profile: Profile, model: str, slots: int) -> None:
-    titles = ["threads", "flash\nattention", "cells", "ubatch", "prefill\ntok/s", "decode\nms"]
+    titles = ["threads", "flash\nattn.", "cells", "ubatch", "prefill\ntok/s", "decode\nms"]
     titles += [f"{slots} slots\nms", "a turn\ns"]
-    table = Table("", title=f"{model} on this machine")
+    table = Table(title=f"{model} on this machine")
+    table.add_column(no_wrap=True, min_width=1)
     for title in titles:
         justify: Literal["left", "right"] = "left" if title in titles[1:3] else "right"
         table.add_column(title, justify=justify, no_wrap=True)
@@ -70,6 +71,7 @@ def _print(profile: Profile, model: str, slots: int) -> None:
         chosen = trial.options == profile.options
         table.add_row(*_row(trial, chosen), style="bold green" if chosen else "")
     console.print(table, soft_wrap=False)
+    console.print(f"Measured in {profile.seconds:.1f} s.")
     for trial in profile.trials:
         if trial.note:
             console.print(f"{trial.options}: {trial.note}", markup=False)

@@ -198,7 +198,7 @@ class Counting(FakeEngine):
 def test_figures_are_what_the_engine_takes() -> None:
     engine = Counting(4, 2048)
     workload = Workload(depth=100, prefill=64, steps=3, batch=4)
-    found = timing.measure(engine, workload, timing.noise(engine, 100), engine.clock)
+    found = timing.measure(engine, workload, timing.noise(engine, 100), 9.0, engine.clock)
     assert found.prefill_tokens_per_s == pytest.approx(64 / 0.074)
     assert found.decode_s == pytest.approx(0.011)
     assert found.batch_s == pytest.approx(0.014)
@@ -210,14 +210,39 @@ def test_figures_are_what_the_engine_takes() -> None:
 def test_a_workload_fits_the_engine_and_the_time(slots: int, n_ctx: int, token_s: float) -> None:
     engine = Counting(slots, n_ctx, token_s, 0.001)
     workload = timing.plan(engine, slots, n_ctx, 0.5, engine.clock)
+    if token_s == 1.0:
+        assert workload is None
+        return
+    assert workload is not None
     assert workload.cells <= timing.largest(slots, n_ctx).cells
     assert workload.depth + workload.prefill + 2 * workload.steps <= n_ctx
     assert workload.prefill >= min(32, n_ctx // 4)
     assert workload.steps >= 1
     began = engine.clock.now
-    timing.measure(engine, workload, timing.noise(engine, workload.depth), engine.clock)
+    timing.measure(engine, workload, timing.noise(engine, workload.depth), 0.5, engine.clock)
     if workload.prefill > 32:
         assert engine.clock.now - began < 1.0
+
+
+def test_what_is_slower_than_planned_is_not_repeated() -> None:
+    engine = Counting(4, 2048, step_s=1.0)
+    workload = Workload(depth=100, prefill=64, steps=8, batch=4)
+    began = engine.clock.now
+    timing.measure(engine, workload, timing.noise(engine, 100), 0.5, engine.clock)
+    assert engine.clock.now - began < 3.2  # a prefill, a step, a step of all
+
+
+def test_an_engine_too_slow_to_measure_starts_with_the_defaults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = ReplicaConfig(profile_dir=str(tmp_path), profile="auto", threads=8, n_ctx=256)
+    engine = Counting(4, 2048)
+    monkeypatch.setattr(tuned, "plan", lambda *_: None)
+    with caplog.at_level(logging.WARNING):
+        opened, found = tuned.open_tuned(config, source(config, engine))
+    assert (opened, found, engine.options) == (engine, None, [])
+    assert "not measured" in caplog.text
+    assert not list(tmp_path.glob("*.json"))
 
 
 # ---- what is kept
@@ -473,7 +498,7 @@ def test_a_real_engine_is_measured_and_opened(
     assert (engine.n_seq_max, engine.n_ctx, engine.n_cells) == (2, 512, 1024)
     tried = {trial.options for trial in profile.trials if trial.figures}
     assert {o.flash_attention for o in tried} == {True, False}
-    assert {o.kv_type for o in tried} >= {"f16"}
+    assert profile.seconds > 0
     assert {o.threads for o in tried} == {1}
     plain = open_engine(replace(config, profile="default"))
     assert engine.key == plain.key
@@ -536,26 +561,25 @@ def kept(config: ReplicaConfig) -> tuple[None, Profile | None]:
 def test_a_replica_starts_by_itself_and_serves(smollm2_gguf: Path, tmp_path: Path) -> None:
     from actors.replica import ModelReplica
 
-    config = replace(tiny_config(smollm2_gguf, tmp_path), n_ctx=2048, cores=2)
-    began = time.monotonic()
+    config = replace(tiny_config(smollm2_gguf, tmp_path), n_ctx=2048)
+    assert tuned.deadline_s(smollm2_gguf.stat().st_size) == 8.0
     engine, profile = open_profiled(config)
-    taken = time.monotonic() - began
     engine.close()
     assert profile is not None
-    assert taken < 8.0 + 30.0  # the search, and two loads on a busy machine
+    assert profile.seconds < 8.0 + 4.0  # a measurement may be slower than the ones before it
     replica = ModelReplica(config, "node-1")
     try:
-        status, reply = asyncio.run(first_turn(replica))
-        assert status.rates.prefill_tokens_per_s == profile.figures.prefill_tokens_per_s
-        assert status.rates.decode_step_s == profile.figures.decode_s
+        rates, reply = asyncio.run(first_turn(replica))
+        assert rates.prefill_tokens_per_s == profile.figures.prefill_tokens_per_s
+        assert rates.decode_step_s == profile.figures.decode_s
         assert len(reply) == 8
     finally:
         replica.close()
 
 
-async def first_turn(replica: Any) -> tuple[Any, list[int]]:
-    """The status before it, and the ids of a short reply."""
-    status = await replica.status()
+async def first_turn(replica: Any) -> tuple[Rates, list[int]]:
+    """The rates before it, and the ids of a short reply."""
+    rates = replace((await replica.status()).rates)
     request = TurnRequest(
         "turn-1",
         agent_id(),
@@ -566,4 +590,4 @@ async def first_turn(replica: Any) -> tuple[Any, list[int]]:
     async with asyncio.timeout(120):
         async for items in replica.run_turn(request):
             ids += [i for item in items if isinstance(item, Tokens) for i in item.ids]
-    return status, ids
+    return rates, ids
