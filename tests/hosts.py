@@ -183,6 +183,31 @@ class Hosts(Endpoint):
         ray = [*_ray(host), f"--address={address}", f"--resources={resources}"]
         host.start([*ray, f"--labels={labels}", "--num-cpus=1"], self.environment)
 
+    def restore(self) -> None:
+        """All is well again: links, processes, the store, a ready replica on every device."""
+        self.faults.release()
+        self.faults.refuse(0)
+        for host in self.hosts.values():
+            host.heal()
+            host.wake()
+
+        def whole() -> bool:
+            for name in self.devices:
+                host = self.hosts[name]
+                if host.started[-1].poll() is not None:  # `ray start` ends with its raylet
+                    host.kill()
+                    self.join(name)
+            return self.answers() and all(
+                name in self.nodes() and self.nodes()[name]["replica"] == "ready"
+                for name in self.devices
+            )
+
+        until(whole, "a ready replica on every host", START)
+
+    @property
+    def devices(self) -> list[str]:
+        return [name for name in self.hosts if name not in ("store", "head")]
+
     def device_of(self, node: str) -> psutil.Process:
         """The replica's process on a host."""
         return self.hosts[node].process("ray::ModelReplica")
