@@ -157,8 +157,7 @@ def _open_engine(
     if is_fake(config.model):
         from actors.engines.fake_engine import FakeEngine
 
-        delay = _step_delay(config.model)
-        return FakeEngine(config.slots, config.n_ctx, step_delay=delay), None
+        return FakeEngine(config.slots, config.n_ctx, **_delays(config.model)), None
     path, options = resolve(config.model), default_options(config)
     n_cells = config.cells or config.slots * config.n_ctx
     if config.profile == "default":
@@ -250,12 +249,15 @@ def read_cipher(config: ReplicaConfig) -> Cipher | None:
         raise StoreUnavailable(config.store, f"cannot read the encryption keys: {error}") from error
 
 
-def _step_delay(model: str) -> float:
+def _delays(model: str) -> dict[str, float]:
+    """FakeEngine's, seconds."""
     options = dict(parse_qsl(model.partition("?")[2]))
-    try:
-        delay = float(options.pop("step_delay", "0"))
-    except ValueError as error:
-        raise ModelUnavailable(f"{model}: step_delay is no number") from error
+    delays = {}
+    for name in ("step_delay", "token_delay"):
+        try:
+            delays[name] = float(options.pop(name, "0"))
+        except ValueError as error:
+            raise ModelUnavailable(f"{model}: {name} is no number") from error
     if options:
         raise ModelUnavailable(f"{model}: unknown option {next(iter(options))}")
-    return delay
+    return delays

@@ -1,0 +1,59 @@
+"""A cluster on hosts that really differ: addresses, links and disks of their own."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.clusters import InBackground, assistant, recital, user
+from tests.hosts import Hosts, cluster
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+FAKE = "fake://?step_delay=0.01"
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[Hosts]:
+    with cluster(["a", "b"], model=FAKE, codec="f16", hysteresis_s=60, item_timeout_s=3) as running:
+        yield running
+
+
+def test_an_agent_moves_between_hosts(hosts: Hosts) -> None:
+    question = recital()
+    one = hosts.chat(question, "moves", max_tokens=24)
+    target = hosts.other(one.node)
+    assert hosts.migrate("moves", target).status_code == 200
+    messages = [*question, assistant(one.text), user("And now?")]
+    two = hosts.chat(messages, "moves", max_tokens=8)
+    assert two.node == target
+    assert two.cached == one.usage.prompt + one.usage.completion - 1
+
+
+def test_a_stream_outlives_the_host_that_speaks(hosts: Hosts) -> None:
+    """The host is cut off: its processes live on, its words reach nobody."""
+    question = recital("Tree")
+    quiet = hosts.chat(question, "quiet", max_tokens=120)
+    with hosts.stream(question, "cut", max_tokens=120) as stream:
+        stream.take(10)
+        hosts[stream.node].cut()
+        text = stream.rest()
+    assert text == quiet.text
+    hosts[stream.node].heal()
+    hosts.wait_ready(2)
+
+
+def test_a_claim_whose_answer_is_lost_is_a_claim(hosts: Hosts) -> None:
+    question = recital()
+    one = hosts.chat(question, "lost", max_tokens=24)
+    hosts.wait_stored("lost")
+    target = hosts.other(one.node)
+    hosts.faults.hold("PUT", r"/agents/agents/.*00000002-00000000")
+    moving = InBackground(lambda: hosts.migrate("lost", target))
+    hosts.faults.held()
+    hosts.faults.release("lose")
+    assert moving.result().status_code == 200
+    messages = [*question, assistant(one.text), user("And now?")]
+    two = hosts.chat(messages, "lost", max_tokens=8)
+    assert (two.node, two.cached) == (target, one.usage.prompt + one.usage.completion - 1)
+    record = hosts.agent("lost")
+    assert record is not None
+    assert record["epoch"] == 2
