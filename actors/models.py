@@ -157,7 +157,9 @@ def _open_engine(
     if is_fake(config.model):
         from actors.engines.fake_engine import FakeEngine
 
-        return FakeEngine(config.slots, config.n_ctx, **_delays(config.model)), None
+        per_step, per_token = _delays(config.model)
+        engine = FakeEngine(config.slots, config.n_ctx, step_delay=per_step, token_delay=per_token)
+        return engine, None
     path, options = resolve(config.model), default_options(config)
     n_cells = config.cells or config.slots * config.n_ctx
     if config.profile == "default":
@@ -249,15 +251,15 @@ def read_cipher(config: ReplicaConfig) -> Cipher | None:
         raise StoreUnavailable(config.store, f"cannot read the encryption keys: {error}") from error
 
 
-def _delays(model: str) -> dict[str, float]:
-    """FakeEngine's, seconds."""
+def _delays(model: str) -> tuple[float, float]:
+    """Seconds that the fake engine takes for a step, and for each of its tokens."""
     options = dict(parse_qsl(model.partition("?")[2]))
-    delays = {}
+    delays = []
     for name in ("step_delay", "token_delay"):
         try:
-            delays[name] = float(options.pop(name, "0"))
+            delays.append(float(options.pop(name, "0")))
         except ValueError as error:
             raise ModelUnavailable(f"{model}: {name} is no number") from error
     if options:
         raise ModelUnavailable(f"{model}: unknown option {next(iter(options))}")
-    return delays
+    return delays[0], delays[1]
