@@ -46,12 +46,10 @@ class Turn:
     _ready: Prepared | None = field(default=None, init=False)
     sequence: Sequence | None = None
     restore: Restore | None = None
-    last_item: float = field(default_factory=time.monotonic)
     last: TurnFinished | None = None  # held back until the turn's memory is stored
     failure: ActorError | None = None  # why it was cancelled, unless the client wished it
 
     def emit(self, item: StreamItem) -> None:
-        self.last_item = time.monotonic()
         try:
             self.sink(item)
         except Exception:  # nobody listens any more; the others' turns go on

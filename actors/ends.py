@@ -21,7 +21,7 @@ from actors.rates import Rates
 from actors.residency import Residency
 from actors.scheduler import Scheduler
 from actors.sequence import Sequence, visible_ids
-from actors.turn import Progress, StreamItem, TurnFailed, TurnFinished, TurnMoved
+from actors.turn import StreamItem, TurnFailed, TurnFinished, TurnMoved
 from storage.card import AgentId, Reply
 
 
@@ -106,16 +106,10 @@ class Ends:
             if turn.request.id == turn_id:
                 self.stop(turn)
 
-    def tend(self, paused: list[Turn]) -> None:
-        """Signs of life for turns that wait; an end for those that took too long, and for those
-        whose agent is another replica's. Of a turn that took too long, the agent remembers what was
-        said."""
+    def tend(self) -> None:
+        """An end for turns that took too long, and for those whose agent is another replica's. Of a
+        turn that took too long, the agent remembers what was said."""
         now, book = time.monotonic(), self._book
-        finished = [turn for turn in book.draining if turn.last]
-        waits = [*self._scheduler.waiting, *book.restoring, *paused, *finished, *self.ending]
-        for turn in waits:
-            if now - turn.last_item > 1:
-                turn.emit(Progress(turn.request.attempt, 0, 0))
         for turn in list(book.by_sequence.values()):
             if turn.ready.memory.state == "released":
                 self.end(turn, TurnMoved(turn.request.attempt))

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-from actors.book import Book, Turn
+from actors.book import Book
 from actors.branches import AgentMemory
 from actors.errors import AgentMoved
 from actors.exporter import Exporter
@@ -87,11 +87,6 @@ class Handoff:
         memory = self._memory.get(agent)
         for branch in memory.branches if memory is not None else ():
             self._residency.drop(branch)
-
-    def paused(self) -> list[Turn]:
-        """Turns of frozen agents."""
-        turns = map(self._book.active.get, self._deadlines)
-        return [turn for turn in turns if turn is not None]
 
     def _reclaim(self, memory: AgentMemory) -> None:
         """On the persister's thread: no commit of the epoch before may be under way."""

@@ -49,7 +49,7 @@ from storage.card import AgentId
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-_TEND_S = 0.02  # between two looks for signs of life that are due, and for deadlines
+_TEND_S = 0.02  # between two looks for deadlines
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class LoopConfig:
     default_max_tokens: int = 1024
     freeze_timeout_s: float = 15.0  # a frozen agent then claims itself back
     restore_timeout_s: float = 60.0
+    step_timeout_s: float = 120.0  # a round of the loop; then it is stuck
     turn_timeout_s: float = 600.0  # a turn here, waiting included; then it fails
     sync: bool = False  # a turn ends when its memory is in the store
 
@@ -72,7 +73,8 @@ class ReplicaLoop:
         self.residency = Residency(engine)
         self.overhead = Overhead()
         self._prompts = {"prompt_tokens": 0, "cached_tokens": 0}
-        self._tended = 0.0
+        self._tended, self._looked = 0.0, time.monotonic()
+        self._step_timeout_s = config.step_timeout_s
         self._book = Book()
         self._workers = ThreadPoolExecutor(4, "prepare")
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -148,6 +150,11 @@ class ReplicaLoop:
         return self._thread.is_alive()
 
     @property
+    def stuck(self) -> bool:
+        """Whether the engine does not come back from a step."""
+        return time.monotonic() - self._looked > self._step_timeout_s
+
+    @property
     def draining(self) -> int:
         """Finished turns whose rows the engine still has to hand over."""
         return len(self._book.draining)
@@ -175,6 +182,7 @@ class ReplicaLoop:
 
     def _run(self) -> None:
         while not self._stopping:
+            self._looked = time.monotonic()
             try:
                 if not self._round():
                     self._wake.wait(timeout=0.25)
@@ -207,7 +215,7 @@ class ReplicaLoop:
         now = time.monotonic()
         if now - self._tended >= _TEND_S:
             self._tended = now
-            self._ends.tend(self.handoff.paused())
+            self._ends.tend()
             self.handoff.thaw_overdue()
 
     def _admit(self) -> bool:

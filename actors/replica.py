@@ -26,7 +26,7 @@ from actors.memory import Memory, MemoryConfig
 from actors.models import open_local, open_profiled, open_store
 from actors.report import AgentReport, ReplicaInfo, ReplicaStatus, local_status
 from actors.scheduler import SchedulerConfig
-from actors.turn import StreamItem, TurnFailed, TurnFinished, TurnMoved, TurnRequest
+from actors.turn import Alive, StreamItem, TurnFailed, TurnFinished, TurnMoved, TurnRequest
 from storage.card import AgentId, Owner
 from storage.codec import get_codec
 from storage.errors import StoreUnavailable
@@ -34,6 +34,7 @@ from storage.tiers import Tiers
 
 T = TypeVar("T")
 _CALL_TIMEOUT_S = 30.0
+_BEAT_S = 0.5
 _MAX_CODEC_THREADS = 4  # memory is the limit beyond that
 
 
@@ -114,6 +115,7 @@ class ModelReplica:
         except ActorError as error:
             yield [TurnFailed(request.attempt, error)]
             return
+        beating = asyncio.create_task(self._beat(request.attempt, items))
         try:
             last = False
             while not last:
@@ -123,7 +125,15 @@ class ModelReplica:
                 last = isinstance(ready[-1], (TurnFinished, TurnMoved, TurnFailed))
                 yield ready
         finally:
+            beating.cancel()
             self._loop.cancel(request.id)
+
+    async def _beat(self, attempt: int, items: asyncio.Queue[StreamItem]) -> None:
+        """Signs of life, while the engine's thread is not stuck."""
+        while not self._loop.stuck:
+            await asyncio.sleep(_BEAT_S)
+            items.put_nowait(Alive(attempt))
+        items.put_nowait(TurnFailed(attempt, EngineFault("a step of the engine does not end")))
 
     async def cancel(self, turn_id: str) -> None:
         """End a turn at the next token; unknown ids are ignored."""
@@ -176,10 +186,10 @@ class ModelReplica:
     # ---- reports
 
     async def status(self, since: float = 0.0) -> ReplicaStatus:
-        """Raises EngineFault when the engine's thread has died: the replica must be replaced."""
+        """Raises EngineFault when the engine's thread has died or hangs: replace the replica."""
         loop, memory = self._loop, self._memory
-        if not loop.alive:
-            raise EngineFault("the engine's thread has died")
+        if not loop.alive or loop.stuck:
+            raise EngineFault(f"the engine's thread {'is stuck' if loop.alive else 'has died'}")
         at = time.time()
         known = memory.agents()
         return ReplicaStatus(

@@ -87,11 +87,18 @@ class TurnStarted:
 
 @dataclass(frozen=True)
 class Progress:
-    """Prefill goes on: `done` of `total` tokens. The token deadline runs from the last item."""
+    """Prefill goes on: `done` of `total` tokens."""
 
     attempt: int
     done: int
     total: int
+
+
+@dataclass(frozen=True)
+class Alive:
+    """Nothing new, but the replica lives: from a thread of its own, however long a step takes."""
+
+    attempt: int
 
 
 @dataclass(frozen=True)
@@ -140,4 +147,4 @@ class TurnFailed:
     error: Exception
 
 
-StreamItem = TurnStarted | Progress | Tokens | TurnFinished | TurnMoved | TurnFailed
+StreamItem = TurnStarted | Progress | Alive | Tokens | TurnFinished | TurnMoved | TurnFailed

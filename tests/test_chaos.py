@@ -31,7 +31,7 @@ N = 150  # tokens of a reply
 
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[Hosts]:
-    settings = {"codec": "f16", "hysteresis_s": 60, "item_timeout_s": 2, "request_timeout_s": 50}
+    settings = {"codec": "f16", "hysteresis_s": 60, "request_timeout_s": 50}
     with cluster(["a", "b", "c"], model=MODEL, **settings) as running:
         yield running
 

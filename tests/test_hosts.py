@@ -13,7 +13,7 @@ FAKE = "fake://?step_delay=0.01"
 
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[Hosts]:
-    with cluster(["a", "b"], model=FAKE, codec="f16", hysteresis_s=60, item_timeout_s=3) as running:
+    with cluster(["a", "b"], model=FAKE, codec="f16", hysteresis_s=60) as running:
         yield running
 
 

@@ -466,17 +466,6 @@ def test_a_full_queue_refuses_with_overloaded(loop_on: MakeLoop) -> None:
     all_free(loop)
 
 
-def test_waiting_turns_give_signs_of_life(loop_on: MakeLoop) -> None:
-    engine = SlowEngine(1, step_delay=0.02)
-    loop = loop_on(engine)
-    running = start(loop, [user("one")], n=100)
-    running.take(1)
-    waiting = start(loop, [user("two")], session="b", n=2)
-    kinds = [type(item).__name__ for item in waiting]
-    assert kinds[0] == "Progress"
-    assert kinds[-1] == "TurnFinished"
-
-
 # ---- faults
 
 
