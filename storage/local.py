@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from storage.backends import is_temporary
+from storage.blocks import BLOCK_NAME
 from storage.card import AgentId, BlockRef, CacheCard, PartRef
 from storage.errors import CorruptData, Fenced, StoreUnavailable
 from storage.spec import CompatibilityKey, Part
@@ -98,11 +99,34 @@ class LocalTier:
             if not os.path.exists(path):  # one that we adopted, and that was evicted since
                 return None
             self._add(path, ref.size)
-            fresh = self._fresh.setdefault(self.store.agent_folder(agent, self.key), set())
-            if path not in fresh:
-                fresh.add(path)
-                self._pins[path] += 1
+            self._pin_fresh(agent, path)
         return ref
+
+    def hold(self, agent: AgentId, run_id: str, part: str, ref: PartRef) -> bool:
+        """Pin another agent's block for the agent's next card; False if it is not here."""
+        path = self._path(agent.tenant, run_id, ref, part)
+        with self._lock:
+            if path not in self._sizes:
+                return False
+            self._pin_fresh(agent, path)
+        return True
+
+    def _pin_fresh(self, agent: AgentId, path: str) -> None:
+        fresh = self._fresh.setdefault(self.store.agent_folder(agent, self.key), set())
+        if path not in fresh:
+            fresh.add(path)
+            self._pins[path] += 1
+
+    def find(self, tenant: str, run_id: str) -> PartRef | None:
+        """The full part of a block that is here. Not read, not verified."""
+        folder = self._root / "blocks" / tenant / run_id[:3]
+        with contextlib.suppress(FileNotFoundError):
+            for name in os.listdir(folder):
+                match = BLOCK_NAME.match(name)
+                size = self._sizes.get(f"{folder}/{name}", 0)
+                if match and match.group(1, 2) == (run_id, "full") and size:
+                    return PartRef(match[3], size)
+        return None
 
     def keep(self, tenant: str, ref: BlockRef, part: Part, raw: bytes) -> None:
         """Cache a block that came from the shared store, if there is room. Raises
@@ -143,7 +167,7 @@ class LocalTier:
             self._forget_file(path)
         return raw
 
-    def _path(self, tenant: str, run_id: str, ref: PartRef, part: Part) -> str:
+    def _path(self, tenant: str, run_id: str, ref: PartRef, part: str) -> str:
         return self.store.block_path(tenant, BlockRef(run_id, 0, {part: ref}), part)
 
     def _add(self, path: str, size: int) -> None:
