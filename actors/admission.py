@@ -17,7 +17,7 @@ from actors.book import Book, Turn
 from actors.cells import Cells
 from actors.engines.base import Engine
 from actors.errors import ActorError, AgentMoved, EngineFault
-from actors.matching import MIN_SHARED, Match
+from actors.matching import Match
 from actors.memory import Memory
 from actors.prepare import Prepared, Preparer
 from actors.residency import Residency
@@ -165,7 +165,7 @@ class Admission:
     def _begin(self, turn: Turn, seq_id: int, stored: int, *, in_ram: bool) -> Begin | None:
         """None: the rows that are stored, but not in the sequence, come first."""
         ready, n_rows = turn.ready, self._engine.n_rows(seq_id)
-        if stored >= n_rows + (MIN_SHARED if n_rows else 1):
+        if stored > n_rows:
             away = ready.away if ready.runs else ready.memory.origin
             self._restorer.begin(turn, seq_id, stored, "hot" if in_ram else away, away)
             return None

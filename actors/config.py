@@ -14,6 +14,7 @@ class ReplicaConfig:
     store: str = ".kvferry/store"  # a directory, or an fsspec URL; shared by all nodes
     codec: str = "q4"
     kv_type: str = "f16"  # of the engine's cells; "q4_1": the q4 codec's codes, as they are stored
+    lora: str = ""  # "path[:scale]" of a GGUF adapter, as `model`; part of what memory depends on
     slots: int = 4  # sequences in the engine: agents that decode together or stay resident
     n_ctx: int = 8192  # tokens one agent may hold; the model's own limit if that is lower
     cells: int = 0  # tokens all sequences hold together; 0: slots x n_ctx

@@ -11,6 +11,7 @@ Everything that is wrong with a reference is a ModelUnavailable with one clear l
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import re
 from pathlib import Path
@@ -104,6 +105,26 @@ def check_kv_type(config: ReplicaConfig) -> None:
         raise ValueError("kv_type = q4_1: the fake engine has no such cells")
 
 
+def parse_lora(text: str) -> tuple[str, float]:
+    """(reference of the adapter's file, scale) of `reference[:scale]`. Raises ValueError."""
+    reference, _, last = text.rpartition(":")
+    try:
+        scale = float(last)
+    except ValueError:
+        return text, 1.0
+    if not reference or not math.isfinite(scale) or not scale:
+        raise ValueError(f"lora = {text!r}: a file, and perhaps :scale, a number that is not 0")
+    return reference, scale
+
+
+def check_lora(config: ReplicaConfig) -> None:
+    """Raises ValueError for an adapter that the rest of the configuration does not allow."""
+    if config.lora:
+        parse_lora(config.lora)
+        if is_fake(config.model):
+            raise ValueError("lora: the fake engine takes no adapter")
+
+
 def open_engine(config: ReplicaConfig) -> Engine:
     """Load the model, declared-equivalent digests in its key as one. Raises ModelUnavailable."""
     engine = _load(config)
@@ -114,6 +135,7 @@ def open_engine(config: ReplicaConfig) -> Engine:
 def _load(config: ReplicaConfig) -> Engine:
     try:
         check_kv_type(config)
+        check_lora(config)
     except ValueError as error:
         raise ModelUnavailable(str(error)) from error
     if is_fake(config.model):
@@ -123,10 +145,15 @@ def _load(config: ReplicaConfig) -> Engine:
     path = resolve(config.model)
     try:
         from actors.engines.llama_engine import LlamaEngine
+        from actors.engines.llama_lora import Lora
     except ImportError as error:
         raise ModelUnavailable(
             "GGUF models need llama-cpp-python (pip install '.[llama]')"
         ) from error
+    lora = None
+    if config.lora:
+        adapter, scale = parse_lora(config.lora)
+        lora = Lora(resolve(adapter), scale)
     return LlamaEngine(
         path,
         n_seq_max=config.slots,
@@ -134,6 +161,7 @@ def _load(config: ReplicaConfig) -> Engine:
         n_cells=config.cells or config.slots * config.n_ctx,
         n_threads=config.threads or os.cpu_count() or 1,
         kv_type=config.kv_type,
+        lora=lora,
     )
 
 

@@ -1,4 +1,4 @@
-"""Cells in common are counted once: the same numbers as an engine that refers to them one by one."""
+"""Cells in common are counted once: the same numbers as an engine that counts every reference."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -102,3 +102,21 @@ def test_what_fits_when_shared_is_not_refused(own: list[int]) -> None:
     assert model.residency.cells_used == model.engine.cells_used == N_CELLS
     assert model.residency.evictions == 0
     assert model.residency.acquire(Branch(2), 1) is None
+
+
+def test_cells_that_a_cut_gives_up_are_not_saved() -> None:
+    """One that parts early from what it shares needs cells of its own for the rest."""
+    model = Model()
+    residency, b = model.residency, Branch(1)
+    source = residency.acquire(Branch(0), 60)
+    assert source is not None
+    model.fill(source)
+    fork = residency.fork(source, b, 60, 60)
+    assert fork is not None
+    residency.park(fork)
+    assert residency.cells_used == 60
+    assert not residency.resume(fork, 71, 10)
+    assert residency.find(b) == fork
+    assert residency.resume(fork, 70, 10)
+    model.fill(fork)
+    assert residency.cells_used == model.engine.cells_used == N_CELLS

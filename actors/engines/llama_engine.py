@@ -20,6 +20,7 @@ import ctypes
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,10 @@ import llama_cpp as llama
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.engines import llama_spec, llama_state
+from actors.engines import llama_lora, llama_spec, llama_state
 from actors.engines.base import Chunk, Logits, Vocab, count_rows
 from actors.engines.llama_batch import Batch
+from actors.engines.llama_lora import Lora
 from actors.engines.llama_rows import Layout
 from actors.engines.llama_scratch import SLIDING_ONLY, WHOLE, Scratch
 from actors.engines.llama_state import Cells
@@ -68,6 +70,7 @@ class LlamaEngine:
         n_cells: int,
         n_threads: int,
         kv_type: str = "f16",
+        lora: Lora | None = None,
     ) -> None:
         """n_ctx: tokens per sequence, at most the model's; n_cells: tokens of all sequences."""
         if kv_type != "f16" and _NO_ROTATION in os.environ:
@@ -82,6 +85,9 @@ class LlamaEngine:
             raise ModelUnavailable(f"{path}: llama.cpp cannot load this file")
         spec, rope = llama_spec.read(self._model, path)  # refuses before the file is hashed
         self.key = CompatibilityKey(*llama_spec.digests(path), rope=rope.parameters, spec=spec)
+        if lora:
+            self.key = replace(self.key, weights=lora.weights(self.key.weights))
+            adapter = llama_lora.load(self._model, lora)
         self.window = max(layer.window for layer in spec.layers)
         self._layout = Layout(spec, rope, kv_type)
         self.loads_encoded = self._layout.codec.name if self._layout.codec else ""
@@ -93,6 +99,8 @@ class LlamaEngine:
         self._rows = [0] * n_seq_max
         self._run = [0] * n_seq_max  # first position of the sliding rows loaded without a gap
         self._open_context(n_cells, n_threads)
+        if lora:
+            llama_lora.apply(self._context, adapter, lora)
         self._check_state()
 
     def _open_context(self, n_cells: int, n_threads: int) -> None:
