@@ -50,20 +50,18 @@ class Adoption:
         return (self._run(block_id), "hot") if near == "hot" else None
 
     def _stored(self, tenant: str, block_id: str) -> tuple[Run, CacheState] | None:
-        run = self._run(block_id)
-        if self._tiers.local is not None:
-            ref = self._tiers.local.find(tenant, block_id)
+        run, local = self._run(block_id), self._tiers.local
+        ref = None
+        try:
+            ref = local.store.find_block(tenant, block_id, "full") if local else None
             if ref is not None:
                 run.note("local", "full", ref)
                 return run, "warm"
-        if time.monotonic() < self._ask_again:
-            return None
-        try:
-            ref = self._tiers.shared.find_block(tenant, block_id, "full")
+            if time.monotonic() >= self._ask_again:
+                ref = self._tiers.shared.find_block(tenant, block_id, "full")
         except StorageError as error:
             self._faults.count("store_unavailable", error)
             self._ask_again = time.monotonic() + _PAUSE_S
-            return None
         if ref is None:
             return None
         run.note("shared", "full", ref)

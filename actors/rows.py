@@ -78,17 +78,16 @@ class Rows:
 
     def begin(self, memory: AgentMemory, branch: Branch, runs: Sequence[Run]) -> None:
         """The branch, new, begins with whole blocks that another agent has stored."""
-        branch.exported = sum(run.rows for run in runs)
+        branch.exported = len(runs) * self.block_tokens
         self._persister.submit(lambda: self._begin(memory, branch, runs))
 
     def share(self, memory: AgentMemory, branch: Branch, source: Branch, n: int) -> None:
-        """The branch goes on with the rows that `source`, of another agent with the same chain, has
-        of its first `n` tokens. Does nothing for a one-off agent, which keeps none."""
+        """The branch goes on with the rows that `source`, another agent's with the same chain, has
+        of its first `n` tokens. A one-off agent keeps none."""
         stop = min(source.exported, n)
         if memory.card is None or stop <= branch.exported:
             return
-        branch.exported = stop
-        ids = branch.tokens[:stop]
+        branch.exported, ids = stop, branch.tokens[:stop]
         self._persister.submit(lambda: self._share(memory, branch, source, ids))
 
     def know(self, branches: Sequence[Branch]) -> None:
@@ -102,12 +101,12 @@ class Rows:
     # ---- on the persister's thread
 
     def _begin(self, memory: AgentMemory, branch: Branch, runs: Sequence[Run]) -> None:
-        branch.blocks, branch.tail = [self._lent(memory, run) for run in runs], []
-        branch.checkpoints = []
+        branch.blocks = [self._lent(memory, run) for run in runs]
+        branch.tail, branch.checkpoints = [], []
 
     def _share(self, memory: AgentMemory, branch: Branch, source: Branch, ids: list[int]) -> None:
-        """As _take, with the branch's own whole blocks first. Runs are copied: each agent knows for
-        itself which of them its card names, and which windows it needs."""
+        """As _take, after the branch's own whole blocks. Each agent has records of its own: what
+        its card names and which windows it needs is its own business."""
         own = branch.blocks
         if source.rows > branch.rows:
             blocks = [self._lent(memory, run) for run in source.blocks[len(own) :]]
@@ -119,13 +118,12 @@ class Rows:
             branch.exported = min(branch.exported, branch.rows)
 
     def _lent(self, memory: AgentMemory, run: Run) -> Run:
-        """The agent's own record of a run, which stays on the node's disk until its card is
-        there."""
+        """The agent's own record of a run, which the node's disk keeps for its next card."""
         lent, local = run.lent(), self._tiers.local
         if memory.card is None or memory.state == "released" or local is None:
             return lent
-        held = {k: v for k, v in lent.local.items() if local.hold(memory.agent, run.id, k, v)}
-        lent.local = held
+        agent, parts = memory.agent, lent.local.items()
+        lent.local = {part: ref for part, ref in parts if local.hold(agent, run.id, part, ref)}
         return lent
 
     def _append(
@@ -209,8 +207,7 @@ class Rows:
         size, keep = self._key.spec.block_tokens, len(ids)
         runs, source_rows = list(positions(source)), source.rows
         branch.checkpoints = [at for at in source.checkpoints if at <= keep]
-        branch.blocks = source.blocks[: keep // size]
-        branch.tail = []
+        branch.blocks, branch.tail = source.blocks[: keep // size], []
         for start, run in runs:
             if start < size * len(branch.blocks):
                 continue
@@ -293,7 +290,7 @@ class Rows:
     def in_ram(self, branch: Branch, keep: int | None = None, begin: int = 0) -> bool:
         """Whether the encoded rows of tokens begin..keep, or of all, are in the pool."""
         stop = branch.rows if keep is None else keep
-        needed = [run for at, run in positions(branch) if begin < at + run.rows and at < stop]
+        needed = (run for at, run in positions(branch) if begin < at + run.rows and at < stop)
         return all(self._tiers.pool.size_of((run.id, "full")) for run in needed)
 
     def ram_bytes(self, branches: Sequence[Branch]) -> int:

@@ -82,7 +82,10 @@ class Sharing:
         if later is not None and later.n >= (now.n if now else 0) + MIN_SHARED:
             turn.awaits = self._entries[later.seq_id].turn
             return later
-        return now if now is not None and now.n >= least + MIN_SHARED else None
+        if now is None or now.n < least + MIN_SHARED:
+            return None
+        same = now.branch.tokens[: now.n] == turn.ready.tokens[: now.n]  # not the ids' word alone
+        return now if same else None
 
     def _alike(self, turn: Turn) -> Iterator[tuple[int, _Entry, int]]:
         """(sequence, entry, tokens in common, all but the last of the prompt), best first."""
@@ -95,9 +98,8 @@ class Sharing:
                 entry = self._entries[seq_id]
                 if entry.turn is turn or not self._lends(seq_id, entry, ready.memory):
                     continue
-                tokens = entry.branch.tokens
-                if tokens[:known] == ready.tokens[:known]:
-                    yield seq_id, entry, min(limit, _common(tokens, ready.tokens, known))
+                common = _common(entry.branch.tokens, ready.tokens, known)
+                yield seq_id, entry, min(limit, common)
 
     def _lends(self, seq_id: int, entry: _Entry, to: AgentMemory) -> bool:
         """Whether the sequence still has what was noted, and its rows may go on in `to`: those of

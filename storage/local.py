@@ -22,7 +22,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from storage.backends import is_temporary
-from storage.blocks import BLOCK_NAME
 from storage.card import AgentId, BlockRef, CacheCard, PartRef
 from storage.errors import CorruptData, Fenced, StoreUnavailable
 from storage.spec import CompatibilityKey, Part
@@ -116,17 +115,6 @@ class LocalTier:
         if path not in fresh:
             fresh.add(path)
             self._pins[path] += 1
-
-    def find(self, tenant: str, run_id: str) -> PartRef | None:
-        """The full part of a block that is here. Not read, not verified."""
-        folder = self._root / "blocks" / tenant / run_id[:3]
-        with contextlib.suppress(FileNotFoundError):
-            for name in os.listdir(folder):
-                match = BLOCK_NAME.match(name)
-                size = self._sizes.get(f"{folder}/{name}", 0)
-                if match and match.group(1, 2) == (run_id, "full") and size:
-                    return PartRef(match[3], size)
-        return None
 
     def keep(self, tenant: str, ref: BlockRef, part: Part, raw: bytes) -> None:
         """Cache a block that came from the shared store, if there is room. Raises
