@@ -150,7 +150,8 @@ class Admission:
         self._scheduler.waiting.place(turn, blocked)
         if match.dropped is not None:
             self._residency.drop(match.dropped)
-        in_ram = self._memory.rows.in_ram(match.source or match.branch, keep)
+        begin = engine.n_rows(seq_id)
+        in_ram = self._memory.rows.in_ram(match.source or match.branch, keep, begin)
         if turn.sequence is None:
             open_turn = OpenTurn(turn.request.id, ready.n_prompt)
             self._memory.enter(ready.memory, match, open_turn, ready.tokens)
