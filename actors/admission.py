@@ -23,6 +23,7 @@ from actors.prepare import Prepared, Preparer
 from actors.residency import Residency
 from actors.restorer import Restorer
 from actors.scheduler import Scheduler
+from actors.sharing import Sharing, Source
 from actors.turn import CacheState, StreamItem, TurnFailed, TurnMoved
 from storage.card import OpenTurn
 from storage.errors import Fenced, StorageError
@@ -65,7 +66,7 @@ class Admission:
     ) -> None:
         self._engine, self._memory, self._residency = engine, memory, residency
         self._scheduler, self._book, self._cells = scheduler, book, cells
-        self._restorer = restorer
+        self._restorer, self._sharing = restorer, Sharing(engine, residency, book)
         self._prepare, self._workers, self._wake = prepare, workers, wake
         self._prepared = 0
         self._seen, self._again = (-1, -1, -1), 0.0
@@ -124,55 +125,80 @@ class Admission:
                 return
             if began is not None:
                 yield began
-            if turn in waiting:
+            if turn in waiting and not turn.holds_off:
                 blocked.append(turn)
                 if waiting.holds_back(turn):
                     return
 
     def _place(self, turn: Turn, ready: Prepared, blocked: list[Turn]) -> Begin | None:
-        """None: it has to wait for room, or for its rows."""
+        """None: it has to wait for room, for its rows, or for another's that it can share."""
         match, engine = ready.match, self._engine
         if turn.sequence is not None:
             match = Match(match.branch, None, match.branch.exported)
-        keep = min(match.keep, len(ready.tokens) - 1)  # the last token is always computed
-        found = self._sequence_for(ready, match, keep)
-        if found is None:
+        most = len(ready.tokens) - 1  # the last token is always computed
+        keep, n_runs = min(match.keep, most), 0 if turn.sequence else ready.n_runs
+        stored = max(n_runs, min(keep, (match.source or match.branch).exported))
+        held = self._held(match, keep)
+        n_held = min(keep, engine.n_rows(held)) if held is not None else 0
+        source = self._sharing.find(turn, n_held, stored)
+        turn.holds_off = source is not None and not source.ready
+        if turn.holds_off:
             return None
-        seq_id, holds_rows = found
+        seq_id = self._sequence_for(ready, match, keep, held, source)
+        if seq_id is None:
+            return None
         self._scheduler.waiting.place(turn, blocked)
         if match.dropped is not None:
             self._residency.drop(match.dropped)
-        in_ram = self._memory.rows.in_ram(match.source or match.branch, keep)
+        begin = engine.n_rows(seq_id)
+        in_ram = self._memory.rows.in_ram(match.source or match.branch, keep, begin)
         if turn.sequence is None:
             open_turn = OpenTurn(turn.request.id, ready.n_prompt)
             self._memory.enter(ready.memory, match, open_turn, ready.tokens)
-        if not holds_rows and match.branch.exported and keep:
-            cache = "hot" if in_ram else ready.memory.origin
-            self._restorer.begin(turn, seq_id, keep, cache)
-            return None
-        return Begin(turn, seq_id, "hot" if engine.n_rows(seq_id) else "cold")
+        if n_runs:
+            self._memory.rows.begin(ready.memory, match.branch, ready.runs)
+            in_ram = ready.away == "hot"
+        if source is not None:
+            self._memory.rows.share(ready.memory, match.branch, source.branch, source.n)
+        self._sharing.note(seq_id, turn)
+        return self._begin(turn, seq_id, min(match.branch.exported, most), in_ram=in_ram)
 
-    def _sequence_for(self, ready: Prepared, match: Match, keep: int) -> tuple[int, bool] | None:
-        """(sequence, whether it holds the rows the engine had of the match); None: no room."""
+    def _begin(self, turn: Turn, seq_id: int, stored: int, *, in_ram: bool) -> Begin | None:
+        """None: the rows that are stored, but not in the sequence, come first."""
+        ready, n_rows = turn.ready, self._engine.n_rows(seq_id)
+        if stored > n_rows:
+            away = ready.away if ready.runs else ready.memory.origin
+            self._restorer.begin(turn, seq_id, stored, "hot" if in_ram else away, away)
+            return None
+        return Begin(turn, seq_id, "hot" if n_rows else "cold")
+
+    def _held(self, match: Match, keep: int) -> int | None:
+        """The idle sequence that can go on after the first `keep` tokens, or be forked there."""
         engine, residency = self._engine, self._residency
-        cells = self._cells.to_begin(ready)
         held = residency.find(match.source or match.branch)
         if held is not None and not engine.can_truncate(held, min(keep, engine.n_rows(held))):
             if match.source is None:  # its rows are stored: go on from a checkpoint
                 residency.free(held)
-            held = None
-        if held is not None and match.source is None:
-            if not residency.resume(held, cells):
-                return None
-            engine.truncate(held, min(keep, engine.n_rows(held)))
-            return held, True
-        seq_id = residency.acquire(match.branch, cells, keep=held)
-        if seq_id is not None and held is not None:
-            engine.fork(held, seq_id, min(keep, engine.n_rows(held)))
-            return seq_id, True
-        if seq_id is None and held is not None:  # no second place: the source must leave
-            seq_id = residency.acquire(match.branch, cells)
-        return (seq_id, False) if seq_id is not None else None
+            return None
+        return held
+
+    def _sequence_for(
+        self, ready: Prepared, match: Match, keep: int, held: int | None, source: Source | None
+    ) -> int | None:
+        """A sequence with what the engine has of the prompt's rows; None: no room."""
+        engine, residency = self._engine, self._residency
+        cells = self._cells.to_begin(ready)
+        if source is not None:
+            seq_id = residency.fork(source.seq_id, match.branch, cells, source.n)
+            if seq_id is not None and match.source is None:
+                residency.drop(match.branch)
+            return seq_id
+        if held is None:
+            return residency.acquire(match.branch, cells)
+        n = min(keep, engine.n_rows(held))
+        if match.source is None:
+            return held if residency.resume(held, cells, n) else None
+        return residency.fork(held, match.branch, cells, n)
 
 
 def _refusal(turn: Turn, error: BaseException) -> End:

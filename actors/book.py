@@ -27,10 +27,12 @@ class Restore:
 
     seq_id: int
     cache: CacheState  # where the rows come from
+    away: CacheState  # the same, for those that are not in RAM
+    begin: int = 0  # rows that were in the sequence already
+    loaded: int = 0  # rows that are
     rows: queue.SimpleQueue[KVRows | Tensors | None] = field(default_factory=queue.SimpleQueue)
     room: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(1))
     began: float = field(default_factory=time.monotonic)
-    loaded: int = 0
     abandoned: bool = False
 
 
@@ -47,6 +49,8 @@ class Turn:
     sequence: Sequence | None = None
     restore: Restore | None = None
     last: TurnFinished | None = None  # held back until the turn's memory is stored
+    awaits: Turn | None = None  # whose rows it waits for, or has waited for, to share them
+    holds_off: bool = False  # it does so at the moment
     failure: ActorError | None = None  # why it was cancelled, unless the client wished it
 
     def emit(self, item: StreamItem) -> None:

@@ -49,6 +49,10 @@ class Run:
         else:
             self.shared = {**self.shared, part: ref}
 
+    def lent(self) -> Run:
+        """The same rows for another agent, whose card does not name them yet."""
+        return Run(self.id, self.rows, self.local, self.shared, has_window=self.has_window)
+
     def drop_window(self) -> None:
         """No checkpoint needs its sliding part any more."""
         self.local = {k: v for k, v in self.local.items() if k != "sliding"}

@@ -20,6 +20,7 @@ class ReplicaConfig:
     ubatch: int = 0  # tokens the engine computes at once; 0: the profile's
     kv_budget: int = 0  # bytes that the cells may take under profile "auto"; 0: no limit
     profile_dir: str = ""  # where measured profiles are kept; "": the user's cache directory
+    lora: str = ""  # "path[:scale]" of a GGUF adapter, as `model`; part of what memory depends on
     slots: int = 4  # sequences in the engine: agents that decode together or stay resident
     n_ctx: int = 8192  # tokens one agent may hold; the model's own limit if that is lower
     cells: int = 0  # tokens all sequences hold together; 0: slots x n_ctx

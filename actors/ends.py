@@ -70,7 +70,7 @@ class Ends:
         del sequence.tokens[sequence.n_prompt + n :]
         sequence.n_rows = min(sequence.n_rows, len(sequence.tokens))
         if not turn.preempted and self._engine.can_truncate(sequence.seq_id, sequence.n_rows):
-            self._engine.truncate(sequence.seq_id, sequence.n_rows)
+            self._residency.truncate(sequence.seq_id, sequence.n_rows)
         branch = ready.match.branch
         if branch.exported > len(sequence.tokens):
             self._memory.rows.cut(ready.memory, branch, len(sequence.tokens))

@@ -85,7 +85,7 @@ class ReplicaLoop:
         prepare = Preparer(engine, memory, template, config.default_max_tokens)
         self._exporter = Exporter(engine, memory, self.residency)
         self._restorer = Restorer(
-            engine, memory, self._book, self.rates, self._workers,
+            engine, memory, self.residency, self._book, self.rates, self._workers,
             self._wake.set, self._thread.is_alive, config.restore_timeout_s,
         )  # fmt: skip
         self.cells = Cells(engine, self.residency, self.scheduler, self._book, self._exporter)

@@ -1,4 +1,5 @@
-"""Where does a prompt continue an agent's history? Pure: branches and token ids in, a Match out."""
+"""Where does a prompt continue an agent's history, and what are the names of its beginnings? Pure:
+branches and token ids in, a Match or ids out."""
 
 from __future__ import annotations
 
@@ -7,6 +8,9 @@ from dataclasses import dataclass
 
 from actors.branches import Branch
 from actors.prompt import EmittedReply, common_prefix
+from storage.cache_file import Chain
+
+MIN_SHARED = 32  # tokens; fewer are computed faster than they are shared
 
 
 @dataclass(frozen=True)
@@ -59,3 +63,15 @@ def match(
             default=None,
         )
     return prompt, Match(fresh, branch if keep else None, keep, dropped)
+
+
+def prefix_ids(chain: Chain, tokens: Sequence[int], block_tokens: int) -> tuple[str, ...]:
+    """Names of a prompt's beginnings: of its first MIN_SHARED tokens, then of every whole block
+    (its id). Empty for a prompt that is shorter."""
+    if len(tokens) < MIN_SHARED:
+        return ()
+    ids, parent = [chain.segment_id("", tokens[:MIN_SHARED], 0)], ""
+    for start in range(0, len(tokens) - block_tokens + 1, block_tokens):
+        parent = chain.block_id(parent, tokens[start : start + block_tokens])
+        ids.append(parent)
+    return tuple(ids)

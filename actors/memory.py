@@ -121,6 +121,7 @@ class Memory:
             branches = [branch_of(branch, "local") for branch in ahead.branches]
             note_shared(branches, card)
             card = replace(card, generation=ahead.generation, branches=ahead.branches)
+        self.rows.know(branches)
         memory = AgentMemory(agent, card, "warm" if here else "remote", branches)
         with self._lock:
             self._agents[agent] = memory

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import os
 import re
 from pathlib import Path
@@ -132,6 +133,26 @@ def default_options(config: ReplicaConfig) -> EngineOptions:
     )
 
 
+def parse_lora(text: str) -> tuple[str, float]:
+    """(reference of the adapter's file, scale) of `reference[:scale]`. Raises ValueError."""
+    reference, _, last = text.rpartition(":")
+    try:
+        scale = float(last)
+    except ValueError:
+        return text, 1.0
+    if not reference or not math.isfinite(scale) or not scale:
+        raise ValueError(f"lora = {text!r}: a file, and perhaps :scale, a number that is not 0")
+    return reference, scale
+
+
+def check_lora(config: ReplicaConfig) -> None:
+    """Raises ValueError for an adapter that the rest of the configuration does not allow."""
+    if config.lora:
+        parse_lora(config.lora)
+        if is_fake(config.model):
+            raise ValueError("lora: the fake engine takes no adapter")
+
+
 def open_engine(config: ReplicaConfig) -> Engine:
     """Load the model, declared-equivalent digests in its key as one. Raises ModelUnavailable."""
     return open_profiled(config)[0]
@@ -144,6 +165,7 @@ def open_profiled(
     and `seconds` as in open_tuned."""
     try:
         check_engine(config)
+        check_lora(config)
     except ValueError as error:
         raise ModelUnavailable(str(error)) from error
     engine, profile = _open_engine(config, again, seconds)
@@ -182,7 +204,11 @@ def _identity(path: Path) -> dict[str, str]:
 
 
 def _open_llama(config: ReplicaConfig, path: Path, options: EngineOptions, n_cells: int) -> Tunable:
-    engine: Tunable = _import_llama().LlamaEngine(
+    module, lora = _import_llama(), None
+    if config.lora:
+        adapter, scale = parse_lora(config.lora)
+        lora = module.Lora(resolve(adapter), scale)
+    engine: Tunable = module.LlamaEngine(
         path,
         n_seq_max=config.slots,
         n_ctx=config.n_ctx,
@@ -191,6 +217,7 @@ def _open_llama(config: ReplicaConfig, path: Path, options: EngineOptions, n_cel
         kv_type=options.kv_type,
         flash_attention=options.flash_attention,
         n_ubatch=options.ubatch,
+        lora=lora,
     )
     return engine
 

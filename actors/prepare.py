@@ -7,22 +7,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from actors.branches import AgentMemory, Branch
+from actors.adoption import Adoption
+from actors.branches import AgentMemory, Branch, Run
 from actors.engines.base import Engine
 from actors.errors import InvalidRequest
 from actors.grammar import Grammar, GrammarCompiler
-from actors.matching import Match, match
+from actors.matching import MIN_SHARED, Match, match, prefix_ids
 from actors.memory import Memory
 from actors.prompt import ChatTemplate, EmittedReply
 from actors.sampling import check
 from actors.sequence import text_of
-from actors.turn import Resume, TurnRequest
+from actors.turn import CacheState, Resume, TurnRequest
 
 
 @dataclass(frozen=True)
 class Prepared:
     """tokens = prompt, then what an earlier attempt emitted; at most max_tokens more follow.
-    `grammar` has accepted what was emitted."""
+    `grammar` has accepted what was emitted. `prefixes` name the beginnings of the tokens; `runs`
+    are the first blocks of a new branch, where other agents have stored them, at most `away`."""
 
     memory: AgentMemory
     match: Match
@@ -30,6 +32,14 @@ class Prepared:
     n_prompt: int
     max_tokens: int
     grammar: Grammar | None = None
+    prefixes: tuple[str, ...] = ()
+    runs: tuple[Run, ...] = ()
+    away: CacheState = "cold"
+
+    @property
+    def n_runs(self) -> int:
+        """Rows of `runs`."""
+        return sum(run.rows for run in self.runs)
 
 
 class Preparer:
@@ -40,6 +50,7 @@ class Preparer:
         self._memory, self._template = memory, template
         self._default_max_tokens = default_max_tokens
         self._grammars = GrammarCompiler(engine.vocab)
+        self._adoption = Adoption(memory.rows, memory.tiers, memory.faults)
 
     def __call__(self, request: TurnRequest) -> Prepared:
         """Raises InvalidRequest, AgentMoved, and what Memory.open raises."""
@@ -72,7 +83,26 @@ class Preparer:
         wanted = request.sampling.max_tokens or self._default_max_tokens
         tokens = [*prompt, *resume.emitted]
         max_tokens = min(wanted, room)
-        return Prepared(memory, found, tokens, len(prompt), max_tokens, grammar)
+        block = self._memory.key.spec.block_tokens
+        prefixes = prefix_ids(self._memory.rows.chain(memory), tokens, block)
+        runs, away = self._stored(memory, found, tokens, prefixes)
+        return Prepared(
+            memory, found, tokens, len(prompt), max_tokens, grammar, prefixes, runs, away
+        )
+
+    def _stored(
+        self, memory: AgentMemory, found: Match, tokens: list[int], prefixes: tuple[str, ...]
+    ) -> tuple[tuple[Run, ...], CacheState]:
+        """(blocks a new branch may begin with, the farthest place they are in). With sliding
+        windows none: where a block's window is kept, only the card says that names it."""
+        spec = self._memory.key.spec
+        whole = (len(tokens) - 1) // spec.block_tokens
+        if found.branch.tokens or spec.window or not whole:
+            return (), memory.origin
+        runs, away = self._adoption.find(memory.agent.tenant, prefixes[1 : 1 + whole])
+        if len(runs) * spec.block_tokens < found.keep + MIN_SHARED:
+            return (), memory.origin
+        return tuple(runs), away
 
     def _replies_of(self, branch: Branch) -> list[EmittedReply]:
         replies = []

@@ -1,7 +1,8 @@
 """Which branch sits in which of the engine's sequences, and who leaves when room is needed.
 
 A busy sequence has a turn in it and a reservation of cells; an idle one keeps its rows for the
-agent's next turn until another needs the place. Used by the loop's thread only.
+agent's next turn until another needs the place. A sequence may begin with another's cells; those
+are counted once. Used by the loop's thread only; the counts may be read from others.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections import OrderedDict
 
 from actors.branches import Branch
 from actors.engines.base import Engine
+from actors.shares import Shares
 
 
 class Residency:
@@ -20,6 +22,7 @@ class Residency:
         self._free = list(range(engine.n_seq_max))[::-1]
         self._idle: OrderedDict[int, Branch] = OrderedDict()  # seq_id -> branch, oldest first
         self._busy: dict[int, tuple[Branch, int]] = {}  # seq_id -> (branch, reserved cells)
+        self._shares = Shares()
         self.evictions = 0
         self.changes = 0  # that may have made room
 
@@ -35,46 +38,69 @@ class Residency:
     @property
     def cells_reserved(self) -> int:
         """Cells of busy sequences."""
-        return sum(cells for _, cells in self._busy.values())
+        return self._cells(list(self._busy))
 
     @property
     def cells_used(self) -> int:
         """Cells that idle sequences fill and busy ones have reserved."""
-        idle = sum(self._engine.n_rows(seq_id) for seq_id in self._idle)
-        return idle + self.cells_reserved
+        return self._cells([*self._idle, *self._busy])
 
     def find(self, branch: Branch) -> int | None:
         """The sequence that holds an idle branch's rows."""
         return next((seq_id for seq_id, b in self._idle.items() if b is branch), None)
 
-    def resume(self, seq_id: int, cells: int) -> bool:
-        """Make an idle sequence busy again with `cells` reserved; False if they do not fit."""
-        branch = self._idle.pop(seq_id)
-        if not self._make_room(cells, need_sequence=False):
-            self._idle[seq_id] = branch
+    def branch(self, seq_id: int) -> Branch | None:
+        """Whose rows a sequence holds."""
+        busy = self._busy.get(seq_id)
+        return busy[0] if busy else self._idle.get(seq_id)
+
+    def is_idle(self, seq_id: int) -> bool:
+        return seq_id in self._idle
+
+    def resume(self, seq_id: int, cells: int, keep: int | None = None) -> bool:
+        """Make an idle sequence busy again, cut to its first `keep` rows, with `cells` reserved;
+        False if they do not fit."""
+        if not self._make_room(cells, seq_id, keep):
             return False
+        branch = self._idle.pop(seq_id)
+        if keep is not None:
+            self.truncate(seq_id, keep)
         self._busy[seq_id] = (branch, cells)
         return True
 
-    def acquire(self, branch: Branch, cells: int, keep: int | None = None) -> int | None:
-        """An empty sequence with `cells` reserved, or None; `keep` is a sequence not to evict."""
-        kept, rows = None, 0
-        if keep is not None:
-            kept, rows = self._idle.pop(keep), self._engine.n_rows(keep)
-        fits = self._make_room(rows + cells, need_sequence=True)
-        if kept is not None and keep is not None:
-            self._idle[keep] = kept
-        if not fits:
+    def acquire(self, branch: Branch, cells: int) -> int | None:
+        """An empty sequence with `cells` reserved, or None."""
+        if not self._make_room(cells, need_sequence=True):
             return None
         seq_id = self._free.pop()
         self._busy[seq_id] = (branch, cells)
         return seq_id
 
+    def fork(self, source: int, branch: Branch, cells: int, n: int) -> int | None:
+        """A sequence with `cells` reserved that begins with the first `n` rows of `source`, whose
+        cells it shares; or None. An idle source that leaves no room gives up its own place. Raises
+        EngineFault."""
+        if not self._make_room(cells - n, keep_seq=source, need_sequence=True):
+            return self._inherit(source, branch, cells, n)
+        seq_id = self._free[-1]
+        self._engine.fork(source, seq_id, n)
+        self._shares.share(source, seq_id, n)
+        self._free.pop()
+        self._busy[seq_id] = (branch, cells)
+        return seq_id
+
+    def _inherit(self, source: int, branch: Branch, cells: int, n: int) -> int | None:
+        if source not in self._idle or not self.resume(source, cells, n):
+            return None
+        self.evictions += 1
+        self._busy[source] = (branch, cells)
+        return source
+
     def grow(self, seq_id: int, cells: int) -> bool:
         """Reserve `cells` in all for a busy sequence; False if they do not fit."""
         branch, reserved = self._busy[seq_id]
         if cells > reserved:
-            if not self._make_room(cells - reserved, need_sequence=False):
+            if not self._make_room(cells, seq_id):
                 return False
             self._busy[seq_id] = (branch, cells)
         return True
@@ -82,6 +108,11 @@ class Residency:
     def reserved(self, seq_id: int) -> int:
         """Cells of a busy sequence."""
         return self._busy[seq_id][1]
+
+    def truncate(self, seq_id: int, n_rows: int) -> None:
+        """Cut a sequence in the engine and here. Raises EngineFault unless can_truncate."""
+        self._engine.truncate(seq_id, n_rows)
+        self._shares.cut(seq_id, n_rows)
 
     def park(self, seq_id: int) -> None:
         """The turn is over: the sequence stays, idle, with its rows."""
@@ -93,7 +124,7 @@ class Residency:
         """Empty a sequence, idle or busy."""
         self._idle.pop(seq_id, None)
         self._busy.pop(seq_id, None)
-        self._engine.truncate(seq_id, 0)
+        self.truncate(seq_id, 0)
         self._free.append(seq_id)
         self.changes += 1
 
@@ -115,12 +146,48 @@ class Residency:
         for seq_id in [*self._idle, *self._busy]:
             self.free(seq_id)
 
-    def _make_room(self, cells: int, *, need_sequence: bool) -> bool:
-        if self.cells_reserved + cells > self._engine.n_cells:
+    # ---- counting
+
+    def _cells(
+        self, seq_ids: list[int], change: int | None = None, cells: int = 0, keep: int | None = None
+    ) -> int:
+        """What these sequences hold, shared cells once; sequence `change` as if it held `cells`,
+        and of those it has now the first `keep`."""
+        sizes = (cells if seq_id == change else self._size(seq_id) for seq_id in seq_ids)
+        return sum(sizes) - self._shares.saved(seq_ids, change, keep)
+
+    def _size(self, seq_id: int) -> int:
+        busy = self._busy.get(seq_id)
+        return busy[1] if busy else self._engine.n_rows(seq_id)
+
+    def _make_room(
+        self,
+        cells: int,
+        seq_id: int | None = None,
+        keep: int | None = None,
+        *,
+        keep_seq: int | None = None,
+        need_sequence: bool = False,
+    ) -> bool:
+        """Room for `cells` more; or, with `seq_id`, for that sequence to hold `cells` in all, the
+        first `keep` of those it has now among them. `keep_seq` must stay."""
+        more = 0 if seq_id is not None else cells
+        stay = [i for i in self._idle if i in (seq_id, keep_seq)]
+        busy = [*self._busy, *stay]
+        if self._cells(busy, seq_id, cells, keep) + more > self._engine.n_cells:
             return False  # nobody leaves for what cannot fit anyway
-        if need_sequence and not self._free and not self._idle:
+        if need_sequence and not self._free and len(stay) == len(self._idle):
             return False
-        while self.cells_used + cells > self._engine.n_cells or (need_sequence and not self._free):
-            self.evictions += 1
-            self.free(next(iter(self._idle)))
-        return True
+        while True:
+            held = self._cells([*self._idle, *self._busy], seq_id, cells, keep) + more
+            lacks = held > self._engine.n_cells
+            if not lacks and (self._free or not need_sequence):
+                return True
+            self._evict(stay, lacks=lacks)
+
+    def _evict(self, stay: list[int], *, lacks: bool) -> None:
+        """The oldest leaves; of those whose cells are wanted, the oldest that has some alone."""
+        oldest = [i for i in self._idle if i not in stay]
+        alone = [i for i in oldest if self._engine.n_rows(i) > self._shares.shared(i)]
+        self.evictions += 1
+        self.free(alone[0] if lacks and alone else oldest[0])

@@ -18,6 +18,7 @@ from actors.errors import EngineFault
 from actors.memory import Memory
 from actors.prepare import Prepared
 from actors.rates import Rates
+from actors.residency import Residency
 from actors.turn import CacheState
 from storage.codec import Tensors, decode_rows, merge_parts
 from storage.spec import KVRows
@@ -32,6 +33,7 @@ class Restorer:
         self,
         engine: Engine,
         memory: Memory,
+        residency: Residency,
         book: Book,
         rates: Rates,
         workers: ThreadPoolExecutor,
@@ -39,15 +41,20 @@ class Restorer:
         alive: Callable[[], bool],
         timeout_s: float,
     ) -> None:
-        self._engine, self._memory, self._book, self._rates = engine, memory, book, rates
+        self._engine, self._memory, self._residency = engine, memory, residency
+        self._book, self._rates = book, rates
         self._workers, self._wake, self._alive = workers, wake, alive
         self._timeout_s = timeout_s
 
-    def begin(self, turn: Turn, seq_id: int, keep: int, cache: CacheState) -> None:
-        """Start to fill the empty sequence with the first `keep` rows of the turn's branch."""
-        restore = turn.restore = Restore(seq_id, cache)
+    def begin(
+        self, turn: Turn, seq_id: int, keep: int, cache: CacheState, away: CacheState
+    ) -> None:
+        """Start to fill the sequence up with the first `keep` rows of the turn's branch; some it
+        may share with another already. `away`: where those are that have left RAM since."""
+        begin = self._engine.n_rows(seq_id)
+        restore = turn.restore = Restore(seq_id, cache, away, begin, begin)
         self._book.restoring.append(turn)
-        self._workers.submit(self._read, turn.ready, restore, keep)
+        self._workers.submit(self._read, turn.ready, restore, begin, keep)
 
     def poll(self) -> tuple[bool, list[Turn]]:
         """Load what has arrived. (whether anything had, turns whose rows are all there)."""
@@ -67,12 +74,13 @@ class Restorer:
             self._book.restoring.remove(turn)
             seq_id, engine = restore.seq_id, self._engine
             if not engine.can_truncate(seq_id, engine.n_rows(seq_id)):  # its window is missing
-                engine.truncate(seq_id, 0)
-                restore.loaded = 0
-            if restore.loaded:
-                self._rates.restore(restore.loaded, time.monotonic() - restore.began)
+                self._residency.truncate(seq_id, 0)
+                restore.loaded = restore.begin = 0
+            restored = restore.loaded - restore.begin
+            if restored:
+                self._rates.restore(restored, time.monotonic() - restore.began)
             else:
-                restore.cache = "cold"
+                restore.cache = "hot" if restore.loaded else "cold"
             complete.append(turn)
         return loaded, complete
 
@@ -90,13 +98,14 @@ class Restorer:
 
     # ---- on a worker
 
-    def _read(self, ready: Prepared, restore: Restore, keep: int) -> None:
+    def _read(self, ready: Prepared, restore: Restore, begin: int, keep: int) -> None:
         memory = self._memory
         try:
             memory.persister.flush().result(self._timeout_s)
-            if not memory.rows.in_ram(ready.match.branch, keep):  # what was pinned may be gone
-                restore.cache = ready.memory.origin
-            for full, sliding in memory.rows.read(ready.memory, ready.match.branch, keep):
+            branch = ready.match.branch
+            if not memory.rows.in_ram(branch, keep, begin):  # what was pinned may be gone
+                restore.cache = restore.away
+            for full, sliding in memory.rows.read(ready.memory, branch, keep, begin):
                 if not self._has_room(restore):
                     return
                 restore.rows.put(self._loadable(full, sliding))

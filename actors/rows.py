@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from weakref import WeakValueDictionary
 
 from actors.branches import AgentMemory, Branch, Run, positions
 from actors.faults import Faults
@@ -39,6 +40,8 @@ class Rows:
     ) -> None:
         self._key, self._codec, self._tiers = key, codec, tiers
         self._persister, self._faults = persister, faults
+        self.block_tokens = key.spec.block_tokens
+        self.known: WeakValueDictionary[str, Run] = WeakValueDictionary()  # whole blocks, by id
         self._readers = ThreadPoolExecutor(2 * _READ_AHEAD, "read-ahead")
         # Layers are encoded and decoded side by side where the replica has cores for it.
         self.codec_threads = ThreadPoolExecutor(threads, "codec") if threads > 1 else None
@@ -73,7 +76,55 @@ class Rows:
         ids = branch.tokens[:keep]
         self._persister.submit(lambda: self._take(memory, branch, source, ids))
 
+    def begin(self, memory: AgentMemory, branch: Branch, runs: Sequence[Run]) -> None:
+        """The branch, new, begins with whole blocks that another agent has stored."""
+        branch.exported = len(runs) * self.block_tokens
+        self._persister.submit(lambda: self._begin(memory, branch, runs))
+
+    def share(self, memory: AgentMemory, branch: Branch, source: Branch, n: int) -> None:
+        """The branch goes on with the rows that `source`, another agent's with the same chain, has
+        of its first `n` tokens. A one-off agent keeps none."""
+        stop = min(source.exported, n)
+        if memory.card is None or stop <= branch.exported:
+            return
+        branch.exported, ids = stop, branch.tokens[:stop]
+        self._persister.submit(lambda: self._share(memory, branch, source, ids))
+
+    def know(self, branches: Sequence[Branch]) -> None:
+        """Whole blocks of these may be found by their id."""
+        self.known.update({run.id: run for branch in branches for run in branch.blocks})
+
+    def chain(self, memory: AgentMemory) -> Chain:
+        salt = memory.card.cache_salt if memory.card else ""
+        return Chain(self._key.digest, self._codec.name, memory.agent.tenant, salt)
+
     # ---- on the persister's thread
+
+    def _begin(self, memory: AgentMemory, branch: Branch, runs: Sequence[Run]) -> None:
+        branch.blocks = [self._lent(memory, run) for run in runs]
+        branch.tail, branch.checkpoints = [], []
+
+    def _share(self, memory: AgentMemory, branch: Branch, source: Branch, ids: list[int]) -> None:
+        """As _take, after the branch's own whole blocks. Each agent has records of its own: what
+        its card names and which windows it needs is its own business."""
+        own = branch.blocks
+        if source.rows > branch.rows:
+            blocks = [self._lent(memory, run) for run in source.blocks[len(own) :]]
+            tail = [self._lent(memory, run) for run in source.tail]
+            at = sorted({*branch.checkpoints, *source.checkpoints})
+            lent = Branch(0, blocks=[*own, *blocks], tail=tail, checkpoints=at)
+            self._take(memory, branch, lent, ids)
+        if branch.rows < len(ids):  # what is lost here is exported again
+            branch.exported = min(branch.exported, branch.rows)
+
+    def _lent(self, memory: AgentMemory, run: Run) -> Run:
+        """The agent's own record of a run, which the node's disk keeps for its next card."""
+        lent, local = run.lent(), self._tiers.local
+        if memory.card is None or memory.state == "released" or local is None:
+            return lent
+        agent, parts = memory.agent, lent.local.items()
+        lent.local = {part: ref for part, ref in parts if local.hold(agent, run.id, part, ref)}
+        return lent
 
     def _append(
         self, memory: AgentMemory, branch: Branch, start: int, rows: KVRows, ids: list[int]
@@ -113,8 +164,9 @@ class Rows:
         size = self._key.spec.block_tokens
         start = size * len(branch.blocks)
         parent = branch.blocks[-1].id if branch.blocks else ""
-        run = Run(self._chain(memory).block_id(parent, ids[start : start + size]), size)
+        run = Run(self.chain(memory).block_id(parent, ids[start : start + size]), size)
         run.carried = self.windows.joined(memory, branch.tail)
+        self.known[run.id] = run
         self.keep(memory, run, "full", concat_rows([*pieces, piece]))
         branch.blocks = [*branch.blocks, run]
         branch.tail = []
@@ -127,14 +179,10 @@ class Rows:
         filled, rows = sum(run.rows for run in branch.tail), count_rows(tensors)
         parent = branch.blocks[-1].id if branch.blocks else ""
         in_block = ids[start : start + filled + rows]
-        run = Run(self._chain(memory).segment_id(parent, in_block, filled), rows)
+        run = Run(self.chain(memory).segment_id(parent, in_block, filled), rows)
         self.keep(memory, run, "full", tensors)
         branch.tail = [*branch.tail, run]
         return run
-
-    def _chain(self, memory: AgentMemory) -> Chain:
-        salt = memory.card.cache_salt if memory.card else ""
-        return Chain(self._key.digest, self._codec.name, memory.agent.tenant, salt)
 
     def keep(self, memory: AgentMemory, run: Run, part: Part, tensors: Tensors) -> None:
         """Rows into the pool and onto a disk. If that fails they stay in RAM while there is room,
@@ -159,8 +207,7 @@ class Rows:
         size, keep = self._key.spec.block_tokens, len(ids)
         runs, source_rows = list(positions(source)), source.rows
         branch.checkpoints = [at for at in source.checkpoints if at <= keep]
-        branch.blocks = source.blocks[: keep // size]
-        branch.tail = []
+        branch.blocks, branch.tail = source.blocks[: keep // size], []
         for start, run in runs:
             if start < size * len(branch.blocks):
                 continue
@@ -215,14 +262,14 @@ class Rows:
     # ---- from a worker
 
     def read(
-        self, memory: AgentMemory, branch: Branch, keep: int
+        self, memory: AgentMemory, branch: Branch, keep: int, begin: int = 0
     ) -> Iterator[tuple[Tensors, Tensors | None]]:
-        """The encoded rows of the first `keep` tokens, run by run in order, each with its sliding
-        rows where the window needs them. With sliding windows, rows end at the last checkpoint.
+        """The encoded rows of tokens begin..keep, run by run in order, each with its sliding rows
+        where the window needs them. With sliding windows, rows end at the last checkpoint.
         Stops early at a run that is missing or cannot be trusted; the branch then forgets it and
         what follows."""
         keep, windows = self.windows.restorable(memory, branch, keep)
-        runs = [(start, run) for start, run in positions(branch) if start < keep]
+        runs = [(at, x) for at, x in positions(branch) if begin < at + x.rows and at < keep]
         ahead: deque[Future[Tensors | None]] = deque()
         for n, (start, run) in enumerate(runs):
             while len(ahead) < min(_READ_AHEAD, len(runs) - n):
@@ -232,15 +279,18 @@ class Rows:
             if tensors is None:
                 self.cut(memory, branch, start)
                 return
-            if start + run.rows > keep:
-                tensors = slice_rows(tensors, 0, keep - start)
-            yield tensors, windows.get(start)
+            first, stop = max(begin - start, 0), min(keep - start, run.rows)
+            sliding = windows.get(start)
+            if sliding is not None and (n_rows := count_rows(sliding)) > stop - first:
+                sliding = slice_rows(sliding, n_rows - (stop - first), n_rows)
+            yield slice_rows(tensors, first, stop), sliding
 
     # ---- reports
 
-    def in_ram(self, branch: Branch, keep: int | None = None) -> bool:
-        """Whether the encoded rows of the first `keep` tokens, or all, are in the pool."""
-        needed = [run for at, run in positions(branch) if keep is None or at < keep]
+    def in_ram(self, branch: Branch, keep: int | None = None, begin: int = 0) -> bool:
+        """Whether the encoded rows of tokens begin..keep, or of all, are in the pool."""
+        stop = branch.rows if keep is None else keep
+        needed = (run for at, run in positions(branch) if begin < at + run.rows and at < stop)
         return all(self._tiers.pool.size_of((run.id, "full")) for run in needed)
 
     def ram_bytes(self, branches: Sequence[Branch]) -> int:

@@ -21,7 +21,7 @@ import typer
 from rich.table import Table
 
 from actors.errors import ModelUnavailable
-from actors.models import is_fake, open_store, resolve, served_name
+from actors.models import is_fake, open_store, parse_lora, resolve, served_name
 from cluster import bundle_cli, store_cli, tune_cli
 from cluster.config import ClusterConfig, load_config
 from cluster.console import console, fail, size
@@ -76,6 +76,8 @@ def _settings(path: Path | None, flags: dict[str, Any]) -> ClusterConfig:
         settings = load_config(path, os.environ, flags)
         if not is_fake(settings.replica.model):
             resolve(settings.replica.model)
+            if settings.replica.lora:
+                resolve(parse_lora(settings.replica.lora)[0])
         open_store(settings.replica).probe()
         check_port(settings.http.host, settings.http.port)
     except (ConfigError, ModelUnavailable, StoreUnavailable, ValueError) as error:

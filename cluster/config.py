@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.config import ReplicaConfig
-from actors.models import check_engine
+from actors.models import check_engine, check_lora
 from cluster.errors import ConfigError
 from cluster.placement import PlacementConfig
 from storage.card import TENANT_PATTERN
@@ -157,7 +157,7 @@ def _bytes(text: str) -> int:
 def _compose(values: Mapping[str, Any]) -> ClusterConfig:
     """Relative paths are the caller's: replicas are other processes, in other directories."""
     values = _known() | dict(values)
-    for name in ("store", "model", "local"):
+    for name in ("store", "model", "lora", "local"):
         if name == "local" and not values[name]:
             values[name] = ".kvferry/local" if is_remote(values["store"]) else ""
         if values[name] and "://" not in values[name]:
@@ -217,6 +217,7 @@ def _validate(config: ClusterConfig) -> None:
         raise ConfigError(f"codec = {replica.codec!r}: known codecs are {', '.join(CODECS)}")
     try:
         check_engine(replica)
+        check_lora(replica)
         CacheStore(replica.store)
     except ValueError as error:
         raise ConfigError(str(error)) from error

@@ -175,6 +175,17 @@ class BlockStore:
             raise CorruptData(path, "sha256 does not match")
         return unseal(self._cipher, tenant, block_place(tenant, ref.id, part), raw, path)
 
+    def find(self, tenant: str, block_id: str, part: str) -> PartRef | None:
+        """A variant that is stored under this id and may be adopted; not read, not verified.
+        Raises StoreUnavailable."""
+        with self._files.translated():
+            condemned = self._condemned.names(tenant)
+            for entry in self._files.entries(block_folder(self._files, tenant, block_id)):
+                match = BLOCK_NAME.match(entry.name)
+                if match and match.group(1, 2) == (block_id, part) and entry.name not in condemned:
+                    return PartRef(match[3], entry.size)
+        return None
+
     # ---- what a card may name
 
     def secure(self, tenant: str, ref: BlockRef, named: frozenset[str]) -> BlockRef | None:

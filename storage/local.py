@@ -98,11 +98,23 @@ class LocalTier:
             if not os.path.exists(path):  # one that we adopted, and that was evicted since
                 return None
             self._add(path, ref.size)
-            fresh = self._fresh.setdefault(self.store.agent_folder(agent, self.key), set())
-            if path not in fresh:
-                fresh.add(path)
-                self._pins[path] += 1
+            self._pin_fresh(agent, path)
         return ref
+
+    def hold(self, agent: AgentId, run_id: str, part: str, ref: PartRef) -> bool:
+        """Pin another agent's block for the agent's next card; False if it is not here."""
+        path = self._path(agent.tenant, run_id, ref, part)
+        with self._lock:
+            if path not in self._sizes:
+                return False
+            self._pin_fresh(agent, path)
+        return True
+
+    def _pin_fresh(self, agent: AgentId, path: str) -> None:
+        fresh = self._fresh.setdefault(self.store.agent_folder(agent, self.key), set())
+        if path not in fresh:
+            fresh.add(path)
+            self._pins[path] += 1
 
     def keep(self, tenant: str, ref: BlockRef, part: Part, raw: bytes) -> None:
         """Cache a block that came from the shared store, if there is room. Raises
@@ -143,7 +155,7 @@ class LocalTier:
             self._forget_file(path)
         return raw
 
-    def _path(self, tenant: str, run_id: str, ref: PartRef, part: Part) -> str:
+    def _path(self, tenant: str, run_id: str, ref: PartRef, part: str) -> str:
         return self.store.block_path(tenant, BlockRef(run_id, 0, {part: ref}), part)
 
     def _add(self, path: str, size: int) -> None:

@@ -108,6 +108,11 @@ class CacheStore(CardReader):
         """The verified bytes of one part; None if the file is gone. Raises CorruptData, Locked."""
         return self.blocks.get(tenant, ref, part)
 
+    def find_block(self, tenant: str, block_id: str, part: str) -> PartRef | None:
+        """A block some agent of the tenant has stored under this id; None if there is none. Raises
+        StoreUnavailable."""
+        return self.blocks.find(tenant, block_id, part)
+
     def block_path(self, tenant: str, ref: BlockRef, part: str) -> str:
         return self.blocks.path(tenant, ref, part)
 

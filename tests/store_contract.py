@@ -212,6 +212,16 @@ class StoreContract:
         assert len(store.files.fs.find(store.files.root)) == 1
         assert self.put(store, b"other id", "4d" * 32)[0] != first
 
+    def test_a_block_is_found_by_its_id(self, store):
+        assert store.find_block("acme", "3c" * 32, "full") is None
+        ref, path = self.put(store)
+        assert store.find_block("acme", ref.id, "full") == ref.parts["full"]
+        assert store.find_block("acme", ref.id, "sliding") is None
+        assert store.find_block("acme", "3c" * 31 + "3d", "full") is None
+        assert store.find_block("other", ref.id, "full") is None
+        store.files.fs.mv(path, f"{path}.corrupt")
+        assert store.find_block("acme", ref.id, "full") is None
+
     def test_a_corrupt_variant_is_set_aside_once(self, store, faults):
         _, path = self.put(store)
         store.files.fs.pipe_file(path, b"the rowz")

@@ -289,9 +289,11 @@ def test_a_condemned_block_is_not_adopted_but_stored_anew(world):
     world.wait(GRACE + 1)
     world.collect()
     world.wait(MAX_AGE_S + 1)
+    assert world.store.find_block("acme", old.id, "full") is None
     new = put(world.store, 1)
     assert new != old
     assert new.id == old.id
+    assert world.store.find_block("acme", old.id, "full") == new.parts["full"]
     raw = world.store.get_block("acme", new, "full")
     assert cache_file.load(raw, "new")[0]["x"] == [1]
     assert put(world.store, 1) == new  # the sound variant that is not condemned

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from storage.backends import temporary_name
-from storage.card import BlockRef, BranchCard, CacheCard
+from storage.card import AgentId, BlockRef, BranchCard, CacheCard
 from storage.errors import CorruptData
 from storage.local import LocalTier
 from storage.store import CacheStore
@@ -46,6 +46,27 @@ def card(generation: int, *refs: BlockRef | None) -> CacheCard:
     named = tuple(ref for ref in refs if ref is not None)
     branch = BranchCard(0, tuple(range(16 * len(named))), named)
     return replace(template(ALICE), epoch=2, generation=generation, branches=(branch,))
+
+
+def test_a_block_that_is_held_stays_for_the_next_card(tmp_path):
+    """Another agent's block, named by ours from its next card on."""
+    local = tier(tmp_path)
+    ours = AgentId("acme", "ours")
+    held, other = (cached(local, n, tmp_path) for n in range(2))
+    part = held.parts["full"]
+    assert local.hold(ours, held.id, "full", part)
+    assert not local.hold(ours, "99" * 32, "full", part)
+    for n in range(2, 6):
+        cached(local, n, tmp_path)
+    assert here(local, held, other) == [True, False]
+    local.write_card(replace(card(1, held), agent=ours))
+    for n in range(6, 9):
+        cached(local, n, tmp_path)
+    assert here(local, held) == [True]
+    local.forget(ours, 2)
+    for n in range(2, 6):
+        cached(local, n, tmp_path)
+    assert here(local, held) == [False]
 
 
 def test_the_least_recently_used_leave_first(tmp_path):

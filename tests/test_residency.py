@@ -65,26 +65,45 @@ def test_idle_rows_leave_for_a_reservation() -> None:
     assert engine.n_rows(seq_id) == 0
 
 
-def test_the_kept_one_stays() -> None:
+def test_the_source_of_a_fork_stays() -> None:
     engine = engine_of(n_seq_max=2)
     residency = Residency(engine)
     a = parked(residency, engine, 0, 50)
     b = parked(residency, engine, 1, 50)
     held = residency.find(a)
-    seq_id = residency.acquire(Branch(2), 100, keep=held)
-    assert seq_id is not None
+    assert held is not None
+    seq_id = residency.fork(held, Branch(2), 100, 40)
+    assert seq_id not in (None, held)
     assert residency.find(a) == held
     assert residency.find(b) is None
 
 
-def test_the_rows_of_the_kept_one_count() -> None:
+def test_the_cells_of_a_fork_count_once() -> None:
     engine = engine_of()
     residency = Residency(engine)
     a = parked(residency, engine, 0, 200)
     held = residency.find(a)
-    assert residency.acquire(Branch(1), 101, keep=held) is None
+    assert held is not None
+    seq_id = residency.fork(held, Branch(1), 250, 150)  # 200 + 250 - 150
+    assert seq_id not in (None, held)
+    assert residency.cells_used == residency._engine.n_cells == 300
     assert residency.find(a) == held
-    assert residency.acquire(Branch(1), 100, keep=held) is not None
+    assert residency.evictions == 0
+
+
+def test_a_source_without_room_beside_it_gives_up_its_place() -> None:
+    engine = engine_of()
+    residency = Residency(engine)
+    a = parked(residency, engine, 0, 200)
+    held = residency.find(a)
+    assert held is not None
+    b = Branch(1)
+    assert residency.fork(held, b, 251, 150) == held
+    assert residency.find(a) is None
+    assert residency.branch(held) is b
+    assert engine.n_rows(held) == 150
+    assert residency.cells_used == 251
+    assert residency.evictions == 1
 
 
 def test_nobody_leaves_for_what_cannot_fit_anyway() -> None:
@@ -102,14 +121,14 @@ def test_nobody_leaves_for_what_cannot_fit_anyway() -> None:
     assert residency.evictions == 0
 
 
-def test_no_place_beside_the_kept_one() -> None:
+def test_no_place_beside_a_busy_source() -> None:
     engine = engine_of(n_seq_max=1)
     residency = Residency(engine)
-    a = parked(residency, engine, 0, 50)
-    held = residency.find(a)
-    assert residency.acquire(Branch(1), 10, keep=held) is None
-    assert residency.find(a) == held
-    assert engine.n_rows(0) == 50
+    seq_id = residency.acquire(Branch(0), 100)
+    assert seq_id is not None
+    fill(engine, seq_id, 50)
+    assert residency.fork(seq_id, Branch(1), 60, 50) is None
+    assert engine.n_rows(seq_id) == 50
 
 
 def test_resume_that_does_not_fit_leaves_it_idle() -> None:

@@ -96,12 +96,14 @@ class FakeEngine:
         self._rows: list[list[Row]] = [[] for _ in range(n_seq_max)]
         self._states: list[list[bytes]] = [[] for _ in range(n_seq_max)]  # digest of rows so far
         self._sliding: list[dict[int, Row]] = [{} for _ in range(n_seq_max)]  # position -> row
+        self._owners: dict[int, int] = {}  # id of a row -> sequences that hold it, if several
+        self.cells_used = 0
 
     def step(self, chunks: Sequence[Chunk]) -> dict[int, Logits]:
         wanted = sum(len(c.token_ids) for c in chunks)
         if self._delay or self._token_delay:
             time.sleep(self._delay + self._token_delay * wanted)
-        if sum(map(len, self._rows)) + wanted > self.n_cells:
+        if self.cells_used + wanted > self.n_cells:
             raise EngineFault(f"no cells for {wanted} tokens")
         if wanted > self.n_batch + self.n_seq_max:
             raise EngineFault(f"a step of {wanted} tokens, the batch holds {self.n_batch}")
@@ -150,6 +152,7 @@ class FakeEngine:
         states = self._states[seq_id]
         before = states[-1] if states else b""
         self._rows[seq_id].append(row)
+        self.cells_used += 1
         states.append(hashlib.blake2b(before + row.tobytes()).digest())
 
     def _next_rows(self, token: int, state: bytes) -> tuple[Row, Row]:
@@ -215,6 +218,8 @@ class FakeEngine:
         if not self.can_truncate(source, n_rows):
             raise EngineFault(f"sequence {source} cannot be forked at {n_rows}: no window there")
         self._rows[target] = self._rows[source][:n_rows]
+        for row in self._rows[target]:
+            self._owners[id(row)] = self._owners.get(id(row), 1) + 1
         self._states[target] = self._states[source][:n_rows]
         self._sliding[target] = {i: x for i, x in self._sliding[source].items() if i < n_rows}
 
@@ -236,10 +241,20 @@ class FakeEngine:
             return
         if not self.can_truncate(seq_id, n_rows):
             raise EngineFault(f"sequence {seq_id} cannot be cut to {n_rows} rows: no window there")
+        for row in self._rows[seq_id][n_rows:]:
+            self._leave(row)
         del self._rows[seq_id][n_rows:]
         del self._states[seq_id][n_rows:]
         for position in [i for i in self._sliding[seq_id] if i >= n_rows]:
             del self._sliding[seq_id][position]
+
+    def _leave(self, row: Row) -> None:
+        """One sequence less holds the row; its cell is free when none does."""
+        owners = self._owners.pop(id(row), 1) - 1
+        if not owners:
+            self.cells_used -= 1
+        elif owners > 1:
+            self._owners[id(row)] = owners
 
     def n_rows(self, seq_id: int) -> int:
         return len(self._rows[seq_id])

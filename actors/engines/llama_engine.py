@@ -20,6 +20,7 @@ from __future__ import annotations
 import ctypes
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,11 @@ import llama_cpp as llama
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.engines import llama_spec, llama_state
+from actors.engines import llama_lora, llama_spec, llama_state
 from actors.engines.base import Chunk, Logits, Vocab, count_rows
 from actors.engines.llama_batch import Batch
 from actors.engines.llama_context import check_options, open_context, open_model
+from actors.engines.llama_lora import Lora
 from actors.engines.llama_rows import Layout
 from actors.engines.llama_scratch import SLIDING_ONLY, WHOLE, Scratch
 from actors.engines.llama_state import Cells
@@ -70,6 +72,7 @@ class LlamaEngine:
         kv_type: str = "f16",
         flash_attention: bool = True,
         n_ubatch: int = MAX_UBATCH,
+        lora: Lora | None = None,
     ) -> None:
         """n_ctx: tokens per sequence, at most the model's; n_cells: tokens of all sequences."""
         llama.llama_log_set(_log, ctypes.c_void_p(0))
@@ -80,6 +83,10 @@ class LlamaEngine:
         self.key = CompatibilityKey(
             *llama_spec.digests(path), rope=self._rope.parameters, spec=spec
         )
+        self._lora = lora
+        if lora:
+            self.key = replace(self.key, weights=lora.weights(self.key.weights))
+            self._adapter = llama_lora.load(self._model, lora)
         self.window = max(layer.window for layer in spec.layers)
         self.vocab: Vocab = LlamaVocab(self._model)
         self._n_ctx = min(n_ctx, llama.llama_model_n_ctx_train(self._model))
@@ -97,6 +104,8 @@ class LlamaEngine:
         self._sliding = self._layout.sliding
         n_batch, n_seq_max = self.n_batch + self.n_seq_max, self.n_seq_max + 1
         self._context = open_context(self._model, options, n_cells, n_batch, n_seq_max)
+        if self._lora:
+            llama_lora.apply(self._context, self._adapter, self._lora)
         self._batch = Batch(n_batch)
         self.n_cells = llama.llama_n_ctx(self._context)
         self.n_ctx = min(self._n_ctx, n_cells)
