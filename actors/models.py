@@ -13,12 +13,16 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 from urllib.parse import parse_qsl
 
 from actors.config import ReplicaConfig
+from actors.draft_model import check_draft
 from actors.engines.base import Engine
 from actors.errors import ModelUnavailable
+from actors.speculation import Kind, SpeculationConfig
 from storage.crypto import Cipher, parse_keys, read_keys
 from storage.errors import StoreUnavailable
 from storage.local import LocalTier
@@ -102,6 +106,39 @@ def check_kv_type(config: ReplicaConfig) -> None:
         raise ValueError(f"kv_type = q4_1: wants codec = 'q4', not {config.codec!r}")
     if is_fake(config.model):
         raise ValueError("kv_type = q4_1: the fake engine has no such cells")
+
+
+def speculation_of(config: ReplicaConfig) -> SpeculationConfig:
+    """Raises ValueError for a setting that cannot be kept."""
+    kind, draft = config.speculation, config.draft_model
+    if kind == "mtp":
+        raise ValueError(
+            "speculation = mtp: this build cannot test a model's own multi-token-prediction head, "
+            "and does not use one; set auto, ngram, draft or off"
+        )
+    if kind not in ("auto", "off", "ngram", "draft"):
+        raise ValueError(f"speculation = {kind!r}: auto, off, ngram or draft")
+    if kind == "draft" and not draft:
+        raise ValueError("speculation = draft: wants a draft_model")
+    if kind in ("off", "ngram") and draft:
+        raise ValueError(f"draft_model: is not used with speculation = {kind}")
+    if kind == "auto":
+        kind = "draft" if draft else "ngram"
+    return SpeculationConfig(cast(Kind, kind), config.draft_tokens)
+
+
+def open_draft(config: ReplicaConfig, engine: Engine) -> Engine | None:
+    """The draft model's engine, with a cache of its own; None without one. Raises ModelUnavailable,
+    also for another vocabulary than the model's."""
+    if speculation_of(config).kind != "draft":
+        return None
+    draft = open_engine(replace(config, model=config.draft_model, kv_type="f16"))
+    try:
+        check_draft(engine, draft)
+    except ModelUnavailable:
+        draft.close()
+        raise
+    return draft
 
 
 def open_engine(config: ReplicaConfig) -> Engine:
