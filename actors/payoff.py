@@ -2,8 +2,8 @@
 
 A step of d sequences with x drafted tokens takes T(d, x), and yields one token for each sequence
 plus one for each draft accepted. Where T rises as fast as x, as on a CPU that several sequences
-keep busy, drafts lose. What has not been measured is believed to cost nothing more, is tried, and
-is known then; what did not pay is tried again rarely.
+keep busy, drafts lose. What has not been measured is believed to cost nothing more, is tried, a few
+more at a time, and is known then; what did not pay is tried again rarely.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 _GAIN = 1.05  # expected tokens/s, against none: less is noise
 _LOSS = 0.9  # what no sequence may fall below, for the sake of the others
-_COMPARE_EVERY = 64  # steps with drafts; then one with none, or with one more
+_COMPARE_EVERY = 48  # steps with drafts; then one with none, with one more, or with one fewer
 _PROBE_EVERY, _PROBE_AT_MOST = 64, 4096  # steps without; doubled as long as it does not pay
+_FIRST = 4  # drafts of a first trial; then twice as many as have been measured
 _KEPT = 7  # of the last times; the median counts, so that one slow step decides nothing
 
 Drafted = tuple[float, int]  # (chance that it is accepted, index of its sequence)
@@ -40,6 +41,10 @@ class StepTimes:
 
     def measure(self, d: int, x: int, seconds: float) -> None:
         self._times.setdefault(d, {}).setdefault(x, deque(maxlen=_KEPT)).append(seconds)
+
+    def reach(self, d: int) -> int:
+        """Drafted tokens that may be tried next, at most."""
+        return max(_FIRST, 2 * max(self._times.get(d, {0: ()})))
 
     def of(self, d: int, x: int) -> float | None:
         """Between measured points a line, beyond them the last; None: nothing is known of d."""
@@ -65,7 +70,7 @@ class Payoff:
         self.draft_s = 0.0  # of a drafter, for one more token
         self._max_step_s = max_step_s
         self._steps = 0  # since the last that went against the choice
-        self._more = False  # whether that had more drafts, or none
+        self._compared = 0
         self._probe_every = _PROBE_EVERY
 
     def measure(self, d: int, x: int, seconds: float) -> None:
@@ -82,8 +87,8 @@ class Payoff:
         if x:
             self._probe_every = _PROBE_EVERY
             if self._steps >= _COMPARE_EVERY:
-                self._steps, self._more = 0, not self._more
-                x = x + 1 if self._more else 0
+                self._steps, self._compared = 0, self._compared + 1
+                x = (0, x + 1, x - 1)[self._compared % 3]
         elif self._steps >= self._probe_every:
             likely = _one_alone(_likely(offers, trial=True))
             x = self._best(d, likely, trial=True)
@@ -103,7 +108,7 @@ class Payoff:
         assert base is not None
         counts, expected, gained = [0] * d, [1.0] * d, float(d)
         best, least = 0, _GAIN * d / base
-        for x, (chance, i) in enumerate(likely, start=1):
+        for x, (chance, i) in enumerate(likely[: self.times.reach(d)], start=1):
             counts[i] += 1
             expected[i] += chance
             gained += chance
