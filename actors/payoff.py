@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 _GAIN = 1.05  # expected tokens/s, against none: less is noise
 _LOSS = 0.9  # what no sequence may fall below, for the sake of the others
-_COMPARE_EVERY = 48  # steps with drafts; then one with none, with one more, or with one fewer
+_COMPARE_EVERY = 32  # steps with drafts; then one with none, with one more, or with one fewer
 _PROBE_EVERY, _PROBE_AT_MOST = 64, 4096  # steps without; doubled as long as it does not pay
 _FIRST = 4  # drafts of a first trial; then twice as many as have been measured
-_KEPT = 7  # of the last times; the median counts, so that one slow step decides nothing
+_KEPT = 5  # of the last times; the median counts, so that one slow step decides nothing
 
 Drafted = tuple[float, int]  # (chance that it is accepted, index of its sequence)
 
@@ -88,7 +88,7 @@ class Payoff:
             self._probe_every = _PROBE_EVERY
             if self._steps >= _COMPARE_EVERY:
                 self._steps, self._compared = 0, self._compared + 1
-                x = (0, x + 1, x - 1)[self._compared % 3]
+                x = (0, x + 1, 0, x - 1)[self._compared % 4]
         elif self._steps >= self._probe_every:
             likely = _one_alone(_likely(offers, trial=True))
             x = self._best(d, likely, trial=True)

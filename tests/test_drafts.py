@@ -209,7 +209,7 @@ def test_an_engine_that_changes_is_noticed() -> None:
     assert payoff.best([Offer(0.4, 8)]) == [0]
     plain, speed, _ = serve(payoff, free, [0.4], steps=20_000)
     assert speed > 1.4 * plain
-    serve(payoff, linear, [0.4], steps=500)
+    serve(payoff, linear, [0.4], steps=1500)
     assert payoff.best([Offer(0.4, 8)]) == [0]
 
 

@@ -569,7 +569,7 @@ def test_it_switches_itself_off_where_verifying_costs_what_decoding_does(
 ) -> None:
     plain, _ = decode_s(loop_on, monkeypatch, "off", (0.0, 0.001), agents)
     seconds, drafted = decode_s(loop_on, monkeypatch, "ngram", (0.0, 0.001), agents)
-    assert 0 < drafted < 80  # trials
+    assert 0 < drafted < 100  # trials
     assert seconds < 1.03 * plain
 
 
