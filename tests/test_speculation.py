@@ -349,6 +349,28 @@ def test_no_drafts_where_rows_could_not_be_taken_back(
     assert all(c.start + len(c.token_ids) < 64 for c in sent)
 
 
+class Keeping(Counting):
+    """Keeps every sliding row, so that all can be taken back."""
+
+    def _slide(self, seq_id: int) -> None:
+        pass
+
+
+def test_windows_are_kept_at_the_same_places(loop_on: MakeLoop, tmp_path: Path) -> None:
+    """A block's end is reached, not jumped over: there the window is kept."""
+    engine = Keeping(window=64)
+    plain, drafted = loop_on(Keeping(window=64), "plain"), loop_on(engine, "drafted", "ngram")
+    options: dict[str, Any] = {"n": 390, "guide": REFRAIN}
+    asked = [user("la la lo la la")]
+    answers = [run(loop, asked, **options) for loop in (plain, drafted)]
+    assert answers[0].ids == answers[1].ids
+    for loop in (plain, drafted):
+        settle(loop)
+    assert block_files(tmp_path / "plain") == block_files(tmp_path / "drafted")
+    sent = [c for step in engine.steps for c in step if c.n_logits > 1]
+    assert max(c.start for c in sent) > 300
+
+
 class Forgetful(FakeEngine):
     """Loses what it could have cut to."""
 
@@ -498,7 +520,7 @@ def test_what_speculation_asks_for() -> None:
     assert kind(speculation="auto", draft_model="x.gguf") == kind(
         speculation="draft", draft_model="x.gguf"
     )
-    assert kind(speculation="off") == "off"
+    assert kind() == kind(speculation="off") == "off"
     for wrong, said in (
         ({"speculation": "mtp"}, "cannot test"),
         ({"speculation": "fast"}, "auto, off, ngram or draft"),
@@ -569,7 +591,7 @@ def test_it_switches_itself_off_where_verifying_costs_what_decoding_does(
 ) -> None:
     plain, _ = decode_s(loop_on, monkeypatch, "off", (0.0, 0.001), agents)
     seconds, drafted = decode_s(loop_on, monkeypatch, "ngram", (0.0, 0.001), agents)
-    assert 0 < drafted < 100  # trials
+    assert 0 < drafted < 120  # trials
     assert seconds < 1.03 * plain
 
 
