@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from actors.book import Book
+from actors.branches import Branch
+from actors.cells import Cells
 from actors.config import ReplicaConfig
 from actors.draft_model import DraftModel, check_draft
 from actors.engines.base import Chunk, Engine, Logits
@@ -19,6 +22,7 @@ from actors.grammar import GrammarCompiler
 from actors.loop import LoopConfig, ReplicaLoop
 from actors.models import open_draft, open_engine, speculation_of
 from actors.payoff import Offer, Payoff
+from actors.residency import Residency
 from actors.sampling import Sampler
 from actors.scheduler import Scheduler, SchedulerConfig
 from actors.sequence import Sequence as Running
@@ -129,7 +133,7 @@ CASES: dict[str, dict[str, Any]] = {
     "grammar": {"guide": REFRAIN},
     "seeded grammar": {"guide": Guide("regex", "([a-d]{3} ){30}", "x"), "temperature": 1.0},
     "stop string": {"guide": REFRAIN, "stop": ("lo la la lo la la lo la",)},
-    "stop in a letter's run": {"logit_bias": ((120, 50.0),), "stop": ("x" * 33,)},
+    "stop in a letter's run": {"logit_bias": ((120, 50.0),), "stop": ("x" * 35,)},
     "stop token": {"guide": REFRAIN, "stop_token_ids": (ord("o"),)},
     "one token": {"n": 1},
     "seven tokens": {"logit_bias": ((120, 50.0),), "n": 7},
@@ -302,28 +306,38 @@ def test_a_failed_replica_s_turn_goes_on_elsewhere_the_same(loop_on: MakeLoop) -
 
 def test_no_drafts_where_cells_are_short(loop_on: MakeLoop) -> None:
     """The engine refuses a step that it has no cells for, and with it every turn."""
-    engine = Counting(1, 400, n_cells=290)
-    loop = loop_on(engine, draft=FakeEngine(1, 400))
-    text = "x" * (290 - 100 - len("<|user|>"))
-    answer = run(loop, [user(text)], n=95, ignore_eos=True)
-    assert answer.reason == "length"
-    assert engine.most_drafted == K
-
-    full = Counting(2, 400, n_cells=400)
-    loop = loop_on(full, "full", "ngram")
-    streams = [start(loop, [user("la " * 50)], session=f"s{i}", turn_id=f"t{i}", n=38, seed=i,
+    engine = Counting(2, 400, n_cells=400)
+    loop = loop_on(engine, kind="ngram")
+    streams = [start(loop, [user("la la lo " * 14)], session=f"s{i}", turn_id=f"t{i}", n=100,
                      guide=REFRAIN) for i in range(2)]  # fmt: skip
     assert [stream.result().reason for stream in streams] == ["length", "length"]
-    assert max(sum(len(c.token_ids) + c.start for c in step) for step in full.steps) <= 400
+    assert engine.most_drafted == K
+    assert loop.cells.preemptions > 0
+
+
+@pytest.mark.parametrize(("reserved", "drafts"), [(95, 0), (98, 3), (60, 8)])
+def test_drafts_have_the_cells_that_are_left(reserved: int, drafts: int) -> None:
+    engine = FakeEngine(2, 100, n_cells=100)
+    residency = Residency(engine)
+    made: Scheduler[Any] = Scheduler(SchedulerConfig())
+    cells = Cells(engine, residency, made, Book(), None)  # type: ignore[arg-type]
+    seq_id = residency.acquire(Branch(1), reserved)
+    assert seq_id is not None
+    running = sequence([97] * min(reserved, 95), seq_id)
+    assert cells.for_drafts(running, 8) == drafts
+    assert residency.reserved(seq_id) >= len(running.tokens) + drafts
 
 
 def test_no_idle_agent_leaves_for_drafts(loop_on: MakeLoop) -> None:
-    engine = FakeEngine(2, 400, n_cells=400)
-    loop = loop_on(engine, kind="ngram")
+    """63 tokens are what a turn has cells for at its start; drafts reach beyond."""
+    engine = Counting(2, 400, n_cells=400)
+    loop = loop_on(engine, kind="ngram", k=20)
     run(loop, [user("x" * 150)], session="idle", n=5)
     settle(loop)
-    held = loop.residency.cells_used
-    run(loop, [user("la " * 50)], session="other", n=400 - held - 160 - 3, guide=REFRAIN)
+    guide = Guide("regex", "(la la lo ){7}", "x")
+    answer = run(loop, [user("la " * 50)], session="other", n=240, guide=guide)
+    drafted_to = max(c.start + len(c.token_ids) for s in engine.steps for c in s if c.n_logits > 1)
+    assert drafted_to > len(answer.prompt) + 64
     assert loop.residency.evictions == 0
 
 
