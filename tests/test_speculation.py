@@ -547,7 +547,9 @@ def test_what_speculation_asks_for() -> None:
 
 
 def test_a_draft_model_is_opened_beside_the_model() -> None:
-    config = ReplicaConfig(model="fake://", draft_model="fake://?step_delay=0.001", slots=3)
+    config = ReplicaConfig(
+        model="fake://", speculation="auto", draft_model="fake://?step_delay=0.001", slots=3
+    )
     engine = open_engine(config)
     draft = open_draft(config, engine)
     assert draft is not None
