@@ -49,6 +49,19 @@ class Cells:
                 without.append(sequence)
         return without
 
+    def for_drafts(self, sequence: Sequence, k: int) -> int:
+        """Of k drafted tokens, as many as have cells; nobody leaves for them."""
+        residency, needed = self._residency, len(sequence.tokens)
+        reserved = residency.reserved(sequence.seq_id)
+        free = self._engine.n_cells - residency.cells_used
+        most = sequence.n_prompt + sequence.max_tokens
+        for ahead in (_AHEAD, 0):
+            wanted = self._ahead(most, needed + k, ahead)
+            if reserved < needed + k and wanted - reserved <= free:
+                residency.grow(sequence.seq_id, wanted)
+                reserved = wanted
+        return max(0, min(k, reserved - needed))
+
     def _turn(self, sequence: Sequence) -> Turn:
         return self._book.by_sequence[id(sequence)]
 
@@ -62,7 +75,7 @@ class Cells:
             last = max(others, key=_rank)
             if last is turn and self._book.restoring + self._book.draining + self._paused():
                 return False  # their cells will be there, or may be taken, soon
-            self._leave(last)
+            self.leave(last)
             if last is turn:
                 break
         return True
@@ -80,7 +93,7 @@ class Cells:
     def _ahead(self, most: int, needed: int, ahead: int) -> int:
         return max(needed, min(self._engine.n_ctx, most, needed + ahead))
 
-    def _leave(self, turn: Turn) -> None:
+    def leave(self, turn: Turn) -> None:
         """Out of the engine and back to the front of the queue."""
         sequence = turn.sequence
         assert sequence is not None

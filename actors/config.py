@@ -36,6 +36,9 @@ class ReplicaConfig:
     prefill_chunk: int = 512  # tokens per step when nobody decodes
     prefill_chunk_busy: int = 128  # tokens per step while others decode, until speeds are measured
     max_step_s: float = 0.25  # of a step while others decode; 0: prefill_chunk_busy is kept
+    speculation: str = "off"  # "ngram", "draft"; "auto": draft if there is a draft_model
+    draft_model: str = ""  # a small model with the same vocabulary; references as of `model`
+    draft_tokens: int = 8  # drafted for one agent in one step, at most
     turn_timeout_s: float = 600.0  # a turn on one replica, waiting included
     signing_key_file: str = ""  # HMAC key for cards; empty: cards carry a plain checksum
     # digest of weights or tokenizer -> the digest it counts as; see storage.spec

@@ -24,8 +24,8 @@ from actors.book import Book, Turn
 from actors.branches import durable_rows
 from actors.cells import Cells
 from actors.ends import Ends
-from actors.engines.base import Engine, Logits
-from actors.errors import AgentMoved, EngineFault, InvalidRequest
+from actors.engines.base import Engine
+from actors.errors import AgentMoved, EngineFault
 from actors.exporter import Exporter
 from actors.handoff import Handoff
 from actors.memory import Memory
@@ -36,15 +36,9 @@ from actors.residency import Residency
 from actors.restorer import Restorer
 from actors.scheduler import Scheduler, SchedulerConfig
 from actors.sequence import Sequence, TextStream
-from actors.turn import (
-    CacheState,
-    Progress,
-    StreamItem,
-    Tokens,
-    TurnFailed,
-    TurnRequest,
-    TurnStarted,
-)
+from actors.speculation import SpeculationConfig, Speculator
+from actors.stepper import Stepper
+from actors.turn import CacheState, StreamItem, TurnRequest, TurnStarted
 from storage.card import AgentId
 
 logger = logging.getLogger(__name__)
@@ -61,12 +55,21 @@ class LoopConfig:
     step_timeout_s: float = 120.0  # a round of the loop; then it is stuck
     turn_timeout_s: float = 600.0  # a turn here, waiting included; then it fails
     sync: bool = False  # a turn ends when its memory is in the store
+    speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
 
 
 class ReplicaLoop:
     """See the module docstring. All public methods may be called from any thread."""
 
-    def __init__(self, engine: Engine, memory: Memory, config: LoopConfig, node: str) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        memory: Memory,
+        config: LoopConfig,
+        node: str,
+        draft: Engine | None = None,
+    ) -> None:
+        """`draft`: the engine of a draft model, which the loop owns, too."""
         self.engine, self.memory, self.node = engine, memory, node
         self.rates = Rates()
         self.scheduler: Scheduler[Turn] = Scheduler(config.scheduler, self.rates)
@@ -92,6 +95,13 @@ class ReplicaLoop:
         self._ends = Ends(
             engine, memory, self.residency, self.scheduler, self._book, self._exporter, self.rates,
             self.call, config.turn_timeout_s, sync=config.sync,
+        )  # fmt: skip
+        self.speculator = Speculator(
+            config.speculation, engine, self.cells, config.scheduler.max_step_s, draft
+        )
+        self._stepper = Stepper(
+            engine, self.scheduler, self._book, self.cells, self._exporter, self._ends,
+            self.speculator, self.overhead,
         )  # fmt: skip
         self._admission = Admission(
             engine, memory, self.residency, self.scheduler, self._book, self.cells,
@@ -144,6 +154,7 @@ class ReplicaLoop:
         self.memory.close(timeout)
         if not self.alive:  # else a step hangs: the process's end frees the engine
             self.engine.close()
+            self.speculator.close()
 
     @property
     def alive(self) -> bool:
@@ -162,8 +173,14 @@ class ReplicaLoop:
     @property
     def served(self) -> dict[str, int]:
         """Counts since the start."""
-        ends = self._ends
-        return {"turns": ends.turns, **self._prompts, "reply_tokens": ends.reply_tokens}
+        ends, drafts = self._ends, self.speculator
+        return {
+            "turns": ends.turns,
+            **self._prompts,
+            "reply_tokens": ends.reply_tokens,
+            "draft_tokens": drafts.drafted,
+            "draft_tokens_accepted": drafts.accepted,
+        }
 
     def queue_seconds(self) -> float:
         """Estimate of the time until a new turn could begin."""
@@ -204,7 +221,7 @@ class ReplicaLoop:
         for turn in restored:
             assert turn.restore is not None
             self._begin(turn, turn.restore.seq_id, turn.restore.cache)
-        stepped = self._step()
+        stepped = self._stepper.step()
         drained = self._ends.drain()
         if stepped:
             in_engine = self.overhead.engine_s - in_engine
@@ -272,46 +289,3 @@ class ReplicaLoop:
         self._book.by_sequence[id(sequence)] = turn
         if turn.cancelled:
             self._ends.stop(turn)
-
-    def _step(self) -> bool:
-        scheduled = self.scheduler.schedule(self.cells.for_step())
-        if not scheduled:
-            return False
-        chunks = [entry.chunk() for entry in scheduled]
-        began = time.perf_counter()
-        try:
-            logits = self.engine.step(chunks)
-        except EngineFault as error:
-            logger.error("an engine step failed: %s", error)
-            self._ends.give_up(error)
-            return True
-        seconds = time.perf_counter() - began
-        self.scheduler.measure(scheduled, seconds)
-        self.overhead.step(seconds)
-        for entry in scheduled:
-            sequence = entry.sequence
-            turn = self._book.by_sequence[id(sequence)]
-            sequence.n_rows += entry.n_tokens
-            if sequence.n_rows < len(sequence.tokens):
-                done, total = sequence.n_rows, len(sequence.tokens)
-                turn.emit(Progress(turn.request.attempt, done, total))
-            else:
-                self._accept(turn, sequence, logits[sequence.seq_id][-1])
-            if id(sequence) in self._book.by_sequence:
-                self._exporter.filled(turn)
-        return True
-
-    def _accept(self, turn: Turn, sequence: Sequence, logits: Logits) -> None:
-        index = len(sequence.tokens) - sequence.n_prompt
-        try:
-            text = sequence.take(logits, self.engine.vocab.eog)
-        except (InvalidRequest, EngineFault) as error:  # of its grammar: the others go on
-            self._ends.end(turn, TurnFailed(turn.request.attempt, error))
-            return
-        ids, sequence.new_ids = tuple(sequence.new_ids), []
-        logprobs, sequence.new_logprobs = tuple(sequence.new_logprobs), []
-        if ids:
-            turn.emit(Tokens(turn.request.attempt, index, ids, text, logprobs))
-            text = ""
-        if sequence.finish_reason:
-            self._ends.finish(turn, sequence, text)

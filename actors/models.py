@@ -15,14 +15,18 @@ import importlib.util
 import math
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import cast
 from urllib.parse import parse_qsl
 
 from actors.config import ReplicaConfig
+from actors.draft_model import check_draft
 from actors.engines.base import Engine
 from actors.engines.options import KV_TYPES, MAX_UBATCH, EngineOptions
 from actors.errors import ModelUnavailable
+from actors.speculation import Kind, SpeculationConfig
 from actors.tuned import Source, Tunable, open_tuned
 from actors.tuning import Profile
 from storage.crypto import Cipher, parse_keys, read_keys
@@ -151,6 +155,41 @@ def check_lora(config: ReplicaConfig) -> None:
         parse_lora(config.lora)
         if is_fake(config.model):
             raise ValueError("lora: the fake engine takes no adapter")
+
+
+def speculation_of(config: ReplicaConfig) -> SpeculationConfig:
+    """Raises ValueError for a setting that cannot be kept."""
+    kind, draft = config.speculation, config.draft_model
+    if kind == "mtp":
+        raise ValueError(
+            "speculation = mtp: this build cannot test a model's own multi-token-prediction head, "
+            "and does not use one; set auto, ngram, draft or off"
+        )
+    if kind not in ("auto", "off", "ngram", "draft"):
+        raise ValueError(f"speculation = {kind!r}: auto, off, ngram or draft")
+    if kind == "draft" and not draft:
+        raise ValueError("speculation = draft: wants a draft_model")
+    if kind in ("off", "ngram") and draft:
+        raise ValueError(f"draft_model: is not used with speculation = {kind}")
+    if kind == "auto":
+        kind = "draft" if draft else "ngram"
+    return SpeculationConfig(cast(Kind, kind), config.draft_tokens)
+
+
+def open_draft(config: ReplicaConfig, engine: Engine) -> Engine | None:
+    """The draft model's engine, with a cache of its own; None without one. Raises ModelUnavailable,
+    also for another vocabulary than the model's."""
+    if speculation_of(config).kind != "draft":
+        return None
+    draft = open_engine(
+        replace(config, model=config.draft_model, kv_type="f16", profile="default", lora="")
+    )
+    try:
+        check_draft(engine, draft)
+    except ModelUnavailable:
+        draft.close()
+        raise
+    return draft
 
 
 def open_engine(config: ReplicaConfig) -> Engine:

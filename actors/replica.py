@@ -23,7 +23,7 @@ from actors.config import ReplicaConfig
 from actors.errors import ActorError, EngineFault, ModelUnavailable
 from actors.loop import LoopConfig, ReplicaLoop
 from actors.memory import Memory, MemoryConfig
-from actors.models import open_local, open_profiled, open_store
+from actors.models import open_draft, open_local, open_profiled, open_store, speculation_of
 from actors.report import AgentReport, ReplicaInfo, ReplicaStatus, local_status
 from actors.scheduler import SchedulerConfig
 from actors.turn import Alive, StreamItem, TurnFailed, TurnFinished, TurnMoved, TurnRequest
@@ -47,7 +47,9 @@ class ModelReplica:
         store = open_store(config)
         store.probe()
         codec = get_codec(config.codec)
+        speculation = speculation_of(config)
         engine, profile = open_profiled(config)
+        draft = open_draft(config, engine)
         if not any(group.part == "full" for group in engine.key.spec.groups):
             raise ModelUnavailable("every layer of this model slides: nothing names its blocks")
         for group in engine.key.spec.groups:
@@ -71,8 +73,9 @@ class ModelReplica:
             default_max_tokens=config.max_tokens,
             turn_timeout_s=config.turn_timeout_s,
             sync=config.durability == "sync",
+            speculation=speculation,
         )
-        self._loop = ReplicaLoop(engine, self._memory, loop_config, node)
+        self._loop = ReplicaLoop(engine, self._memory, loop_config, node, draft)
         if profile:
             figures = profile.figures
             self._loop.rates.expect(figures.prefill_tokens_per_s, figures.decode_s)

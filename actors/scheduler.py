@@ -1,14 +1,15 @@
 """Whose turn it is, which sequences take part in the next step, and with how many tokens. Pure: no
 engine, no clock but the one it is given.
 
-One step: one decode token for every running sequence, plus prefill within a token budget. While
-others decode, the budget follows the measured speed, so that an arrival does not stall them.
+One step: one decode token for every running sequence, with what was drafted to follow it, plus
+prefill within a token budget. While others decode, the budget follows the measured speed, so that
+an arrival does not stall them; drafts beside a prefill count as tokens of that budget.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -19,6 +20,7 @@ from actors.sequence import Sequence
 
 _AGING_S = 10.0  # of waiting count as one more priority
 _MAX_PASSED = 8  # turns that may overtake one which does not fit yet
+_DRAFT_SHARE = 8  # drafts get one part in so many of a budget for prefill
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,14 @@ class SchedulerConfig:
 class Scheduled:
     sequence: Sequence
     n_tokens: int
+    draft: tuple[int, ...] = ()  # guesses of what follows the sequence's last token
 
     def chunk(self) -> Chunk:
         sequence, start = self.sequence, self.sequence.n_rows
         stop = start + self.n_tokens
-        n_logits = int(stop == len(sequence.tokens))
-        return Chunk(sequence.seq_id, sequence.tokens[start:stop], start, n_logits)
+        n_logits = int(stop == len(sequence.tokens)) + len(self.draft)
+        ids = [*sequence.tokens[start:stop], *self.draft]
+        return Chunk(sequence.seq_id, ids, start, n_logits)
 
 
 class Asking(Hashable, Protocol):
@@ -159,18 +163,33 @@ class Scheduler(Generic[T]):
         self.running.append(sequence)
         self.running.sort(key=lambda s: -s.priority)  # stable: the older one first
 
-    def schedule(self, without: Collection[Sequence] = ()) -> list[Scheduled]:
-        """The next step's chunks; empty when nothing can run. `without` sit it out.
+    def active(self, without: Collection[Sequence] = ()) -> tuple[list[Sequence], list[Sequence]]:
+        """(sequences that decode, that are prefilled) in the next step; `without` sit it out."""
+        out = {id(s) for s in without}
+        active = [s for s in self.running if not s.paused and id(s) not in out]
+        return [s for s in active if not s.is_prefill], [s for s in active if s.is_prefill]
+
+    def draft_room(self, decodes: int, prefills: int) -> int:
+        """Drafted tokens that so many sequences' step has room for."""
+        if prefills:
+            return self.pace.chunk() // _DRAFT_SHARE
+        return max(0, self.config.prefill_chunk - decodes)
+
+    def schedule(
+        self, without: Collection[Sequence] = (), drafts: Mapping[int, list[int]] | None = None
+    ) -> list[Scheduled]:
+        """The next step's chunks; empty when nothing can run. `without` sit it out; `drafts` are by
+        id(sequence), of sequences that decode.
 
         The first prefill is sure of half the budget; short ones need not wait for its end.
         """
-        out = {id(s) for s in without}
-        active = [s for s in self.running if not s.paused and id(s) not in out]
-        steps = [Scheduled(s, 1) for s in active if not s.is_prefill]
-        prefills = [s for s in active if s.is_prefill]
+        drafts = drafts or {}
+        decodes, prefills = self.active(without)
+        steps = [Scheduled(s, 1, tuple(drafts.get(id(s), ()))) for s in decodes]
         if not prefills:
             return steps
         budget = self.pace.chunk() if steps else self.config.prefill_chunk
+        budget = max(1, budget - sum(len(entry.draft) for entry in steps))
         missing = {id(s): len(s.tokens) - s.n_rows for s in prefills}
         first = prefills[0]
         shares = {id(first): min(-(-budget // 2), missing[id(first)])}
@@ -182,14 +201,17 @@ class Scheduler(Generic[T]):
             budget -= more
         return steps + [Scheduled(s, shares[id(s)]) for s in prefills if shares[id(s)]]
 
-    def measure(self, scheduled: list[Scheduled], seconds: float) -> None:
-        """A step of these chunks took so long."""
+    def measure(self, scheduled: list[Scheduled], seconds: float, taken: int = 0) -> None:
+        """A step of these chunks took so long; its decodes yielded `taken` tokens, or one each."""
         prefilled = sum(s.n_tokens for s in scheduled if s.n_tokens > 1)
+        drafted = sum(len(s.draft) for s in scheduled)
+        decoded = sum(s.n_tokens == 1 for s in scheduled)
         if prefilled:
             self._rates.prefill(prefilled, seconds)
         else:
-            self._rates.decode(seconds)
-        self.pace.measure(prefilled, sum(s.n_tokens == 1 for s in scheduled), seconds)
+            self._rates.decode(seconds * decoded / max(taken, decoded))
+        if prefilled or not drafted:
+            self.pace.measure(prefilled + drafted if prefilled else 0, decoded, seconds)
 
     def ahead(self, n_seq_max: int) -> tuple[int, int]:
         """(prompt tokens, turns) that come before a turn which arrives now."""

@@ -9,6 +9,7 @@ import codecs
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 
+from actors.drafts import Drafting
 from actors.engines.base import Logits, Vocab
 from actors.grammar import Grammar
 from actors.sampling import Sampler
@@ -94,6 +95,7 @@ class Sequence:
     new_ids: list[int] = field(default_factory=list)  # sampled, not yet sent
     new_logprobs: list[TokenLogprob] = field(default_factory=list)  # of new_ids, if asked for
     priority: int = 0
+    drafting: Drafting | None = None  # of a sequence that has been drafted for
     sampler: Sampler = field(init=False)
 
     def __post_init__(self) -> None:

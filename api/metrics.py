@@ -71,6 +71,12 @@ class _Cluster:
         written = CounterMetricFamily(
             "kvferry_local_written_bytes", "Written to a node's disk.", labels=["node"]
         )
+        drafted = CounterMetricFamily(
+            "kvferry_draft_tokens", "Tokens drafted, and verified in a step.", labels=["node"]
+        )
+        accepted = CounterMetricFamily(
+            "kvferry_draft_tokens_accepted", "Of those, the right ones.", labels=["node"]
+        )
         for node in report["nodes"]:
             if node["pid"] is None:
                 continue
@@ -83,6 +89,8 @@ class _Cluster:
                 written.add_metric([name], node["local"]["written_bytes"])
             queued.add_metric([name], node["waiting"])
             running.add_metric([name], node["running"])
+            drafted.add_metric([name], node["served"].get("draft_tokens", 0))
+            accepted.add_metric([name], node["served"].get("draft_tokens_accepted", 0))
             for reason, count in node["faults"].items():
                 faults.add_metric([name, reason], count)
-        yield from (up, size, lag, written, queued, running, faults)
+        yield from (up, size, lag, written, queued, running, drafted, accepted, faults)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.config import ReplicaConfig
-from actors.models import check_engine, check_lora
+from actors.models import check_engine, check_lora, speculation_of
 from cluster.errors import ConfigError
 from cluster.placement import PlacementConfig
 from storage.card import TENANT_PATTERN
@@ -157,7 +157,7 @@ def _bytes(text: str) -> int:
 def _compose(values: Mapping[str, Any]) -> ClusterConfig:
     """Relative paths are the caller's: replicas are other processes, in other directories."""
     values = _known() | dict(values)
-    for name in ("store", "model", "lora", "local"):
+    for name in ("store", "model", "lora", "draft_model", "local"):
         if name == "local" and not values[name]:
             values[name] = ".kvferry/local" if is_remote(values["store"]) else ""
         if values[name] and "://" not in values[name]:
@@ -187,6 +187,7 @@ def _validate(config: ClusterConfig) -> None:
         ("prefill_chunk", replica.prefill_chunk, 1, 512),
         ("prefill_chunk_busy", replica.prefill_chunk_busy, 1, 512),
         ("max_step_s", replica.max_step_s, 0, 60),
+        ("draft_tokens", replica.draft_tokens, 1, 32),
         ("turn_timeout_s", replica.turn_timeout_s, 1, 1e6),
         ("cells", replica.cells, 0, 1 << 24),
         ("pool_bytes", replica.pool_bytes, 0, 1 << 50),
@@ -218,6 +219,7 @@ def _validate(config: ClusterConfig) -> None:
     try:
         check_engine(replica)
         check_lora(replica)
+        speculation_of(replica)
         CacheStore(replica.store)
     except ValueError as error:
         raise ConfigError(str(error)) from error

@@ -259,6 +259,7 @@ class FakeRouter:
                 "waiting": 3,
                 "running": 2,
                 "faults": {"corrupt": 5, "incompatible": 1},
+                "served": {"draft_tokens": 50, "draft_tokens_accepted": 20},
             }
             for node in self.replicas
         ]

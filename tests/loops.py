@@ -46,6 +46,7 @@ def make_loop(
     memory: MemoryConfig | None = None,
     local: Path | None = None,
     local_bytes: int = 1 << 30,
+    draft: Engine | None = None,
 ) -> ReplicaLoop:
     """A replica without Ray. The caller closes it."""
     if isinstance(store, Path):
@@ -56,7 +57,7 @@ def make_loop(
     made = Memory(
         store, engine.key, chosen, tiers, Owner(node, "life"), memory or MemoryConfig(), {}
     )
-    return ReplicaLoop(engine, made, loop or LoopConfig(), node)
+    return ReplicaLoop(engine, made, loop or LoopConfig(), node, draft)
 
 
 @dataclass

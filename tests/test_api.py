@@ -926,6 +926,8 @@ def test_metrics_parse_and_count(http: Http) -> None:
     assert http.metric("kvferry_kv_bytes", node="a", tier="local") == 30
     assert http.metric("kvferry_lagging_bytes", node="a") == 7
     assert http.metric("kvferry_local_written_bytes_total", node="a") == 40
+    assert http.metric("kvferry_draft_tokens_total", node="a") == 50
+    assert http.metric("kvferry_draft_tokens_accepted_total", node="a") == 20
     assert http.metric("kvferry_replica_losses_total") == 2
     assert http.metric("kvferry_turns_waiting", node="a") == 3
 

@@ -31,6 +31,7 @@ class Shape:
     head_dim: int = 32
     window: int = 0
     pattern: tuple[bool, ...] = ()  # which layers slide; (): llama.cpp's own for the architecture
+    mtp: int = 0  # layers of a multi-token-prediction head, after the others
 
     def kv_heads_of(self, layer: int) -> int:
         return self.kv_heads[layer % len(self.kv_heads)]
@@ -48,6 +49,7 @@ SHAPES = {
     # Arrays where the others have one number: which layers slide, and layers of several geometries.
     "pattern": Shape("gemma3", 8, layers=4, window=64, pattern=(False, True, True, False)),
     "uneven": Shape("deci", 9, layers=5, kv_heads=(1, 2, 2, 1, 4)),
+    "mtp": Shape("deepseek2", 7, kv_heads=(1,), head_dim=LATENT + ROPE, mtp=1),
     "mamba": Shape("mamba", 10),
     "gemma2": Shape("gemma2", 11, window=64),
 }
@@ -93,7 +95,9 @@ def _without_template(tokenizer: Fields) -> Fields:
 
 def _write(path: Path, shape: Shape, tokenizer: Fields) -> None:
     writer = GGUFWriter(path, shape.arch)
-    writer.add_block_count(shape.layers)
+    writer.add_block_count(shape.layers + shape.mtp)
+    if shape.mtp:
+        writer.add_nextn_predict_layers(shape.mtp)
     writer.add_context_length(4096)
     writer.add_embedding_length(HIDDEN)
     writer.add_layer_norm_rms_eps(1e-5)
@@ -131,7 +135,7 @@ def _write_attention(writer: GGUFWriter, shape: Shape) -> None:
         writer.add_kv_lora_rank(LATENT)
         writer.add_q_lora_rank(48)
         writer.add_rope_dimension_count(ROPE)
-        writer.add_leading_dense_block_count(shape.layers)
+        writer.add_leading_dense_block_count(shape.layers + shape.mtp)
         writer.add_expert_feed_forward_length(FFN)
         writer.add_expert_shared_count(0)
     elif shape.arch in ("llama", "qwen2", "deci"):
@@ -164,8 +168,11 @@ def _tensors(shape: Shape, n_vocab: int) -> Tensors:
     if shape.arch == "gemma2":
         del tensors["output"]  # always tied
     layer_of = {"mamba": _mamba_layer, "deepseek2": _latent_layer}.get(shape.arch, _layer)
-    for i in range(shape.layers):
+    for i in range(shape.layers + shape.mtp):
         layer = {"attn_norm": ones} | layer_of(shape, i, matrix, rng)
+        if i >= shape.layers:
+            layer |= {"nextn.enorm": ones, "nextn.hnorm": ones}
+            layer["nextn.eh_proj"] = matrix(HIDDEN, 2 * HIDDEN)
         if shape.arch != "mamba":
             layer |= {
                 "ffn_norm": ones,

@@ -56,6 +56,8 @@ def read(model: Any, path: Path) -> tuple[ModelCacheSpec, Rope]:
     if arch in _OTHER_ROPE or kind not in (_ROPE_INTERLEAVED, _ROPE_HALF_SPLIT):
         raise refuse(f"rope type {kind}")
     n_layers, window = llama.llama_model_n_layer(model), llama.llama_model_n_swa(model)
+    if n_layers < 1:
+        raise refuse("no layers but those of a multi-token-prediction head")
     heads = _per_layer(path, found, f"{arch}.attention.head_count_kv")
     if heads is None:
         heads = [llama.llama_model_n_head_kv(model)] * n_layers
@@ -67,6 +69,9 @@ def read(model: Any, path: Path) -> tuple[ModelCacheSpec, Rope]:
         if arch not in _SLIDING_PERIOD or not (pattern or period):
             raise refuse("sliding-window layers of an unknown kind")
         slides = [bool(x) for x in pattern or [i % period < period - 1 for i in range(n_layers)]]
+    if n_heads := mtp_layers(found):  # counted in the file, but neither run nor in the cache
+        logger.warning("%s: its %d multi-token-prediction layers are not used", path, n_heads)
+        heads, slides = heads[:n_layers], slides[:n_layers]
     if not len(heads) == len(slides) == n_layers or min(heads) < 1 or all(slides):
         raise refuse(f"{n_layers} layers with KV heads {heads}, sliding {slides}")
     latent = f"{arch}.attention.key_length_mla" in found
@@ -80,6 +85,12 @@ def read(model: Any, path: Path) -> tuple[ModelCacheSpec, Rope]:
         for n, sliding in zip(heads, slides, strict=True)
     )
     return ModelCacheSpec(arch, layers), _rope(found, kind, key, any(slides))
+
+
+def mtp_layers(found: dict[str, str]) -> int:
+    """Layers of a multi-token-prediction head, which come after the model's own. llama.cpp's
+    llama_model_n_layer leaves them out, and so does the cache of a context that decodes."""
+    return int(found.get(f"{found['general.architecture']}.nextn_predict_layers", 0))
 
 
 def _rope(found: dict[str, str], kind: int, key_dim: int, sliding: bool) -> Rope:
