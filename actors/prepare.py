@@ -22,7 +22,8 @@ from actors.turn import Resume, TurnRequest
 @dataclass(frozen=True)
 class Prepared:
     """tokens = prompt, then what an earlier attempt emitted; at most max_tokens more follow.
-    `grammar` has accepted what was emitted."""
+    `grammar` has accepted what was emitted; `opening` counts the tokens of the system prompt, where
+    the model has windows to keep there."""
 
     memory: AgentMemory
     match: Match
@@ -30,6 +31,7 @@ class Prepared:
     n_prompt: int
     max_tokens: int
     grammar: Grammar | None = None
+    opening: int = 0
 
 
 class Preparer:
@@ -72,7 +74,10 @@ class Preparer:
         wanted = request.sampling.max_tokens or self._default_max_tokens
         tokens = [*prompt, *resume.emitted]
         max_tokens = min(wanted, room)
-        return Prepared(memory, found, tokens, len(prompt), max_tokens, grammar)
+        opening = 0
+        if self._memory.key.spec.window and memory.card is not None:
+            opening = self._template.opening(request.messages, prompt)
+        return Prepared(memory, found, tokens, len(prompt), max_tokens, grammar, opening)
 
     def _replies_of(self, branch: Branch) -> list[EmittedReply]:
         replies = []
