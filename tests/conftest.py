@@ -15,6 +15,15 @@ settings.register_profile("kvferry", database=None, deadline=None, derandomize=T
 settings.load_profile("kvferry")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Soak tests take long: they run when they are asked for by their marker only."""
+    if "soak" in config.option.markexpr:
+        return
+    soak = [item for item in items if item.get_closest_marker("soak")]
+    items[:] = [item for item in items if item not in soak]
+    config.hook.pytest_deselected(items=soak)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Digests of model files are cached per session, not in the developer's home."""
