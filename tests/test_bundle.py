@@ -632,6 +632,7 @@ def test_an_unknown_codec_is_named(store):
         opened(rewritten(raw, lambda m, t: m["card"].update(codec="q0")))
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_anywhere_is_refused():
     """In head and trailer when it is opened, in the rows when they are read; a signature that is
     damaged is a foreign one."""

@@ -184,6 +184,7 @@ class World:
         self.commits += 1
 
 
+@pytest.mark.slow
 def test_no_interleaving_takes_a_block_from_a_newest_card():
     """Seeded schedules of two writers and two collectors, whose steps are single file operations
     and whose listings lag; after every step every newest card's blocks exist."""

@@ -384,6 +384,7 @@ class Race:
         assert all(branch.tokens not in self.late for branch in final.card.branches)
 
 
+@pytest.mark.slow
 def test_no_interleaving_of_two_owners_shows_the_older_ones_later_write(monkeypatch):
     """10,000 random schedules at the level of single file system calls."""
     monkeypatch.setattr("storage.store.encode_card", encode_by_number)

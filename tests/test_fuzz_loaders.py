@@ -34,6 +34,8 @@ from tests.store_contract import ALICE, BOB, FIXED, KEY, SPEC, card_path, flip, 
 from tests.test_bundle import SIGNING_KEY, opened, rewritten, sample_agent
 from tests.test_card import SIGNING_KEY as CARD_KEY
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = Path(__file__).parent / "golden"
 SEEDS = {path.stem: path.read_bytes() for path in sorted(GOLDEN.glob("*.safetensors"))}
 NEW = AgentId("acme", "imported")

@@ -288,6 +288,7 @@ def test_a_reply_may_be_cut_short(loop: ReplicaLoop, n: int) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.slow
 def test_a_turn_resumed_in_the_middle_ends_as_the_undisturbed_one(
     tmp_path: Path, temperature: float
 ) -> None:
@@ -319,6 +320,7 @@ def test_an_impossible_form_is_refused_before_the_agent_is_touched(loop: Replica
     assert run(loop, [user("Go.")]).reason in ("stop", "length")
 
 
+@pytest.mark.slow
 def test_a_form_that_fails_in_the_middle_ends_its_own_turn_only(loop: ReplicaLoop) -> None:
     """At whatever row: also where its last step filled a block."""
     bad = Guide("grammar", 'start: s\ns: s s | s s s | "a" |', "form")

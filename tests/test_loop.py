@@ -805,6 +805,7 @@ def test_a_zombie_notices_at_its_next_turn(loop_on: MakeLoop) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.slow
 def test_random_turns_lose_nothing(loop_on: MakeLoop, seed: int) -> None:
     """Agents, branches, cancels, evictions, restarts; every finished text is a fresh engine's."""
     rng = random.Random(seed)

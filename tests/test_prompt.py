@@ -178,6 +178,18 @@ def test_the_prompts_text_is_the_template_of_the_messages(
 # ---- refusals
 
 
+@pytest.mark.parametrize("source", [PLAIN, "{{ bos_token }}" + PLAIN])
+def test_the_opening_is_what_conversations_of_one_system_prompt_share(source: str) -> None:
+    template = ChatTemplate(BosVocab(source))
+    system: Message = {"role": "system", "content": "be kind"}
+    messages = [system, user("hi"), assistant("ho"), user("and?")]
+    prompt = template.encode(messages, [emitted("ho")])
+    n = template.opening(messages, prompt)
+    assert n == 1 + len("[system]be kind[user]")
+    assert template.encode([system, user("else")], ())[:n] == prompt[:n]
+    assert template.opening(messages[1:], template.encode(messages[1:], ())) == 0
+
+
 @pytest.mark.parametrize(
     "source",
     [

@@ -1,11 +1,12 @@
 """Models with sliding windows: what is kept of them, and where a conversation can go on."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
+from actors.engines.base import Chunk, Logits
 from actors.engines.fake_engine import FakeEngine
 from actors.loop import ReplicaLoop
 from actors.turn import TurnMoved
@@ -265,3 +266,86 @@ def test_a_missing_block_before_the_window_harms_nobody(loop_on: MakeLoop, tmp_p
     assert (answer.cached, answer.cache) == (0, "cold")
     assert loop.memory.faults["missing"] > 0
     assert other.result().reason in ("length", "stop")
+
+
+SYSTEM = {"role": "system", "content": "You know all of the sea, and speak in verse of it. " * 8}
+
+
+def opening_of(system: dict[str, str], window: int) -> int:
+    """Where its window is kept: at its end, or where that window is too short, a block's end."""
+    n = len(system["content"]) + 3  # <|system|> and <|end|>, and <|user|>
+    return n if window == WINDOW else n // 256 * 256
+
+
+@pytest.mark.parametrize("parked", ["hot", "pool", "store", "restart"])
+def test_a_conversation_that_begins_anew_keeps_its_system_prompt(
+    loop_on: MakeLoop, tmp_path: Path, parked: str, window: int
+) -> None:
+    loop, messages = loop_on(), [SYSTEM]
+    talk(loop, messages, LONG)
+    for question in ("And the ships?", LONG[:400], "Who built them?", "Of what?"):
+        talk(loop, messages, question)
+    if parked == "restart":
+        settle(loop)
+        loop.close()
+        loop = loop_on()
+    elif parked != "hot":
+        evict(loop, pool=parked == "store")
+    opening = opening_of(SYSTEM, window)
+    for question in ("What of the mountains?", LONG[:200] + "?"):
+        anew = run(loop, [SYSTEM, user(question)])
+        assert anew.cached == opening
+        fresh = run(loop_on(tmp_path / f"fresh{question[:4]}"), [SYSTEM, user(question)])
+        assert anew.ids == fresh.ids
+    settle(loop)
+    assert all(branch.checkpoints[0] == opening for branch in memory_of(loop).branches)
+    assert not loop.memory.faults
+    evict(loop, pool=True)
+    assert talk(loop, messages, "And now?").prefilled < 20  # the first one is as it was
+
+
+def test_a_prefill_pauses_only_where_a_window_is_to_be_kept(
+    loop_on: MakeLoop, monkeypatch: pytest.MonkeyPatch, window: int
+) -> None:
+    loop, messages = loop_on(), [SYSTEM]
+    steps: list[tuple[int, int]] = []
+    step = loop.engine.step
+
+    def watched(chunks: Sequence[Chunk]) -> dict[int, Logits]:
+        steps.extend((c.start, len(c.token_ids)) for c in chunks if len(c.token_ids) > 1)
+        return step(chunks)
+
+    monkeypatch.setattr(loop.engine, "step", watched)
+    first = talk(loop, messages, LONG)
+    opening, end = opening_of(SYSTEM, window), len(first.prompt)
+    stops = [0, opening, *([] if opening == 256 else [512])]
+    stops += range(stops[-1] + 512, end - 1, 512)
+    assert [start for start, _ in steps] == stops
+    assert sum(n for _, n in steps) == end
+    steps.clear()
+    rows = end + len(first.ids) - (first.reason == "length")
+    second = talk(loop, messages, LONG[:300])
+    block = -(-rows // 256) * 256
+    assert [start for start, _ in steps] == [second.cached, block]
+    steps.clear()
+    run(loop, [user(LONG)], session="none")
+    assert [start for start, _ in steps] == [0, 512]  # no system prompt, nothing to keep
+
+
+def test_a_long_turn_leaves_the_checkpoint_before_it_whole(
+    loop_on: MakeLoop, tmp_path: Path, window: int
+) -> None:
+    """The block in which it lies is filled by a prefill of more than a window. A window that does
+    not reach to the block's end cannot be kept."""
+    loop, messages = loop_on(), []
+    talk(loop, messages, LONG[:400])
+    settle(loop)
+    end = memory_of(loop).branches[0].rows
+    assert end % 256
+    talk(loop, messages, LONG)
+    evict(loop, pool=True)
+    edited = [*messages[:2], user("What of the mountains?")]
+    answer = run(loop, edited)
+    assert answer.cached == (end if window == WINDOW else 0)
+    assert answer.ids == run(loop_on(tmp_path / "fresh"), edited).ids
+    assert not loop.memory.faults
