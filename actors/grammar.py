@@ -22,6 +22,7 @@ from actors.errors import EngineFault, InvalidRequest
 from actors.turn import Guide
 
 MAX_SOURCE = 1 << 16  # bytes
+MAX_CALLS = 1 << 18  # of the grammar of all tools together
 _COMPILE_TIMEOUT_S = 10.0
 # llguidance's recursion goes as deep as the rules of a grammar are chained: a source of MAX_SOURCE
 # overflows a thread's usual 8 MB, which ends the process.
@@ -76,18 +77,27 @@ class GrammarCompiler:
 
     def compile(self, guide: Guide, reply: Ids[int] = ()) -> Grammar:
         """The grammar after `reply`. Raises InvalidRequest for a source that is malformed, too
-        large, or that no text can satisfy."""
-        if len(guide.source.encode()) > MAX_SOURCE:
-            raise _invalid(guide.param, f"longer than {MAX_SOURCE} bytes")
-        compiled = self._submit(guide)
+        large, or that no text can satisfy; it names the part at fault where there are several."""
         try:
-            grammar = compiled.result(_COMPILE_TIMEOUT_S)
-        except TimeoutError:
-            compiled.cancel()
-            raise _invalid(guide.param, "too complex: compiling it takes too long") from None
+            grammar = self._compiled(guide)
+        except InvalidRequest:
+            for part in guide.parts:
+                self._compiled(part)
+            raise
         for token in reply:
             grammar.accept(token)
         return grammar
+
+    def _compiled(self, guide: Guide) -> Grammar:
+        limit = MAX_CALLS if guide.kind == "calls" else MAX_SOURCE
+        if len(guide.source.encode()) > limit:
+            raise _invalid(guide.param, f"longer than {limit} bytes")
+        compiled = self._submit(guide)
+        try:
+            return compiled.result(_COMPILE_TIMEOUT_S)
+        except TimeoutError:
+            compiled.cancel()
+            raise _invalid(guide.param, "too complex: compiling it takes too long") from None
 
     def _submit(self, guide: Guide) -> Future[Grammar]:
         with self._lock:
@@ -150,6 +160,8 @@ def _source(guide: Guide) -> str:
         case "grammar":
             if "::=" in guide.source:
                 raise ValueError("GBNF; this server reads Lark")
+            return llguidance.LLMatcher.grammar_from_lark(guide.source)
+        case "calls":
             return llguidance.LLMatcher.grammar_from_lark(guide.source)
 
 

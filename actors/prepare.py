@@ -16,6 +16,7 @@ from actors.memory import Memory
 from actors.prompt import ChatTemplate, EmittedReply
 from actors.sampling import check
 from actors.sequence import text_of
+from actors.tools import guide as guide_of
 from actors.turn import Resume, TurnRequest
 
 
@@ -30,6 +31,7 @@ class Prepared:
     n_prompt: int
     max_tokens: int
     grammar: Grammar | None = None
+    call_format: str = ""  # see TurnStarted
 
 
 class Preparer:
@@ -46,16 +48,20 @@ class Preparer:
         resume = request.resume or Resume((), ())
         check(request.sampling, self._vocab)
         guide, grammar = request.sampling.guide, None
+        tools, form = request.tools, self._template.tools.form
+        if tools is not None:
+            guide = guide_of(form, tools, guide)
         if guide is not None:
             grammar = self._grammars.compile(guide, resume.emitted)
         if request.persist:
             memory = self._memory.open(request.agent)
         else:
             memory = self._memory.one_off(request.agent)
+        shown = tools.tools if tools is not None else ()
         prompt, found = match(
             memory.branches,
             lambda replies: (
-                list(resume.prompt_ids) or self._template.encode(request.messages, replies)
+                list(resume.prompt_ids) or self._template.encode(request.messages, replies, shown)
             ),
             self._replies_of,
             emitted=resume.emitted,
@@ -72,7 +78,8 @@ class Preparer:
         wanted = request.sampling.max_tokens or self._default_max_tokens
         tokens = [*prompt, *resume.emitted]
         max_tokens = min(wanted, room)
-        return Prepared(memory, found, tokens, len(prompt), max_tokens, grammar)
+        call_format = form.name if tools is not None and tools.choice != "none" else ""
+        return Prepared(memory, found, tokens, len(prompt), max_tokens, grammar, call_format)
 
     def _replies_of(self, branch: Branch) -> list[EmittedReply]:
         replies = []
