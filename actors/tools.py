@@ -18,7 +18,7 @@ from actors.turn import Guide, Tool, ToolUse
 SHOWN = ("[TOOL_CALLS]", "[ARGS]")  # control tokens that are part of a format's text
 WORD = re.compile(r'</?\w+>|\[[A-Z_]+\]|"\w+"|\S')
 _SPACED = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-_OPEN_ENDED = ("allOf", "anyOf", "oneOf", "$ref", "if", "not", "patternProperties")
+_OPEN_ENDED = {"allOf", "anyOf", "oneOf", "$ref", "if", "not", "patternProperties"}
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,7 @@ def guide(form: CallFormat, use: ToolUse, text: Guide | None = None) -> Guide | 
     if use.choice == "none":
         return text
     if text is not None and form.leads:  # the first letters would not tell which it is
-        param = text.param.partition(".")[0]
-        raise InvalidRequest(
-            f"{param}: this model calls tools in JSON, so that its text cannot be JSON", param
-        )
+        raise _refused(text, "this model calls tools in JSON, so that its text cannot be JSON")
     tools = [tool for tool in use.tools if use.choice != "function" or tool.name == use.function]
     rules = [
         f"call_{i}: {_quoted(form.item[0] + tool.name + form.item[1])}"
@@ -96,20 +93,32 @@ def guide(form: CallFormat, use: ToolUse, text: Guide | None = None) -> Guide | 
         Guide("json", tool.parameters, f"tools[{use.tools.index(tool)}].function.parameters")
         for tool in tools
     )
-    start = _start(form, calls, text) if use.choice == "auto" else [_forced(form, calls)]
+    if use.choice != "auto":
+        start = [f"start: {_quoted(form.trigger)} {calls}"]
+    elif text is not None:
+        start = [f"start: said | {_quoted(form.trigger)} {calls}", f"said: %json {_compact(text)}"]
+        parts = (text, *parts)
+    else:
+        start = _free(form, calls)
     return Guide("calls", "\n".join([*start, *rules]), "tools", parts)
 
 
-def _forced(form: CallFormat, calls: str) -> str:
-    return f"start: {_quoted(form.trigger)} {calls}"
+def _refused(text: Guide, reason: str) -> InvalidRequest:
+    return InvalidRequest(f"{text.param}: {reason}", text.param, "invalid_value")
 
 
-def _start(form: CallFormat, calls: str, text: Guide | None) -> list[str]:
+def _compact(text: Guide) -> str:
+    try:
+        schema = json.loads(text.source)
+    except (ValueError, RecursionError) as error:
+        raise _refused(text, "not JSON, or nested too deeply") from error
+    if not isinstance(schema, dict):
+        raise _refused(text, "not a JSON object")
+    return json.dumps(schema | {"x-guidance": {"whitespace_flexible": False}})
+
+
+def _free(form: CallFormat, calls: str) -> list[str]:
     """Text without the trigger, or text, the trigger and what then must follow."""
-    if text is not None:
-        compact = json.loads(text.source) | {"x-guidance": {"whitespace_flexible": False}}
-        said = f"%json {json.dumps(compact)}"
-        return [f"start: said | {_quoted(form.trigger)} {calls}", f"said: {said}"]
     trigger, before = re.escape(form.trigger), r"\s*" if form.leads else "(?s:.*)"
     trigger = trigger.replace("/", r"\/")
     return [
@@ -127,7 +136,8 @@ def _arguments_schema(tool: Tool) -> dict[str, Any]:
     """As the model should write it: an object, spaced as in what it was trained on. Properties
     that the schema does not name are allowed only where it says so, or leaves it open."""
     schema: dict[str, Any] = json.loads(tool.parameters)
-    closed = not any(key in schema for key in _OPEN_ENDED)
-    if closed and "properties" in schema:
-        schema.setdefault("additionalProperties", False)
+    named, required = schema.get("properties"), schema.get("required", [])
+    if isinstance(named, dict) and isinstance(required, list) and not schema.keys() & _OPEN_ENDED:
+        unnamed = [name for name in required if name not in named]
+        schema = ({} if unnamed else {"additionalProperties": False}) | schema
     return schema | {"type": "object", "x-guidance": _SPACED}

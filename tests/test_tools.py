@@ -274,6 +274,30 @@ def test_text_in_a_form_or_a_call(compiler: GrammarCompiler) -> None:
     assert caught.value.param == "response_format"
 
 
+@pytest.mark.parametrize("source", ["{", "[]", "true", '{"type": "wizard"}', "[" * 20_000])
+def test_a_broken_form_beside_tools_is_named(compiler: GrammarCompiler, source: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        reach(compiler, guide(HERMES, ToolUse(TOOLS), Guide("json", source, "form")), "")
+    assert caught.value.param == "form"
+
+
+@pytest.mark.parametrize(
+    ("schema", "given"),
+    [
+        ({"type": "object", "required": ["a"], "properties": {"b": {}}}, '{"a": 1}'),
+        ({"properties": {"b": {}}, "additionalProperties": True}, '{"a": 1}'),
+        ({"allOf": [{"properties": {"a": {"type": "integer"}}}], "properties": {}}, '{"a": 1}'),
+        ({}, '{"a": 1}'),
+    ],
+)
+def test_a_schema_that_is_open_stays_open(
+    compiler: GrammarCompiler, schema: Any, given: str
+) -> None:
+    text = HERMES.text([("x", given)])
+    made = guide(HERMES, ToolUse((tool("x", schema),), "required"))
+    assert reach(compiler, made, text) == text + "!"
+
+
 @pytest.mark.parametrize(
     "schema",
     [
@@ -577,7 +601,8 @@ def test_after_a_call_the_next_turn_goes_on_from_every_row(loop: ReplicaLoop, us
         settle(loop)
         held = loop.engine.n_rows(0)
         assert held >= len(first.prompt) + len(first.ids) - 1
-        messages += [called(calls, first=10 * seed)]
+        back = [(name, json.dumps(json.loads(a), separators=(",", ":"))) for name, a in calls]
+        messages += [called(back, first=10 * seed)]  # what comes back may be written otherwise
         messages += [result("Sunny.", 10 * seed + i) for i in range(len(calls))]
         second = ask(loop, messages, ToolUse(TOOLS), n=5)
         assert second.cached == held
