@@ -138,6 +138,6 @@ def _arguments_schema(tool: Tool) -> dict[str, Any]:
     schema: dict[str, Any] = json.loads(tool.parameters)
     named, required = schema.get("properties"), schema.get("required", [])
     if isinstance(named, dict) and isinstance(required, list) and not schema.keys() & _OPEN_ENDED:
-        unnamed = [name for name in required if name not in named]
+        unnamed = set(map(str, required)) - named.keys()
         schema = ({} if unnamed else {"additionalProperties": False}) | schema
     return schema | {"type": "object", "x-guidance": _SPACED}

@@ -358,6 +358,8 @@ def test_bad_input_is_refused_by_name(http: Http, body: dict[str, Any], param: s
         {"type": "object", "properties": {"a": {"type": "wizard"}}},
         {"type": "object", "properties": {"a": {"enum": []}}, "required": ["a"]},
         {"allOf": [{"type": "object"}, {"type": "string"}]},
+        {"properties": {}, "required": [{}]},
+        {"properties": [], "required": 3},
     ],
 )
 def test_a_schema_that_cannot_be_kept_is_refused_by_its_tool(
