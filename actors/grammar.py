@@ -22,7 +22,9 @@ from actors.errors import EngineFault, InvalidRequest
 from actors.turn import Guide
 
 MAX_SOURCE = 1 << 16  # bytes
+MAX_CALLS = 1 << 18  # of the grammar of all tools together
 _COMPILE_TIMEOUT_S = 10.0
+_MAX_KNOWN = 32  # grammars of tools
 # llguidance's recursion goes as deep as the rules of a grammar are chained: a source of MAX_SOURCE
 # overflows a thread's usual 8 MB, which ends the process.
 _STACK_BYTES = 256 << 20
@@ -42,6 +44,10 @@ class Grammar:
 
     def __init__(self, matcher: llguidance.LLMatcher, param: str, n_vocab: int) -> None:
         self._matcher, self._param, self._n_vocab = matcher, param, n_vocab
+
+    def copy(self) -> Grammar:
+        """One that goes its own way from here."""
+        return Grammar(self._matcher.deep_copy(), self._param, self._n_vocab)
 
     def mask(self) -> NDArray[np.bool_]:
         """(n_vocab,) tokens that may come next. Raises InvalidRequest when a limit is reached."""
@@ -73,21 +79,46 @@ class GrammarCompiler:
         self._tokenizer: llguidance.LLTokenizer | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
+        self._known: dict[Guide, Grammar] = {}  # as compiled, the least recently used first
 
     def compile(self, guide: Guide, reply: Ids[int] = ()) -> Grammar:
         """The grammar after `reply`. Raises InvalidRequest for a source that is malformed, too
-        large, or that no text can satisfy."""
-        if len(guide.source.encode()) > MAX_SOURCE:
-            raise _invalid(guide.param, f"longer than {MAX_SOURCE} bytes")
-        compiled = self._submit(guide)
+        large, or that no text can satisfy; it names the part at fault where there are several."""
         try:
-            grammar = compiled.result(_COMPILE_TIMEOUT_S)
-        except TimeoutError:
-            compiled.cancel()
-            raise _invalid(guide.param, "too complex: compiling it takes too long") from None
+            grammar = self._compiled(guide)
+        except InvalidRequest:
+            for part in guide.parts:
+                self._compiled(part)
+            raise
         for token in reply:
             grammar.accept(token)
         return grammar
+
+    def _compiled(self, guide: Guide) -> Grammar:
+        """A grammar at its start. An agent sends its tools with every turn: theirs are kept."""
+        if guide.kind != "calls":
+            return self._compile_now(guide)
+        with self._lock:
+            known = self._known.pop(guide, None)
+        if known is None:
+            known = self._compile_now(guide)
+        copy = known.copy()
+        with self._lock:
+            self._known[guide] = known
+            while len(self._known) > _MAX_KNOWN:
+                del self._known[next(iter(self._known))]
+        return copy
+
+    def _compile_now(self, guide: Guide) -> Grammar:
+        limit = MAX_CALLS if guide.kind == "calls" else MAX_SOURCE
+        if len(guide.source.encode()) > limit:
+            raise _invalid(guide.param, f"longer than {limit} bytes")
+        compiled = self._submit(guide)
+        try:
+            return compiled.result(_COMPILE_TIMEOUT_S)
+        except TimeoutError:
+            compiled.cancel()
+            raise _invalid(guide.param, "too complex: compiling it takes too long") from None
 
     def _submit(self, guide: Guide) -> Future[Grammar]:
         with self._lock:
@@ -150,6 +181,8 @@ def _source(guide: Guide) -> str:
         case "grammar":
             if "::=" in guide.source:
                 raise ValueError("GBNF; this server reads Lark")
+            return llguidance.LLMatcher.grammar_from_lark(guide.source)
+        case "calls":
             return llguidance.LLMatcher.grammar_from_lark(guide.source)
 
 

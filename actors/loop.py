@@ -271,7 +271,8 @@ class ReplicaLoop:
         self._prompts["cached_tokens"] += cached
         prompt = tuple(ready.tokens[: ready.n_prompt])
         durable = durable_rows(ready.match.branch)
-        turn.emit(TurnStarted(request.attempt, prompt, cached, cache, self.node, durable))
+        started = prompt, cached, cache, self.node, durable, ready.call_format
+        turn.emit(TurnStarted(request.attempt, *started))
         if turn.cancelled:
             sequence.finish_reason = "cancelled"
         elif sequence.complete:

@@ -17,6 +17,7 @@ from actors.memory import Memory
 from actors.prompt import ChatTemplate, EmittedReply
 from actors.sampling import check
 from actors.sequence import text_of
+from actors.tools import guide as guide_of
 from actors.turn import CacheState, Resume, TurnRequest
 
 
@@ -37,6 +38,7 @@ class Prepared:
     runs: tuple[Run, ...] = ()
     away: CacheState = "cold"
     opening: int = 0
+    call_format: str = ""  # see TurnStarted
 
     @property
     def n_runs(self) -> int:
@@ -59,16 +61,20 @@ class Preparer:
         resume = request.resume or Resume((), ())
         check(request.sampling, self._vocab)
         guide, grammar = request.sampling.guide, None
+        tools, form = request.tools, self._template.tools.form
+        if tools is not None:
+            guide = guide_of(form, tools, guide)
         if guide is not None:
             grammar = self._grammars.compile(guide, resume.emitted)
         if request.persist:
             memory = self._memory.open(request.agent)
         else:
             memory = self._memory.one_off(request.agent)
+        shown = tools.tools if tools is not None else ()
         prompt, found = match(
             memory.branches,
             lambda replies: (
-                list(resume.prompt_ids) or self._template.encode(request.messages, replies)
+                list(resume.prompt_ids) or self._template.encode(request.messages, replies, shown)
             ),
             self._replies_of,
             emitted=resume.emitted,
@@ -90,10 +96,12 @@ class Preparer:
         runs, away = self._stored(memory, found, tokens, prefixes)
         opening = 0
         if self._memory.key.spec.window and memory.card is not None:
-            opening = self._template.opening(request.messages, prompt)
+            opening = self._template.opening(request.messages, prompt, shown)
+        call_format = form.name if tools is not None and tools.choice != "none" else ""
         return Prepared(
-            memory, found, tokens, len(prompt), max_tokens, grammar, prefixes, runs, away, opening
-        )
+            memory, found, tokens, len(prompt), max_tokens, grammar,
+            prefixes, runs, away, opening, call_format,
+        )  # fmt: skip
 
     def _stored(
         self, memory: AgentMemory, found: Match, tokens: list[int], prefixes: tuple[str, ...]

@@ -21,11 +21,33 @@ FinishReason = Literal["stop", "length", "cancelled"]
 @dataclass(frozen=True)
 class Guide:
     """What the reply must look like: `source` is a JSON schema, a regular expression, a JSON list
-    of strings or a Lark grammar. `param` is the request's field that asked for it."""
+    of strings or a Lark grammar (`calls`: one that actors.tools made). `param` is the request's
+    field that asked for it; `parts` are those that its fields put into it."""
 
-    kind: Literal["json", "regex", "choice", "grammar"]
+    kind: Literal["json", "regex", "choice", "grammar", "calls"]
     source: str
     param: str
+    parts: tuple[Guide, ...] = ()
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A function that the model may call; `parameters` is the JSON schema of its arguments."""
+
+    name: str
+    description: str | None
+    parameters: str
+
+
+@dataclass(frozen=True)
+class ToolUse:
+    """The tools that a turn's prompt shows, and what the reply may do with them. `function` is the
+    one that it must call; `parallel`: it may make several calls."""
+
+    tools: tuple[Tool, ...]
+    choice: Literal["auto", "none", "required", "function"] = "auto"
+    function: str = ""
+    parallel: bool = True
 
 
 @dataclass(frozen=True)
@@ -71,6 +93,7 @@ class TurnRequest:
     attempt: int = 0
     resume: Resume | None = None
     priority: int = 0  # higher ones go first
+    tools: ToolUse | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +106,7 @@ class TurnStarted:
     cache: CacheState
     node: str
     durable_tokens: int = 0  # of the agent's memory so far, in the shared store
+    call_format: str = ""  # of actors.tools, where the reply may hold calls
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from api.auth import agent_of, tenant_of
 from api.context import Context
 from api.errors import ApiError, api_error
 from api.request import ChatCompletionRequest
+from api.tool_stream import Said
 from api.turns import Done, Event, Started, Text
 
 
@@ -76,9 +77,11 @@ def _turn(context: Context, request: Request, body: ChatCompletionRequest) -> Tu
     return TurnRequest(
         id=secrets.token_hex(12),
         agent=agent,
-        messages=tuple(message.to_template() for message in body.messages),
+        messages=tuple(message.to_turn() for message in body.messages),
         sampling=body.sampling(http),
         persist=persist,
+        priority=-(body.priority or 0),  # vLLM's lower ones go first
+        tools=body.tool_use(),
     )
 
 
@@ -138,21 +141,22 @@ class _Reply:
         }
         self._wants_logprobs = turn.sampling.logprobs is not None
         self._completion_tokens = 0
+        self._said = Said(turn.id, started.call_format)
 
     async def whole(self, events: AsyncIterator[Event]) -> dict[str, Any]:
-        text, reason = "", "stop"
+        reason = "stop"
         logprobs: list[TokenLogprob] = []
         async for event in events:
             if isinstance(event, Text):
-                text += event.text
+                self._said.push(event.text)
                 logprobs += event.logprobs
                 self._completion_tokens += event.n_tokens
             elif isinstance(event, Done):
-                reason = event.reason
-        message = {"role": "assistant", "content": text, "refusal": None}
+                self._said.finish()
+                reason = self._said.reason(event.reason)
         choice = {
             "index": 0,
-            "message": message,
+            "message": self._said.message(),
             "logprobs": _logprobs(logprobs) if self._wants_logprobs else None,
             "finish_reason": reason,
         }
@@ -171,10 +175,17 @@ class _Reply:
             async for event in events:
                 if isinstance(event, Text):
                     self._completion_tokens += event.n_tokens
-                    if event.text or event.logprobs:
-                        yield self._chunk({"content": event.text}, logprobs=event.logprobs)
+                    told = event.logprobs  # with the first of its deltas, if there is one
+                    deltas = self._said.push(event.text)
+                    if told and not deltas:
+                        deltas = [{"content": ""}]
+                    for delta in deltas:
+                        yield self._chunk(delta, logprobs=told)
+                        told = ()
                 elif isinstance(event, Done):
-                    yield self._chunk({}, event.reason)
+                    for delta in self._said.finish():
+                        yield self._chunk(delta)
+                    yield self._chunk({}, self._said.reason(event.reason))
         except Exception as error:
             yield _sse(api_error(error).body)
             return

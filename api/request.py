@@ -9,10 +9,12 @@ import json
 import secrets
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, Field, model_validator
 
-from actors.turn import Guide, SamplingParams
+from actors.turn import Guide, SamplingParams, ToolUse
+from api.fields import JsonSchema, Strict, WholeText, mismatch, schema
+from api.messages import ChatMessage, check
+from api.tools import ToolChoice, Tools, tool_use
 from cluster.config import HttpConfig
 
 MAX_STOPS = 16
@@ -20,74 +22,24 @@ MAX_STOP_LENGTH = 1024  # characters
 MAX_BIASES = 1024
 MAX_TOP_LOGPROBS = 20
 MAX_CHOICES = 4096
-
-
-def _whole(text: str) -> str:
-    """JSON can carry half a character (\\ud800); no tokenizer can read it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError("a lone surrogate is no text") from error
-    return text
-
-
-def _schema(value: Any) -> str:
-    """As text: later it would be too deep in the stack for what was just not too deep to parse."""
-    if not isinstance(value, dict):
-        raise ValueError("not a JSON object")
-    try:
-        return json.dumps(value)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
+MAX_PRIORITY = 1000
 
 
 def _schema_or_text(value: Any) -> str | None:
-    return value if value is None or isinstance(value, str) else _schema(value)
+    return value if value is None or isinstance(value, str) else schema(value)
 
 
-WholeText = Annotated[str, AfterValidator(_whole)]
 StopString = Annotated[WholeText, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
-JsonSchema = Annotated[str, BeforeValidator(_schema)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
-class TextPart(_Strict):
-    type: Literal["text"]
-    text: WholeText
-
-
-class ChatMessage(_Strict):
-    """SDKs send back whole assistant messages, empty fields included."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: WholeText | list[TextPart]
-    name: WholeText | None = None
-    refusal: None = None
-    tool_calls: None = None
-    function_call: None = None
-    audio: None = None
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
-
-    def to_template(self) -> dict[str, Any]:
-        """As chat templates know it."""
-        text = self.content
-        if not isinstance(text, str):
-            text = "".join(part.text for part in text)
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": text} | ({"name": self.name} if self.name else {})
-
-
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     include_usage: bool = False
 
 
-class NamedSchema(_Strict):
+class NamedSchema(Strict):
     """`strict` changes nothing: a schema is always kept."""
 
     name: WholeText
@@ -96,7 +48,7 @@ class NamedSchema(_Strict):
     strict: bool | None = None
 
 
-class ResponseFormat(_Strict):
+class ResponseFormat(Strict):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: NamedSchema | None = None
 
@@ -109,7 +61,7 @@ class ResponseFormat(_Strict):
         return None
 
 
-class StructuredOutputs(_Strict):
+class StructuredOutputs(Strict):
     """vLLM's; exactly one of its fields."""
 
     json_: Annotated[WholeText | None, BeforeValidator(_schema_or_text), Field(alias="json")] = None
@@ -131,7 +83,7 @@ class StructuredOutputs(_Strict):
         return Guide("json", '{"type": "object"}', f"{where}.json_object")
 
 
-class ChatCompletionRequest(_Strict):
+class ChatCompletionRequest(Strict):
     model: str | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     stream: bool | None = False
@@ -148,6 +100,9 @@ class ChatCompletionRequest(_Strict):
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     # vLLM's names.
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None  # -1, 0: all
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -155,6 +110,7 @@ class ChatCompletionRequest(_Strict):
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS)] | None = None
     ignore_eos: bool | None = False
     structured_outputs: StructuredOutputs | None = None
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
     session_id: str | None = None
     # Hints: they name nobody, and this version places by session only.
     user: str | None = None
@@ -163,22 +119,36 @@ class ChatCompletionRequest(_Strict):
     # Accepted only where they ask for nothing.
     n: Literal[1] | None = 1
     store: Literal[False] | None = False
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> ChatCompletionRequest:
         form, structured = self.response_format, self.structured_outputs
         if self.top_logprobs is not None and not self.logprobs:
-            raise _mismatch("top_logprobs", "needs logprobs: true")
+            raise mismatch("top_logprobs", "needs logprobs: true")
         if form is not None and (form.type == "json_schema") != (form.json_schema is not None):
-            raise _mismatch("response_format.json_schema", "goes with type json_schema")
+            raise mismatch("response_format.json_schema", "goes with type json_schema")
         if structured is not None and len(structured.model_dump(exclude_none=True)) != 1:
-            raise _mismatch("structured_outputs", "needs exactly one of its fields")
+            raise mismatch("structured_outputs", "needs exactly one of its fields")
         if structured is not None and form is not None and form.type != "text":
-            raise _mismatch("structured_outputs", "excludes response_format")
+            raise mismatch("structured_outputs", "excludes response_format")
         if self.ignore_eos and self.guide() is not None:
-            raise _mismatch("ignore_eos", "excludes structured output, which ends by itself")
+            raise mismatch("ignore_eos", "excludes structured output, which ends by itself")
+        check(self.messages)
+        self._check_tools()
         return self
+
+    def _check_tools(self) -> None:
+        use, guide = self.tool_use(), self.guide()
+        if use is None or use.choice == "none":
+            return
+        if self.ignore_eos:
+            raise mismatch("ignore_eos", "excludes calls of tools, which end by themselves")
+        if guide is not None and (use.choice != "auto" or guide.kind != "json"):
+            param = guide.param.partition(".")[0]
+            raise mismatch(param, "goes with tools as JSON, where tool_choice leaves room for text")
+
+    def tool_use(self) -> ToolUse | None:
+        return tool_use(self.tools, self.tool_choice, self.parallel_tool_calls)
 
     def guide(self) -> Guide | None:
         """What the reply must look like; None: anything."""
@@ -210,8 +180,3 @@ class ChatCompletionRequest(_Strict):
             ignore_eos=bool(self.ignore_eos),
             guide=self.guide(),
         )
-
-
-def _mismatch(param: str, message: str) -> PydanticCustomError:
-    """api.errors names the field by `param`."""
-    return PydanticCustomError("mismatch", "{message}", {"param": param, "message": message})

@@ -49,6 +49,7 @@ class Started:
     prompt_tokens: int
     cached_tokens: int
     durable_tokens: int  # of the agent's memory so far, in the shared store
+    call_format: str  # of actors.tools, where the text may hold calls
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,7 @@ class Turns:
                     len(item.prompt_ids),
                     item.cached_tokens,
                     item.durable_tokens,
+                    item.call_format,
                 )
             ]
         if isinstance(item, Tokens) and log.accept(item):
@@ -210,5 +212,11 @@ class Turns:
 
 
 def _length(request: TurnRequest) -> int:
-    """Characters of all messages."""
-    return sum(len(str(message.get("content") or "")) for message in request.messages)
+    """Characters of all messages and tools."""
+    n_chars = 0
+    for message in request.messages:
+        n_chars += len(message["content"])
+        n_chars += sum(len(call["arguments"]) for call in message.get("tool_calls", ()))
+    for tool in request.tools.tools if request.tools is not None else ():
+        n_chars += len(tool.name) + len(tool.description or "") + len(tool.parameters)
+    return n_chars

@@ -8,6 +8,7 @@ from typing import Any
 import llama_cpp as llama
 
 from actors.engines import llama_spec
+from actors.tools import SHOWN
 
 
 class LlamaVocab:
@@ -25,6 +26,10 @@ class LlamaVocab:
         self.bos_text = self._text(self.bos)
         self.eos_text = self._text(llama.llama_vocab_eos(self._vocab))
         self._bytes: dict[int, bytes] = {}
+        for text in SHOWN:
+            ids = self.tokenize(text)
+            if len(ids) == 1:
+                self._bytes[ids[0]] = text.encode()
 
     def _text(self, token_id: int) -> str:
         if token_id < 0:
