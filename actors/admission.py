@@ -148,8 +148,12 @@ class Admission:
             self._memory.enter(ready.memory, match, open_turn, ready.tokens)
         if not holds_rows and match.branch.exported and keep:
             cache = "hot" if in_ram else ready.memory.origin
-            self._restorer.begin(turn, seq_id, keep, cache)
-            return None
+            limit = turn.request.restore_tokens
+            if in_ram or limit is None or turn.sequence is not None:
+                limit = keep
+            if limit:
+                self._restorer.begin(turn, seq_id, min(keep, limit), cache)
+                return None
         return Begin(turn, seq_id, "hot" if engine.n_rows(seq_id) else "cold")
 
     def _sequence_for(self, ready: Prepared, match: Match, keep: int) -> tuple[int, bool] | None:

@@ -70,7 +70,8 @@ class Restorer:
                 engine.truncate(seq_id, 0)
                 restore.loaded = 0
             if restore.loaded:
-                self._rates.restore(restore.loaded, time.monotonic() - restore.began)
+                took, from_ram = time.monotonic() - restore.began, restore.cache == "hot"
+                self._rates.restore(restore.loaded, took, from_ram=from_ram)
             else:
                 restore.cache = "cold"
             complete.append(turn)

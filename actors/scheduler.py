@@ -186,7 +186,12 @@ class Scheduler(Generic[T]):
         """A step of these chunks took so long."""
         prefilled = sum(s.n_tokens for s in scheduled if s.n_tokens > 1)
         if prefilled:
-            self._rates.prefill(prefilled, seconds)
+            depth = sum(
+                s.n_tokens * (s.sequence.n_rows + s.n_tokens / 2)
+                for s in scheduled
+                if s.n_tokens > 1
+            )
+            self._rates.prefill(prefilled, seconds, depth / prefilled)
         else:
             self._rates.decode(seconds)
         self.pace.measure(prefilled, sum(s.n_tokens == 1 for s in scheduled), seconds)

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from actors.turn import TokenLogprob, TurnRequest
-from api.auth import agent_of, tenant_of
+from api.auth import affinity_of, agent_of, tenant_of
 from api.context import Context
 from api.errors import ApiError, api_error
 from api.request import ChatCompletionRequest
@@ -79,6 +79,7 @@ def _turn(context: Context, request: Request, body: ChatCompletionRequest) -> Tu
         messages=tuple(message.to_template() for message in body.messages),
         sampling=body.sampling(http),
         persist=persist,
+        affinity=affinity_of(request),
     )
 
 

@@ -43,7 +43,7 @@ class Device:
 
     def status(self, since: float) -> ReplicaStatus:
         reports = tuple(
-            AgentReport(agent, epoch, 1, 1, 1000, 1000, True, 0, 0, 0.0)
+            AgentReport(agent, epoch, 1, 1, 1000, 1000, True, 0, 0, 0.0, 1000)
             for agent, epoch in self.owns.items()
         )
         rates = Rates(200.0, 0.02, 10_000.0, 2.0)
