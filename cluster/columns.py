@@ -6,10 +6,12 @@ The same operations in the same order, so that both agree to the last bit. Used 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 import numpy as np
 from numpy.typing import NDArray
 
+from actors.rates import KnownRates
 from cluster.placement import Candidate, Location, PlacementConfig, filled
 from storage.spec import BLOCK_TOKENS
 
@@ -25,19 +27,38 @@ class Columns:
         self._config = config
         self.known = filled(candidates)
         self.row = {candidate.node: row for row, candidate in enumerate(candidates)}
-        self.queue = np.array([c.queue_s for c in candidates])
-        self.pressure = np.array([c.pressure for c in candidates])
-        self.agents = np.array([c.n_agents for c in candidates])
-        rates = [known for _, known in self.known]
-        self._tokens_per_s = np.array([r.prefill_tokens_per_s for r in rates])
-        self._depth = np.array([r.depth_s for r in rates])
-        self._decode = np.array([r.decode_step_s for r in rates])
-        self._restore = np.array([r.restore_tokens_per_s for r in rates])
-        self._fixed, self._token = dict[str, Column](), dict[str, Column]()
+        self._borrows = not all(map(_complete, candidates))
+        n = len(candidates)
+        self.queue, self.pressure, self.agents = np.zeros(n), np.zeros(n), np.zeros(n)
+        self._tokens_per_s, self._depth = np.zeros(n), np.zeros(n)
+        self._decode, self._restore, self._load = np.zeros(n), np.zeros(n), np.zeros(n)
+        self._fixed = {name: np.full(n, np.inf) for name in _LINKS}
+        self._token = {name: np.full(n, np.inf) for name in _LINKS}
+        self._no_prefix, self._has_peers = np.zeros(n), False
+        for row in range(n):
+            self._write(row)
+
+    def update(self, candidate: Candidate) -> bool:
+        """A new report of one of them. False where it changes what others borrow."""
+        if self._borrows or not _complete(candidate) or candidate.node not in self.row:
+            return False
+        row = self.row[candidate.node]
+        self.known[row] = candidate, candidate.rates.filled()
+        self._write(row)
+        return True
+
+    def _write(self, row: int) -> None:
+        candidate, rates = self.known[row]
+        self.queue[row], self.pressure[row] = candidate.queue_s, candidate.pressure
+        self.agents[row] = candidate.n_agents
+        self._tokens_per_s[row], self._depth[row] = rates.prefill_tokens_per_s, rates.depth_s
+        self._decode[row], self._restore[row] = rates.decode_step_s, rates.restore_tokens_per_s
+        self._load[row] = 1.0 / rates.restore_tokens_per_s
         for name in _LINKS:
-            links = [c.links.get(name) for c, _ in self.known]
-            self._fixed[name] = np.array([x.fixed_s if x else np.inf for x in links])
-            self._token[name] = np.array([x.token_s if x else np.inf for x in links])
+            link = candidate.links.get(name)
+            self._fixed[name][row] = link.fixed_s if link else np.inf
+            self._token[name][row] = link.token_s if link else np.inf
+        self._has_peers = self._has_peers or "peer" in candidate.links
 
     def totals(
         self, new_tokens: int, reply_tokens: int, location: Location, shared: Column | None
@@ -71,7 +92,7 @@ class Columns:
         """The least of bringing all rows and bringing a first part."""
         have = location.tokens
         fixed, token = self._links(location, owner)
-        held = np.zeros(len(self.row)) if shared is None else shared
+        held = self._no_prefix if shared is None else shared
         rest = self._prefill(have, end)
         # What is shared already need not be shipped; a fixed cost is for what does.
         whole = have / self._restore
@@ -93,16 +114,16 @@ class Columns:
 
     def _bend(self, held: Column, fixed: Column, token: Column, have: int, end: int) -> Column:
         """Whole blocks around where shipping overtakes loading; see placement.breakpoints."""
-        load = 1.0 / self._restore
-        bends = (held > 0) & (token > load)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            bend = np.where(bends, held * token / (token - load), 0.0)
+        bends = (held > 0) & (token > self._load)
+        if not bends.any():
+            return np.full(len(held), np.inf)
+        bend = held * token / np.where(bends, token - self._load, np.inf)
         below = np.floor(np.minimum(bend, 1e12) / BLOCK_TOKENS) * BLOCK_TOKENS
-        best = np.full(len(held), np.inf)
-        for kept in (below, below + BLOCK_TOKENS):
-            shipped = np.maximum(kept / self._restore, (kept - held) * token)
-            cost = fixed + shipped + self._prefill(kept, end)
-            best = np.minimum(best, np.where(bends & (held < kept) & (kept < have), cost, np.inf))
+        kept = np.stack((below, below + BLOCK_TOKENS))
+        shipped = np.maximum(kept / self._restore, (kept - held) * token)
+        cost = fixed + shipped + self._prefill(kept, end)
+        within = bends & (held < kept) & (kept < have)
+        best: Column = np.where(within, cost, np.inf).min(axis=0)
         return best
 
     def _links(self, location: Location, owner: int | None) -> tuple[Column, Column]:
@@ -110,6 +131,7 @@ class Columns:
         fixed, token = self._fixed["store"], self._token["store"]
         if location.node is not None:
             fixed = fixed + location.lag * token
+        if location.node is not None and self._has_peers:
             peer = self._fixed["peer"] + location.tokens * self._token["peer"]
             nearer = peer < fixed + location.tokens * token
             fixed = np.where(nearer, self._fixed["peer"], fixed)
@@ -124,3 +146,10 @@ class Columns:
         flat = (stop - start) / self._tokens_per_s
         result: Column = flat + self._depth * ((stop * stop - start * start) / 2.0)
         return result
+
+
+def _complete(candidate: Candidate) -> bool:
+    """It has measured everything itself."""
+    rates = candidate.rates
+    measured = (getattr(rates, entry.name) for entry in fields(KnownRates))
+    return "store" in candidate.links and None not in measured

@@ -81,8 +81,8 @@ class Dispatch:
             self.registry.assign(ask.agent, node)
             self.registry.turn_began(ask.agent, ask.turn_id, until)
         estimate = choice.placement.of(node) or choice.placement.estimates[0]
-        if node in self.fleet:
-            self.fleet.promise(node, estimate.total_s - estimate.queue_s)
+        if node in self.fleet:  # decoding is shared, and holds nobody up
+            self.fleet.promise(node, estimate.memory_s)
         self.log.add(choice)
 
     def ended(

@@ -64,7 +64,8 @@ class Fleet:
             for digest, tokens in candidate.prefixes.items():
                 self._holders.setdefault(digest, {})[node] = tokens
         self._candidates[node] = candidate
-        self._columns = None
+        if self._columns is not None and not self._columns.update(candidate):
+            self._columns = None
 
     def lost(self, node: str) -> None:
         self._drop_prefixes(self._candidates.pop(node, None))

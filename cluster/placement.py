@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from actors.rates import KnownRates, Rates, fill
 from actors.turn import Affinity
 from cluster.errors import NoReplica
+from storage.links import LinkRate
 from storage.spec import BLOCK_TOKENS
 
 
@@ -33,6 +34,12 @@ class LinkCost:
 
     fixed_s: float
     token_s: float
+
+
+def link_cost(rate: LinkRate, row_bytes: int) -> LinkCost:
+    """Rows come block by block, a read each."""
+    token_s = rate.fixed_s / BLOCK_TOKENS + row_bytes / rate.bytes_per_s
+    return LinkCost(rate.fixed_s, token_s)
 
 
 GUESSED_LINK = LinkCost(0.0, 1e-4)

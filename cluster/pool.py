@@ -21,7 +21,7 @@ from actors.config import ReplicaConfig
 from actors.errors import ActorError
 from actors.replica import ModelReplica
 from actors.report import ReplicaInfo, ReplicaStatus
-from cluster.placement import Candidate, LinkCost
+from cluster.placement import Candidate, link_cost
 from cluster.remote import ReplicaLost, call
 from storage.errors import StorageError
 
@@ -183,9 +183,8 @@ def candidate(replica: Replica) -> tuple[Candidate, float] | None:
     info, status = replica.info, replica.status
     if info is None or status is None:
         return None
-    block = info.key.spec.block_tokens
     links = {
-        name: LinkCost(rate.fixed_s, rate.fixed_s / block + info.row_bytes / rate.bytes_per_s)
+        name: link_cost(rate, info.row_bytes)
         for name, rate in status.links.items()
         if info.row_bytes
     }

@@ -6,6 +6,7 @@ a peer. Called by `tiers`; thread-safe. Knows nothing of who reckons with the ra
 
 from __future__ import annotations
 
+import math
 import secrets
 import threading
 import time
@@ -15,8 +16,7 @@ from dataclasses import dataclass
 from storage.files import Files
 
 PROBE_BYTES = 1 << 20
-_SMOOTHING = 0.2
-_MOST_SLOPE = 0.9  # of what a measured point would be without an intercept, where that is the rule
+_SMOOTHING = 0.05
 _LEAST_BYTES = 1024  # a read of less says nothing about the link
 
 
@@ -31,15 +31,19 @@ class LinkRate:
 class Line:
     """y = intercept + slope * x through measured points, later ones counting more; neither part is
     negative. Where all x are nearly the same the slope stays what it was: at first nothing
-    (`flat`), or the intercept is."""
+    (`flat`), or the intercept is. What is large errs by more than what is small, and counts
+    less."""
 
     def __init__(self, spread: float, *, flat: bool) -> None:
         """`spread`: the standard deviation of x from which on a slope is believed."""
         self._spread, self._flat = spread, flat
         self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)  # of w, w x, w y, w x x, w x y
         self._slope: float | None = None
+        self._least = math.inf  # y, of late
 
     def measure(self, x: float, y: float, weight: float = 1.0) -> None:
+        self._least = min(y, self._least * (1.0 + _SMOOTHING / 2))
+        weight /= y**2 if self._flat else (x + self._spread) ** 2
         point = (weight, weight * x, weight * y, weight * x * x, weight * x * y)
         kept = 1.0 - _SMOOTHING
         self._sums = tuple(  # type: ignore[assignment]
@@ -47,7 +51,8 @@ class Line:
         )
         w, wx, wy, wxx, wxy = self._sums
         variance = wxx / w - (wx / w) ** 2
-        if variance > self._spread**2:
+        # With little weight on what is large, the spread looks smaller than it is.
+        if variance > self._spread**2 / (1.0 if self._flat else 4.0):
             self._slope = max(0.0, (wxy / w - wx * wy / w**2) / variance)
 
     def fit(self) -> tuple[float, float] | None:
@@ -60,8 +65,10 @@ class Line:
         slope = self._slope
         if slope is None:
             slope = 0.0 if self._flat else steepest
-        slope = min(slope, _MOST_SLOPE * steepest if self._flat else steepest)
-        return y - slope * x, slope
+        # Nothing was faster than a fixed cost; and what is flat at first does not begin at nothing.
+        low, high = (self._least / 2, y) if self._flat else (0.0, self._least)
+        intercept = min(max(y - slope * x, low), high)
+        return intercept, (y - intercept) / x if x > 0 else slope
 
 
 class Link:
