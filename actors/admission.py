@@ -161,7 +161,11 @@ class Admission:
         if source is not None:
             self._memory.rows.share(ready.memory, match.branch, source.branch, source.n)
         self._sharing.note(seq_id, turn)
-        return self._begin(turn, seq_id, min(match.branch.exported, most), in_ram=in_ram)
+        stored = min(match.branch.exported, most)
+        limit = turn.request.restore_tokens
+        if limit is not None and not in_ram and turn.sequence is None:
+            stored = min(stored, limit)
+        return self._begin(turn, seq_id, stored, in_ram=in_ram)
 
     def _begin(self, turn: Turn, seq_id: int, stored: int, *, in_ram: bool) -> Begin | None:
         """None: the rows that are stored, but not in the sequence, come first."""

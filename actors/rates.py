@@ -4,28 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from math import fsum
+
+from storage.links import Line
 
 _SMOOTHING = 0.2
+_DEPTHS = 256.0  # tokens between shallow and deep prefills, for the difference to be believed
 
 
 @dataclass
 class Rates:
     """None until measured; `filled` gives numbers."""
 
-    prefill_tokens_per_s: float | None = None
+    prefill_tokens_per_s: float | None = None  # with nothing before them
     decode_step_s: float | None = None
-    restore_tokens_per_s: float | None = None
+    restore_tokens_per_s: float | None = None  # from RAM into the engine
     turn_s: float | None = None
+    depth_s: float | None = None  # that prefilling a token takes longer per token before it
     expected: tuple[str, ...] = ()  # rates of a profile, which the first measurement replaces
+
+    def __post_init__(self) -> None:
+        self._prefills = Line(_DEPTHS, flat=True)  # seconds of a token by tokens before it
 
     def expect(self, prefill_tokens_per_s: float, decode_step_s: float) -> None:
         """What was measured before there was any work."""
         self.prefill_tokens_per_s, self.decode_step_s = prefill_tokens_per_s, decode_step_s
-        self.expected = ("prefill_tokens_per_s", "decode_step_s")
+        self.expected = ("decode_step_s",)
 
-    def prefill(self, tokens: int, seconds: float) -> None:
-        if tokens >= 32:  # shorter ones measure the fixed cost of a step
-            self._measured("prefill_tokens_per_s", tokens / seconds)
+    def prefill(self, tokens: int, seconds: float, depth: float = 0.0) -> None:
+        """`depth`: tokens before the middle one, on average."""
+        if tokens < 32:  # shorter ones measure the fixed cost of a step
+            return
+        self._prefills.measure(depth, seconds / tokens, tokens)
+        fit = self._prefills.fit()
+        assert fit is not None
+        self.prefill_tokens_per_s, self.depth_s = 1.0 / max(fit[0], 1e-9), fit[1]
 
     def decode(self, seconds: float) -> None:
         self._measured("decode_step_s", seconds)
@@ -35,21 +48,18 @@ class Rates:
         self.expected = tuple(entry for entry in self.expected if entry != name)
         setattr(self, name, _smooth(old, value))
 
-    def restore(self, tokens: int, seconds: float) -> None:
-        self.restore_tokens_per_s = _smooth(self.restore_tokens_per_s, tokens / max(seconds, 1e-6))
+    def restore(self, tokens: int, seconds: float, *, from_ram: bool = True) -> None:
+        """What came from elsewhere was waited for, too: it counts only where it was faster."""
+        rate, known = tokens / max(seconds, 1e-6), self.restore_tokens_per_s
+        if from_ram or known is None or rate > known:
+            self.restore_tokens_per_s = _smooth(known, rate)
 
     def turn(self, seconds: float) -> None:
         self.turn_s = _smooth(self.turn_s, seconds)
 
     def filled(self, peers: Sequence[Rates] = ()) -> KnownRates:
         """Every rate as a number: its own, else the mean of the peers', else a guess."""
-        values = {}
-        for entry in fields(KnownRates):
-            own = getattr(self, entry.name)
-            others = [x for peer in peers if (x := getattr(peer, entry.name)) is not None]
-            mean = sum(others) / len(others) if others else getattr(_GUESS, entry.name)
-            values[entry.name] = mean if own is None else own
-        return KnownRates(**values)
+        return fill([self, *peers])[0]
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,23 @@ class KnownRates:
     decode_step_s: float
     restore_tokens_per_s: float
     turn_s: float
+    depth_s: float = 0.0
+
+    def prefill_s(self, start: float, stop: float) -> float:
+        """Seconds to prefill tokens start..stop of a prompt."""
+        flat = (stop - start) / self.prefill_tokens_per_s
+        return flat + self.depth_s * ((stop * stop - start * start) / 2.0)
+
+
+def fill(measured: Sequence[Rates]) -> list[KnownRates]:
+    """Numbers for all: what one has not measured is the mean of those who have, else a guess."""
+    columns = []
+    for entry in fields(KnownRates):
+        own = [getattr(rates, entry.name) for rates in measured]
+        told = [value for value in own if value is not None]
+        mean = fsum(told) / len(told) if told else getattr(_GUESS, entry.name)
+        columns.append([mean if value is None else value for value in own])
+    return [KnownRates(*row) for row in zip(*columns, strict=True)]
 
 
 class Pace:

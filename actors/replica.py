@@ -7,6 +7,7 @@ passes messages; the engine has a thread of its own, so status answers while a s
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import secrets
 import threading
@@ -24,15 +25,22 @@ from actors.errors import ActorError, EngineFault, ModelUnavailable
 from actors.loop import LoopConfig, ReplicaLoop
 from actors.memory import Memory, MemoryConfig
 from actors.models import open_draft, open_local, open_profiled, open_store, speculation_of
-from actors.report import AgentReport, ReplicaInfo, ReplicaStatus, local_status
+from actors.report import (
+    AgentReport,
+    HeldPrefixes,
+    ReplicaInfo,
+    ReplicaStatus,
+    local_status,
+)
 from actors.scheduler import SchedulerConfig
 from actors.turn import Alive, StreamItem, TurnFailed, TurnFinished, TurnMoved, TurnRequest
 from storage.card import AgentId, Owner
-from storage.codec import get_codec
-from storage.errors import StoreUnavailable
+from storage.codec import get_codec, row_bytes
+from storage.errors import StorageError, StoreUnavailable
 from storage.tiers import Tiers
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 _CALL_TIMEOUT_S = 30.0
 _BEAT_S = 0.5
 _MAX_CODEC_THREADS = 4  # memory is the limit beyond that
@@ -79,7 +87,8 @@ class ModelReplica:
         if profile:
             figures = profile.figures
             self._loop.rates.expect(figures.prefill_tokens_per_s, figures.decode_s)
-        threading.Thread(target=self._memory.recover, name="recover", daemon=True).start()
+        self._prefixes = HeldPrefixes(engine.key.spec.block_tokens)
+        threading.Thread(target=self._recover, name="recover", daemon=True).start()
         self._workers = ThreadPoolExecutor(8, "replica")
 
     def info(self) -> ReplicaInfo:
@@ -96,7 +105,15 @@ class ModelReplica:
             codec=self._config.codec,
             key=engine.key,
             kv_bytes=engine.kv_bytes,
+            row_bytes=row_bytes(engine.key.spec, get_codec(self._config.codec)),
         )
+
+    def _recover(self) -> None:
+        try:
+            self._memory.tiers.probe_links()
+        except StorageError as error:  # the first reads will tell
+            logger.warning("the links are not measured yet: %s", error)
+        self._memory.recover()
 
     def close(self) -> None:
         """Store what is queued, free the engine; for replicas that are no actors."""
@@ -125,6 +142,7 @@ class ModelReplica:
                 ready = [await items.get()]
                 while not items.empty():
                     ready.append(items.get_nowait())
+                self._prefixes.note(request, ready)
                 last = isinstance(ready[-1], (TurnFinished, TurnMoved, TurnFailed))
                 yield ready
         finally:
@@ -180,6 +198,7 @@ class ModelReplica:
         await asyncio.wait_for(asyncio.wrap_future(self._memory.settle()), _CALL_TIMEOUT_S)
         freed = await self._on_loop(self._loop.residency.evict_idle)
         self._memory.tiers.pool.evict_all()
+        self._prefixes.clear()
         return freed
 
     async def flush(self) -> None:
@@ -209,6 +228,8 @@ class ModelReplica:
             agents=tuple(self._report(m) for m in known if m.changed >= since),
             faults=dict(memory.faults),
             served=dict(loop.served),
+            links=memory.tiers.link_rates(),
+            prefixes=self._prefixes.held(),
         )
 
     def _report(self, memory: AgentMemory) -> AgentReport:

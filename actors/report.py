@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from actors.memory import Memory
 from actors.rates import Rates
+from actors.turn import Message, StreamItem, ToolUse, TurnRequest, TurnStarted
 from storage.card import AgentId
+from storage.links import LinkRate
 from storage.spec import CompatibilityKey
 
 
@@ -25,6 +31,7 @@ class ReplicaInfo:
     codec: str
     key: CompatibilityKey
     kv_bytes: int  # allocated for the engine's cells
+    row_bytes: int = 0  # of one token, encoded
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,8 @@ class ReplicaStatus:
     local: LocalStatus | None = None
     faults: dict[str, int] = field(default_factory=dict)
     served: dict[str, int] = field(default_factory=dict)
+    links: Mapping[str, LinkRate] = field(default_factory=dict)  # "store", "disk", "peer"
+    prefixes: Mapping[str, int] = field(default_factory=dict)  # digest -> tokens in RAM
 
 
 def local_status(memory: Memory) -> LocalStatus | None:
@@ -85,3 +94,59 @@ def local_status(memory: Memory) -> LocalStatus | None:
         written_bytes=local.written_bytes,
         writes=local.writes,
     )
+
+
+def prefix_digest(tenant: str, messages: Sequence[Message], tools: ToolUse | None = None) -> str:
+    """Names what agents of a tenant may share: system prompt and tools. Needs no tokenizer; ""
+    where there are none."""
+    system = [*_system(messages), *_shown(tools)]
+    if not system:
+        return ""
+    digest = hashlib.blake2b(person=b"kvferry.prefix", digest_size=16)
+    for text in (tenant, *system):
+        raw = text.encode("utf-8", "surrogatepass")
+        digest.update(len(raw).to_bytes(8, "big") + raw)
+    return digest.hexdigest()
+
+
+def _shown(tools: ToolUse | None) -> list[str]:
+    """What a prompt says of its tools."""
+    each = tools.tools if tools is not None else ()
+    return [text for tool in each for text in (tool.name, tool.description or "", tool.parameters)]
+
+
+class HeldPrefixes:
+    """System prompts of the turns that ran here last, and about how many whole blocks each fills.
+    Used by the replica's event loop only."""
+
+    def __init__(self, block_tokens: int, most: int = 256) -> None:
+        self._block, self._most = block_tokens, most
+        self._tokens: OrderedDict[str, int] = OrderedDict()  # the latest used last
+
+    def note(self, request: TurnRequest, items: Iterable[StreamItem]) -> None:
+        """Items of a turn: its start says how long the prompt is, in tokens."""
+        started = next((item for item in items if isinstance(item, TurnStarted)), None)
+        if started is None or not request.persist:
+            return
+        digest = prefix_digest(request.agent.tenant, request.messages, request.tools)
+        shown = sum(map(len, _shown(request.tools)))
+        whole = shown + sum(len(str(message.get("content") or "")) for message in request.messages)
+        share = (shown + sum(map(len, _system(request.messages)))) / max(1, whole)
+        tokens = int(share * len(started.prompt_ids)) // self._block * self._block
+        if digest and tokens:
+            self._tokens[digest] = tokens
+            self._tokens.move_to_end(digest)
+            if len(self._tokens) > self._most:
+                self._tokens.popitem(last=False)
+
+    def clear(self) -> None:
+        """RAM was emptied."""
+        self._tokens.clear()
+
+    def held(self) -> dict[str, int]:
+        return dict(self._tokens)
+
+
+def _system(messages: Sequence[Message]) -> list[str]:
+    leading = takewhile(lambda message: message.get("role") == "system", messages)
+    return [str(message.get("content") or "") for message in leading]

@@ -78,7 +78,8 @@ class Restorer:
                 restore.loaded = restore.begin = 0
             restored = restore.loaded - restore.begin
             if restored:
-                self._rates.restore(restored, time.monotonic() - restore.began)
+                took, from_ram = time.monotonic() - restore.began, restore.cache == "hot"
+                self._rates.restore(restored, took, from_ram=from_ram)
             else:
                 restore.cache = "hot" if restore.loaded else "cold"
             complete.append(turn)

@@ -207,7 +207,12 @@ class Scheduler(Generic[T]):
         drafted = sum(len(s.draft) for s in scheduled)
         decoded = sum(s.n_tokens == 1 for s in scheduled)
         if prefilled:
-            self._rates.prefill(prefilled, seconds)
+            depth = sum(
+                s.n_tokens * (s.sequence.n_rows + s.n_tokens / 2)
+                for s in scheduled
+                if s.n_tokens > 1
+            )
+            self._rates.prefill(prefilled, seconds, depth / prefilled)
         else:
             self._rates.decode(seconds * decoded / max(taken, decoded))
         if prefilled or not drafted:

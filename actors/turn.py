@@ -15,6 +15,7 @@ from storage.card import AgentId
 
 Message = Mapping[str, Any]
 CacheState = Literal["hot", "warm", "remote", "cold"]
+Affinity = Literal["soft", "hard"]  # hard: never moved while its owner lives
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
@@ -94,6 +95,8 @@ class TurnRequest:
     resume: Resume | None = None
     priority: int = 0  # higher ones go first
     tools: ToolUse | None = None
+    restore_tokens: int | None = None  # of stored rows that are not in RAM, load only the first
+    affinity: Affinity = "soft"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from api import admin, agents, errors, openai
+from api import admin, agents, errors, openai, place
 from api.context import Context
 from cluster.config import ClusterConfig
 from cluster.pool import NAMESPACE
@@ -29,7 +29,7 @@ def create_app(config: ClusterConfig) -> FastAPI:
 def assemble(context: Context) -> FastAPI:
     app = FastAPI(title="kvferry", openapi_url="/openapi.json")
     errors.install(app)
-    for module in (openai, agents, admin):
+    for module in (openai, agents, admin, place):
         app.include_router(module.router(context))
     app.add_middleware(BodyLimit)
     return app

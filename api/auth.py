@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from starlette.requests import Request
 
+from actors.turn import Affinity
 from api.errors import ApiError
 from storage.card import AgentId
 
@@ -23,6 +24,7 @@ SESSION_HEADERS = (
     "x-sgl-routing-key",
 )
 AGENT_HEADER = "x-agent-id"
+AFFINITY_HEADER = "x-kvferry-affinity"
 _ID = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._:@+=-]{0,126}[A-Za-z0-9_:@+=-])?")
 
 
@@ -54,6 +56,16 @@ def agent_of(request: Request, tenant: str, session_in_body: str | None) -> tupl
         if session:
             return AgentId(tenant, session, name), True
     return AgentId(tenant, f"one-off-{secrets.token_hex(12)}"), False
+
+
+def affinity_of(request: Request) -> Affinity:
+    """soft unless the request says hard. Raises ApiError 400."""
+    value = request.headers.get(AFFINITY_HEADER, "soft").strip().lower()
+    if value == "soft":
+        return "soft"
+    if value == "hard":
+        return "hard"
+    raise ApiError(400, f"{AFFINITY_HEADER} is soft or hard", param=AFFINITY_HEADER)
 
 
 def checked_id(value: str | None, param: str) -> str | None:

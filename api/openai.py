@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from actors.turn import TokenLogprob, TurnRequest
-from api.auth import agent_of, tenant_of
+from api.auth import affinity_of, agent_of, tenant_of
 from api.context import Context
 from api.errors import ApiError, api_error
 from api.request import ChatCompletionRequest
@@ -82,6 +82,7 @@ def _turn(context: Context, request: Request, body: ChatCompletionRequest) -> Tu
         persist=persist,
         priority=-(body.priority or 0),  # vLLM's lower ones go first
         tools=body.tool_use(),
+        affinity=affinity_of(request),
     )
 
 

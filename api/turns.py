@@ -9,16 +9,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from actors.errors import AgentMoved, EngineFault, TurnTimeout
+from actors.report import prefix_digest
 from actors.turn import (
+    Message,
     StreamItem,
     TokenLogprob,
     Tokens,
+    ToolUse,
     TurnFailed,
     TurnFinished,
     TurnMoved,
@@ -27,6 +30,7 @@ from actors.turn import (
 )
 from api.metrics import Metrics
 from cluster.config import HttpConfig
+from cluster.decisions import Outcome
 from cluster.errors import NoReplica
 from cluster.failover import TurnLog
 from cluster.remote import ReplicaLost, call, stream
@@ -85,16 +89,18 @@ class Turns:
         Raises InvalidRequest, Overloaded, NoReplica, TurnTimeout, and what made the last of
         several attempts fail.
         """
-        log = TurnLog(request)
+        log, clock = TurnLog(request), _Clock()
         chars: list[int] = []
         try:
             async with aclosing(self._run(log, chars)) as events:
                 async for event in events:
+                    clock.note(event)
                     yield event
         finally:
             if request.persist:
                 n_chars = chars[0] if chars else None
-                self._router.ended.remote(request.agent, request.id, n_chars)
+                outcome = clock.outcome(length(request.messages, request.tools))
+                self._router.ended.remote(request.agent, request.id, n_chars, outcome)
 
     async def _run(self, log: TurnLog, chars: list[int]) -> AsyncGenerator[Event, None]:
         """`chars` gets the length of the conversation when the turn was answered."""
@@ -102,10 +108,10 @@ class Turns:
         began = time.monotonic()
         deadline = began + self._config.request_timeout_s
         avoid: set[str] = set()
-        n_chars = _length(request)
+        n_chars = length(request.messages, request.tools)
         while True:
             decision = await self._place(log, frozenset(avoid))
-            attempt = log.next_request()
+            attempt = replace(log.next_request(), restore_tokens=decision.restore_tokens)
             try:
                 async for item in self._items(decision, attempt, deadline):
                     if isinstance(item, TurnMoved):
@@ -139,17 +145,19 @@ class Turns:
 
     async def _place(self, log: TurnLog, avoid: frozenset[str]) -> Decision:
         request = log.request
-        n_chars = _length(request)
+        n_chars = length(request.messages, request.tools)
         while True:
             try:
                 placed: Decision = await call(
                     self._router.place.remote(
                         request.agent,
                         n_chars,
-                        min(request.sampling.max_tokens or _REPLY_TOKENS, _REPLY_TOKENS),
+                        reply_tokens(request.sampling.max_tokens),
                         turn_id=request.id,
                         persist=request.persist,
                         avoid=avoid,
+                        prefix=prefix_digest(request.agent.tenant, request.messages, request.tools),
+                        affinity=request.affinity,
                     ),
                     _PLACE_TIMEOUT_S,
                 )
@@ -211,12 +219,44 @@ class Turns:
                 logger.warning("the router does not answer: %s", lost)
 
 
-def _length(request: TurnRequest) -> int:
+class _Clock:
+    """What a turn took, as its events tell."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._started: Started | None = None
+        self._first: float | None = None
+        self._done: tuple[float, int] | None = None
+
+    def note(self, event: Event) -> None:
+        passed = time.monotonic() - self._began
+        if isinstance(event, Started):
+            self._started = event
+        elif isinstance(event, Text) and event.n_tokens and self._first is None:
+            self._first = passed
+        elif isinstance(event, Done):
+            self._done = passed, event.completion_tokens
+
+    def outcome(self, n_chars: int) -> Outcome | None:
+        """None of a turn without an answer, or without a token."""
+        if self._started is None or self._first is None or self._done is None:
+            return None
+        prompt, cached = self._started.prompt_tokens, self._started.cached_tokens
+        total_s, n_reply = self._done
+        return Outcome(self._first, total_s, n_chars, prompt, cached, n_reply)
+
+
+def reply_tokens(max_tokens: int | None) -> int:
+    """What placement reckons with."""
+    return min(max_tokens or _REPLY_TOKENS, _REPLY_TOKENS)
+
+
+def length(messages: Iterable[Message], tools: ToolUse | None) -> int:
     """Characters of all messages and tools."""
     n_chars = 0
-    for message in request.messages:
+    for message in messages:
         n_chars += len(message["content"])
         n_chars += sum(len(call["arguments"]) for call in message.get("tool_calls", ()))
-    for tool in request.tools.tools if request.tools is not None else ():
+    for tool in tools.tools if tools is not None else ():
         n_chars += len(tool.name) + len(tool.description or "") + len(tool.parameters)
     return n_chars

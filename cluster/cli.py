@@ -1,4 +1,5 @@
-"""kvferry up | status | agents | migrate | export | import | verify | gc | tune | demo | bench.
+"""kvferry up | status | agents | migrate | place | export | import | verify | gc | tune | demo
+| bench.
 
 `up` owns a local cluster; `export`, `import`, `verify`, `gc` and `agents --bytes` work on a store
 (see `bundle_cli`, `store_cli`); everything else speaks HTTP to a running cluster. What a command
@@ -22,9 +23,12 @@ from rich.table import Table
 
 from actors.errors import ModelUnavailable
 from actors.models import is_fake, open_store, parse_lora, resolve, served_name
-from cluster import bundle_cli, store_cli, tune_cli
+from cluster import bundle_cli, place_cli, store_cli, tune_cli
 from cluster.config import ClusterConfig, load_config
 from cluster.console import console, fail, size
+from cluster.endpoint import DEFAULT_URL, Key, Url
+from cluster.endpoint import get as _get
+from cluster.endpoint import request as _request
 from cluster.errors import ConfigError
 from cluster.upkeep import Upkeep
 from storage.errors import StoreUnavailable
@@ -35,9 +39,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-Url = Annotated[str, typer.Option(envvar="KVFERRY_URL", help="The running endpoint.")]
-Key = Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="API key, if it wants one.")]
-DEFAULT_URL = "http://127.0.0.1:8000"
 _START_TIMEOUT_S = 300.0
 
 
@@ -209,6 +210,7 @@ def demo(
 
 app.command("export")(bundle_cli.export)
 app.command("import")(bundle_cli.import_)
+app.command("place")(place_cli.place)
 
 store_cli.register(app)
 tune_cli.register(app)
@@ -268,33 +270,28 @@ def residency(
     raise typer.Exit(code)
 
 
+@bench.command("place")
+def bench_place(
+    replicas: Annotated[int, typer.Option(min=2, max=1000, help="Of the throughput.")] = 100,
+    agents: Annotated[int, typer.Option(min=1, help="Of the throughput.")] = 100_000,
+    seconds: Annotated[float, typer.Option(min=0.1, help="To place for.")] = 3.0,
+    trace: Annotated[
+        Path | None, typer.Option(help="A Mooncake trace; else a synthetic one.")
+    ] = None,
+) -> None:
+    """Placements per second, whether decisions are right, and TTFT against simpler routers."""
+    try:
+        code = importlib.import_module("bench.place").run(replicas, agents, seconds, trace)
+    except ConfigError as error:
+        fail(str(error))
+    raise typer.Exit(code)
+
+
 def _lengths(text: str) -> list[int]:
     try:
         return [int(length) for length in text.split(",")]
     except ValueError:
         fail(f"--contexts {text!r}: wants whole numbers with commas between them")
-
-
-def _get(url: str, path: str, api_key: str) -> Any:
-    return _request("GET", url, path, api_key, None)
-
-
-def _request(method: str, url: str, path: str, api_key: str, body: Any) -> Any:
-    headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-    try:
-        answer = httpx.request(method, url + path, json=body, headers=headers, timeout=60)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        fail(f"{url}: {error}", code=1)
-    if answer.status_code >= 400:
-        try:
-            message = answer.json()["error"]["message"]
-        except (ValueError, KeyError, TypeError):
-            message = answer.text[:200]
-        fail(f"{url}: {answer.status_code}: {message}", code=1)
-    try:
-        return answer.json()
-    except ValueError:
-        fail(f"{url}: answers, but not as kvferry does", code=1)
 
 
 def main() -> None:

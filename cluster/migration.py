@@ -36,13 +36,17 @@ async def migrate(
     source: tuple[str, Any] | None,
     target: tuple[str, Any],
     timeout: float = 10.0,
+    *,
+    prefetch: bool = True,
 ) -> Migration:
-    """(node, handle) of both; without a source the target claims what the store has.
+    """(node, handle) of both; without a source the target claims what the store has. `prefetch`:
+    unless the target is to prefill.
 
     Raises MigrationFailed; the agent is then served where its next claim succeeds.
     """
     # Before anything stops: most of what the target will need. What this misses it reads later.
-    await _quietly(call(target[1].prefetch.remote(agent), timeout))
+    if prefetch:
+        await _quietly(call(target[1].prefetch.remote(agent), timeout))
     began = time.monotonic()
     frozen = False
     if source is not None:

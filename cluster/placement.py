@@ -1,18 +1,23 @@
 """Which replica serves a turn? Pure: numbers in, a decision with its reasons out.
 
-    T(replica) = queue + min(bring, prefill) + decode          all in seconds
+    T(replica) = queue + min(bring, mixed, prefill) + decode          all in seconds
 
 `bring` is nothing where the agent's rows are in RAM, loading where they are stored, and a migration
-on top where another replica owns the agent. The least T wins; the owner keeps a tie, and more.
+on top where another replica owns the agent. `mixed` brings a first part and prefills the rest. The
+least T wins; the owner keeps a tie, and more. `cluster.fleet` decides the same for many replicas.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from actors.rates import KnownRates, Rates
+from actors.rates import KnownRates, Rates, fill
+from actors.turn import Affinity
 from cluster.errors import NoReplica
+from storage.links import LinkRate
+from storage.spec import BLOCK_TOKENS
 
 
 @dataclass(frozen=True)
@@ -24,14 +29,35 @@ class PlacementConfig:
 
 
 @dataclass(frozen=True)
+class LinkCost:
+    """Bringing n tokens' rows over a link takes fixed_s + n * token_s."""
+
+    fixed_s: float
+    token_s: float
+
+
+def link_cost(rate: LinkRate, row_bytes: int) -> LinkCost:
+    """Rows come block by block, a read each."""
+    token_s = rate.fixed_s / BLOCK_TOKENS + row_bytes / rate.bytes_per_s
+    return LinkCost(rate.fixed_s, token_s)
+
+
+GUESSED_LINK = LinkCost(0.0, 1e-4)
+
+
+@dataclass(frozen=True)
 class Candidate:
-    """One healthy replica, from its last status."""
+    """One healthy replica, from its last status. `links`: "store", "disk" where it has a tier of
+    its own, "peer" where it can fetch from the owner; the store's is borrowed or guessed until it
+    is measured."""
 
     node: str
     queue_s: float
     rates: Rates
     pressure: float  # 0 .. 1: how full its cells or its sequences are
     n_agents: int
+    links: Mapping[str, LinkCost] = field(default_factory=dict)
+    prefixes: Mapping[str, int] = field(default_factory=dict)  # digest -> tokens in its RAM
 
 
 @dataclass(frozen=True)
@@ -41,6 +67,7 @@ class Location:
     node: str | None = None
     tokens: int = 0
     in_ram: bool = False
+    lag: int = 0  # of `tokens`, not in the shared store yet
 
 
 @dataclass(frozen=True)
@@ -49,23 +76,32 @@ class Estimate:
 
     node: str
     queue_s: float
-    bring_s: float
-    prefill_s: float
+    bring_s: float  # bring all there is, prefill what is new
+    prefill_s: float  # prefill everything
     decode_s: float
     extra_s: float  # pressure, and the hysteresis of leaving the owner
-    action: str  # "stay", "load", "migrate" or "prefill"
+    action: str  # "stay", "load", "migrate", "mixed", "share" or "prefill"
+    mixed_s: float = math.inf  # bring or share a first part, prefill the rest
+    kept: int = 0  # tokens that are not prefilled
+
+    @property
+    def memory_s(self) -> float:
+        return min(self.bring_s, self.mixed_s, self.prefill_s)
 
     @property
     def total_s(self) -> float:
-        memory = min(self.bring_s, self.prefill_s)
-        return self.queue_s + memory + self.decode_s + self.extra_s
+        return self.queue_s + self.memory_s + self.decode_s + self.extra_s
 
 
 @dataclass(frozen=True)
 class Placement:
     node: str
     action: str
-    estimates: tuple[Estimate, ...]  # of all candidates, best first
+    estimates: tuple[Estimate, ...]  # best first: of all candidates, or the chosen and the owner
+    restore_tokens: int | None = None  # rows to load at most; None: all there are
+
+    def of(self, node: str | None) -> Estimate | None:
+        return next((e for e in self.estimates if e.node == node), None)
 
 
 def place(
@@ -74,53 +110,145 @@ def place(
     location: Location,
     candidates: Sequence[Candidate],
     config: PlacementConfig,
+    prefix: str = "",
+    affinity: Affinity = "soft",
 ) -> Placement:
-    """new_tokens: of the prompt, beyond what the agent's memory holds. Raises NoReplica."""
+    """new_tokens: of the prompt, beyond what the agent's memory holds. `prefix`: the digest of its
+    system prompt. Raises NoReplica."""
     if not candidates:
         raise NoReplica("no replica is ready")
-    measured = [candidate.rates for candidate in candidates]
-    estimates = [
-        _estimate(c, c.rates.filled(measured), new_tokens, reply_tokens, location, config)
-        for c in candidates
+    costs = [
+        estimate(c, known, new_tokens, reply_tokens, location, config, prefix)
+        for c, known in filled(candidates)
+        if affinity == "soft" or not _owned(location, candidates) or c.node == location.node
     ]
     agents = {candidate.node: candidate.n_agents for candidate in candidates}
     ranked = sorted(
-        estimates,
-        key=lambda e: (round(e.total_s, 3), e.node != location.node, agents[e.node], e.node),
+        costs, key=lambda e: (ms(e.total_s), e.node != location.node, agents[e.node], e.node)
     )
-    return Placement(ranked[0].node, ranked[0].action, tuple(ranked))
+    return placed(tuple(ranked), location)
 
 
-def _estimate(
+def placed(ranked: tuple[Estimate, ...], location: Location) -> Placement:
+    """The first of the estimates is the choice."""
+    best = ranked[0]
+    limited = location.tokens and best.action in ("mixed", "prefill")
+    return Placement(best.node, best.action, ranked, best.kept if limited else None)
+
+
+def filled(candidates: Sequence[Candidate]) -> list[tuple[Candidate, KnownRates]]:
+    """Rates as numbers, and a store link for everybody: the mean of those who have measured it."""
+    if not candidates:
+        return []
+    known = fill([candidate.rates for candidate in candidates])
+    stores = [c.links["store"] for c in candidates if "store" in c.links]
+    mean = GUESSED_LINK
+    if stores:
+        fixed, token = (
+            math.fsum(values) / len(stores)
+            for values in zip(*((x.fixed_s, x.token_s) for x in stores), strict=True)
+        )
+        mean = LinkCost(fixed, token)
+    linked = [
+        c if "store" in c.links else replace(c, links={**c.links, "store": mean})
+        for c in candidates
+    ]
+    return list(zip(linked, known, strict=True))
+
+
+def ms(seconds: float) -> float:
+    """Whole milliseconds: less is no difference."""
+    return math.floor(seconds * 1000.0 + 0.5)
+
+
+def _owned(location: Location, candidates: Sequence[Candidate]) -> bool:
+    return any(candidate.node == location.node for candidate in candidates)
+
+
+def estimate(
     candidate: Candidate,
     rates: KnownRates,
     new_tokens: int,
     reply_tokens: int,
     location: Location,
     config: PlacementConfig,
+    prefix: str = "",
 ) -> Estimate:
+    """Seconds of one candidate that has a store link; `rates` are its own or borrowed."""
+    have, end = location.tokens, location.tokens + new_tokens
     owner = location.node == candidate.node
     moves = location.node is not None and not owner
-    load = location.tokens / rates.restore_tokens_per_s
-    suffix = new_tokens / rates.prefill_tokens_per_s
-    bring = suffix + (0.0 if owner and location.in_ram else load)
-    if moves:
-        bring += config.migrate_s
-    prefill = suffix + location.tokens / rates.prefill_tokens_per_s
-    if not location.tokens or prefill < bring:
-        action = "prefill"
-    else:
-        action = "migrate" if moves else ("stay" if owner and location.in_ram else "load")
+    move_s = config.migrate_s if moves else 0.0
+    shared = min(candidate.prefixes.get(prefix, 0), have or end)
+    prefill = rates.prefill_s(0, end)
+    bring, mixed, part = prefill, math.inf, 0
+    if have and owner and location.in_ram:
+        bring = rates.prefill_s(have, end)
+    elif have or shared:
+        link = _link(candidate.links, location, owner=owner, moves=moves)
+        if have:
+            bring = kept_s(rates, link, shared, have, end)
+        for kept in breakpoints(rates, link, shared, have):
+            if (total := kept_s(rates, link, shared, kept, end)) < mixed:
+                mixed, part = total, kept
+    memory = min(bring, mixed, prefill)
     decode = reply_tokens * rates.decode_step_s
     extra = candidate.pressure * config.pressure_s
     if moves:
-        extra += config.hysteresis_s + config.hysteresis * (min(bring, prefill) + decode)
+        extra += config.hysteresis_s + config.hysteresis * (move_s + memory + decode)
+    action, kept = "prefill", 0
+    if have and bring <= memory:
+        action = "migrate" if moves else ("stay" if owner and location.in_ram else "load")
+        kept = have
+    elif mixed <= memory and mixed < prefill:
+        action, kept = ("mixed" if have else "share"), part
     return Estimate(
-        node=candidate.node,
-        queue_s=candidate.queue_s,
-        bring_s=bring,
-        prefill_s=prefill,
-        decode_s=decode,
-        extra_s=extra,
-        action=action,
+        candidate.node,
+        candidate.queue_s,
+        move_s + bring,
+        move_s + prefill,
+        decode,
+        extra,
+        action,
+        move_s + mixed,
+        kept,
     )
+
+
+def kept_s(rates: KnownRates, link: LinkCost, shared: int, kept: int, end: int) -> float:
+    """Seconds until a prompt of `end` tokens is in the engine whose first `kept` rows are loaded,
+    all but `shared` of them over the link. Both go on at the same time."""
+    load = kept / rates.restore_tokens_per_s
+    if kept > shared:
+        load = link.fixed_s + max(load, (kept - shared) * link.token_s)
+    return load + rates.prefill_s(kept, end)
+
+
+def breakpoints(rates: KnownRates, link: LinkCost, shared: int, have: int) -> list[int]:
+    """Where the best number of rows to keep can lie, but for none and all.
+
+    Between these points kept_s is concave: loading grows in proportion, and every token that is
+    not prefilled saves more than the one before. The bend is where shipping, which has `shared`
+    tokens less to do, is overtaken by loading; whole blocks on either side of it.
+    """
+    points = [shared] if 0 < shared < (have or shared + 1) else []
+    load_s = 1.0 / rates.restore_tokens_per_s
+    if have and shared and link.token_s > load_s:
+        bend = shared * link.token_s / (link.token_s - load_s)
+        below = math.floor(min(bend, 1e12) / BLOCK_TOKENS) * BLOCK_TOKENS
+        points += [k for k in (below, below + BLOCK_TOKENS) if shared < k < have]
+    return points
+
+
+def _link(
+    links: Mapping[str, LinkCost], location: Location, *, owner: bool, moves: bool
+) -> LinkCost:
+    """The owner's own disk, or what is cheapest; of a move, with what its owner has to upload."""
+    store = links["store"]
+    if owner:
+        return links.get("disk", store)
+    if not moves:
+        return store
+    store = LinkCost(store.fixed_s + location.lag * store.token_s, store.token_s)
+    ways = [store, links["peer"]] if "peer" in links else [store]
+    return min(ways, key=lambda way: way.fixed_s + location.tokens * way.token_s)

@@ -21,7 +21,7 @@ from actors.config import ReplicaConfig
 from actors.errors import ActorError
 from actors.replica import ModelReplica
 from actors.report import ReplicaInfo, ReplicaStatus
-from cluster.placement import Candidate
+from cluster.placement import Candidate, link_cost
 from cluster.remote import ReplicaLost, call
 from storage.errors import StorageError
 
@@ -54,7 +54,6 @@ class Replica:
     info: ReplicaInfo | None = None
     status: ReplicaStatus | None = None
     healthy: bool = False
-    promised_s: float = 0.0  # seconds of turns sent there since its last report
     seen: float = 0.0  # its clock at that report, less a margin
     watcher: asyncio.Task[None] | None = None
 
@@ -155,7 +154,7 @@ class ReplicaPool:
         """Take a new report. Raises ReplicaLost, EngineFault."""
         status = await call(replica.actor.status.remote(replica.seen), _STATUS_TIMEOUT_S)
         replica.status, replica.seen = status, status.at - 2 * _TICK_S
-        replica.healthy, replica.promised_s = True, 0.0
+        replica.healthy = True
         self.on_status(replica)
 
     async def refresh_all(self) -> None:
@@ -179,19 +178,21 @@ class ReplicaPool:
         self.on_lost(name)
 
 
-def candidate(replica: Replica, n_agents: int) -> Candidate | None:
-    """What placement needs of a replica; n_agents as the registry counts them."""
+def candidate(replica: Replica) -> tuple[Candidate, float] | None:
+    """What placement needs of a replica, and the share of its cells that is in use."""
     info, status = replica.info, replica.status
     if info is None or status is None:
         return None
+    links = {
+        name: link_cost(rate, info.row_bytes)
+        for name, rate in status.links.items()
+        if info.row_bytes
+    }
     cells = status.cells_used / max(1, info.slots * info.n_ctx)
-    return Candidate(
-        node=replica.node.id,
-        queue_s=status.queue_s + replica.promised_s,
-        rates=status.rates,
-        pressure=min(1.0, max(cells, n_agents / info.slots)),
-        n_agents=n_agents,
+    found = Candidate(
+        replica.node.id, status.queue_s, status.rates, cells, 0, links, status.prefixes
     )
+    return found, cells
 
 
 def _named(entries: list[dict[str, Any]]) -> dict[str, Node]:

@@ -7,7 +7,7 @@ store. It grants nothing: it can be lost and rebuilt, and where it is wrong a cl
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from actors.report import AgentReport
@@ -15,7 +15,9 @@ from cluster.placement import Location
 from storage.card import AgentId
 from storage.store import LoadedCard
 
-_CHARS_PER_TOKEN = 4.0  # nothing is tokenized before placement
+_CHARS_PER_TOKEN = 4.0  # at first: nothing is tokenized before placement
+_CHARS_SMOOTHING = 0.05
+_LEAST_CHARS = 400  # of a shorter prompt the template is too large a part
 _MIN_NEW_TOKENS = 16  # the template's own, around a new message
 
 
@@ -45,8 +47,11 @@ class AgentRecord:
 
 
 class Registry:
-    def __init__(self) -> None:
+    def __init__(self, on_count: Callable[[str, int], None] = lambda node, n: None) -> None:
+        """`on_count` is told how many agents a node owns whenever that changes."""
+        self._on_count = on_count
         self._records: dict[AgentId, AgentRecord] = {}
+        self.chars_per_token = _CHARS_PER_TOKEN
         self._per_node: Counter[str | None] = Counter()
         self._chars: dict[AgentId, int] = {}  # of the messages and the reply of its last turn
         # Until when, by the caller's clock: an operator's migrations, and turns that run.
@@ -73,13 +78,19 @@ class Registry:
         if agent in self._records:
             self._chars[agent] = n_chars
 
+    def tokenized(self, n_chars: int, n_tokens: int) -> None:
+        """A prompt was so long, before and after."""
+        if n_chars >= _LEAST_CHARS and n_tokens > 0:
+            measured = min(16.0, max(0.5, n_chars / n_tokens))
+            self.chars_per_token += _CHARS_SMOOTHING * (measured - self.chars_per_token)
+
     def new_tokens(self, agent: AgentId, n_chars: int) -> int:
         """Roughly how much of a prompt the agent has not seen. Where its last turn does not say,
         because the prompt does not go on where that ended, its rows do."""
         known = self._chars.get(agent, 0)
         if not 0 < known <= n_chars:
-            known = int(self.location(agent).tokens * _CHARS_PER_TOKEN)
-        return max(_MIN_NEW_TOKENS, int((n_chars - known) / _CHARS_PER_TOKEN))
+            known = int(self.location(agent).tokens * self.chars_per_token)
+        return max(_MIN_NEW_TOKENS, int((n_chars - known) / self.chars_per_token))
 
     def settled(self, agent: AgentId, until: float) -> None:
         """An operator said where it lives."""
@@ -105,19 +116,27 @@ class Registry:
         record = self._records.get(agent)
         if record is None:
             return Location()
-        return Location(record.node, record.rows, record.in_ram)
+        lag = max(0, record.rows - record.durable_rows)
+        return Location(record.node, record.rows, record.in_ram, lag)
 
     def assign(self, agent: AgentId, node: str) -> None:
         """The router sent the agent to a node."""
         record = self._records.get(agent) or AgentRecord(agent, None)
         if record.node != node:
-            record = replace(record, node=node, in_ram=False, ram_bytes=0)
-        self._put(record)
+            self._put(replace(record, node=node, in_ram=False, ram_bytes=0))
 
     def _put(self, record: AgentRecord) -> None:
-        self._remove(record.agent)
+        old = self._records.get(record.agent)
         self._records[record.agent] = record
-        self._per_node[record.node] += 1
+        if old is None or old.node != record.node:
+            if old is not None:
+                self._count(old.node, -1)
+            self._count(record.node, 1)
+
+    def _count(self, node: str | None, more: int) -> None:
+        self._per_node[node] += more
+        if node is not None:
+            self._on_count(node, self._per_node[node])
 
     def reported(self, node: str, reports: Iterable[AgentReport]) -> None:
         """A replica's own word, unless a newer epoch is known."""
@@ -152,7 +171,8 @@ class Registry:
         """Its agents are owned by nobody now; their memory is in the store."""
         for record in list(self._records.values()):
             if record.node == node:
-                self._put(replace(record, node=None, in_ram=False, ram_bytes=0))
+                rows = min(record.rows, record.durable_rows)
+                self._put(replace(record, node=None, rows=rows, in_ram=False, ram_bytes=0))
 
     def forget(self, agent: AgentId) -> None:
         self._chars.pop(agent, None)
@@ -163,4 +183,4 @@ class Registry:
     def _remove(self, agent: AgentId) -> None:
         record = self._records.pop(agent, None)
         if record is not None:
-            self._per_node[record.node] -= 1
+            self._count(record.node, -1)

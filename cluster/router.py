@@ -11,18 +11,22 @@ import asyncio
 import logging
 import time
 import weakref
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from actors.errors import AgentMoved
 from actors.models import open_store
+from actors.turn import Affinity
 from cluster.config import ClusterConfig
+from cluster.decisions import Choice, Outcome, to_json
+from cluster.dispatch import Ask, Dispatch
 from cluster.errors import AgentBusy, MigrationFailed, NoReplica, UnknownAgent, UnknownNode
 from cluster.migration import Migration, migrate
-from cluster.placement import Placement, place
+from cluster.placement import Placement
 from cluster.pool import Replica, ReplicaPool, candidate
-from cluster.registry import AgentRecord, Registry
+from cluster.registry import AgentRecord
 from cluster.remote import ReplicaLost, call
+from cluster.views import agent_json, node_json
 from storage.card import AgentId
 from storage.errors import StorageError
 from storage.spec import CompatibilityKey
@@ -42,6 +46,7 @@ class Decision:
     incarnation: str
     actor: Any
     placement: Placement
+    restore_tokens: int | None = None  # of stored rows, load only the first
 
 
 class PlacementRouter:
@@ -49,9 +54,10 @@ class PlacementRouter:
 
     def __init__(self, config: ClusterConfig) -> None:
         logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-        self._config = config
-        self._registry = Registry()
-        self._pool = ReplicaPool(config.replica, self._on_status, self._registry.node_lost)
+        self._config, self._turn_s = config, config.http.request_timeout_s
+        self._dispatch = Dispatch(config.placement)
+        self._registry = self._dispatch.registry
+        self._pool = ReplicaPool(config.replica, self._on_status, self._dispatch.lost)
         self._locks: weakref.WeakValueDictionary[AgentId, asyncio.Lock] = (
             weakref.WeakValueDictionary()
         )
@@ -71,59 +77,81 @@ class PlacementRouter:
         turn_id: str = "",
         persist: bool = True,
         avoid: frozenset[str] = frozenset(),
+        prefix: str = "",
+        affinity: Affinity = "soft",
     ) -> Decision:
-        """Decide, and bring the agent there if its owner lives elsewhere.
+        """Decide, and bring the agent there if its owner lives elsewhere. Raises NoReplica when
+        none is ready within a deadline, or with hard affinity, a living owner is not.
 
-        `avoid`: incarnations that failed this turn; used only if nothing else is ready. Raises
-        NoReplica when none is ready within a deadline.
+        `avoid`: incarnations that failed this turn; used only if nothing else is ready. `prefix`:
+        digest of the system prompt.
         """
+        ask = Ask(agent, n_chars, reply_tokens, turn_id, prefix, affinity, persist)
         async with self._lock(agent):
-            replicas = await self._ready(avoid)
-            location = self._registry.location(agent)
-            if location.node is not None and location.node not in self._pool.replicas:
-                self._registry.node_lost(location.node)
-                location = self._registry.location(agent)
-            new_tokens = self._registry.new_tokens(agent, n_chars)
-            counts = self._registry.count
-            candidates = [c for n, r in replicas.items() if (c := candidate(r, counts(n)))]
-            owner = location.node
-            able = owner in replicas and _incarnation(replicas[owner]) not in avoid
-            if able and self._registry.stays(agent, time.monotonic()):
-                candidates = [c for c in candidates if c.node == owner]
-            decision = place(new_tokens, reply_tokens, location, candidates, self._config.placement)
-            node = decision.node
-            if persist and owner is not None and owner != node and owner in replicas:
+            replicas = await self._ready(avoid, agent if affinity == "hard" else None)
+            owner = self._registry.location(agent).node
+            if owner is not None and owner not in self._pool.replicas:
+                self._dispatch.lost(owner)
+            choice = self._dispatch.decide(ask, replicas, stays=self._stays(agent, replicas, avoid))
+            owner, target = choice.location.node, choice.node
+            if persist and owner is not None and owner != target and owner in replicas:
+                prefetch = choice.placement.restore_tokens is None
                 try:
-                    await self._move(agent, replicas[owner], replicas[node])
+                    await self._move(agent, replicas[owner], replicas[target], prefetch=prefetch)
                 except MigrationFailed as error:
                     logger.warning("agent %s stays on %s: %s", agent, owner, error)
-                    node = owner
-            if persist:
-                self._registry.assign(agent, node)
-                until = time.monotonic() + self._config.http.request_timeout_s
-                self._registry.turn_began(agent, turn_id, until)
-            chosen = next(e for e in decision.estimates if e.node == node)
-            replicas[node].promised_s += chosen.total_s - chosen.queue_s
-            return Decision(node, _incarnation(replicas[node]), replicas[node].actor, decision)
+                    choice.node, choice.move_failed = owner, str(error)
+            self._dispatch.began(ask, choice, time.monotonic() + self._turn_s)
+            return _decision(choice, replicas[choice.node])
 
-    async def _ready(self, avoid: frozenset[str]) -> dict[str, Replica]:
-        """Replicas that can take a turn, waiting for one if need be."""
+    def explain(self, ask: Ask) -> dict[str, Any]:
+        """What `place` would decide, with every replica's estimate. Changes nothing, waits for
+        nobody. Raises NoReplica."""
+        replicas = self._candidates(frozenset(), ask.agent if ask.affinity == "hard" else None)
+        if not replicas:
+            raise NoReplica("no replica is ready")
+        stays = self._stays(ask.agent, replicas, frozenset())
+        choice = self._dispatch.compare(ask, replicas, stays=stays)
+        return to_json(choice, self._config.placement)
+
+    def decisions(self, tenant: str, limit: int) -> list[dict[str, Any]]:
+        """A tenant's latest, with their outcomes as far as they are known."""
+        latest = self._dispatch.log.latest(tenant, limit)
+        return [to_json(choice, self._config.placement) for choice in latest]
+
+    def _stays(self, agent: AgentId, replicas: dict[str, Replica], avoid: frozenset[str]) -> bool:
+        owner = replicas.get(self._registry.location(agent).node or "")
+        able = owner is not None and _incarnation(owner) not in avoid
+        return able and self._registry.stays(agent, time.monotonic())
+
+    def _candidates(self, avoid: frozenset[str], bound: AgentId | None) -> dict[str, Replica]:
+        """Replicas that can take a turn; only its owner for an agent that is `bound` to it."""
+        owner = self._registry.location(bound).node if bound is not None else None
+        healthy = {r.node.id: r for r in self._pool.healthy()}
+        if owner is not None and owner in self._pool.replicas:
+            return {owner: healthy[owner]} if owner in healthy else {}
+        fresh = {n: r for n, r in healthy.items() if _incarnation(r) not in avoid}
+        return fresh or healthy
+
+    async def _ready(
+        self, avoid: frozenset[str], bound: AgentId | None = None
+    ) -> dict[str, Replica]:
+        """As `_candidates`, waiting for one if need be."""
         deadline = asyncio.get_running_loop().time() + _PLACE_TIMEOUT_S
         while True:
-            healthy = {r.node.id: r for r in self._pool.healthy()}
-            fresh = {n: r for n, r in healthy.items() if _incarnation(r) not in avoid}
-            if fresh or healthy:
-                return fresh or healthy
+            found = self._candidates(avoid, bound)
+            if found:
+                return found
             if asyncio.get_running_loop().time() > deadline:
                 reasons = "; ".join(f"{n}: {e}" for n, e in self._pool.errors().items())
                 raise NoReplica(f"no replica is ready{f' ({reasons})' if reasons else ''}")
             await asyncio.sleep(0.05)
 
-    def ended(self, agent: AgentId, turn_id: str, n_chars: int | None) -> None:
+    def ended(
+        self, agent: AgentId, turn_id: str, n_chars: int | None, outcome: Outcome | None = None
+    ) -> None:
         """A turn is over; n_chars: of its messages and its reply, None if it was not answered."""
-        self._registry.turn_ended(agent, turn_id)
-        if n_chars is not None:
-            self._registry.spoken(agent, n_chars)
+        self._dispatch.ended(agent, turn_id, n_chars, outcome)
 
     def suspect(self, incarnation: str) -> None:
         """An ingress lost this replica in the middle of a turn."""
@@ -149,9 +177,11 @@ class PlacementRouter:
             self._registry.settled(agent, time.monotonic() + _STAY_S)
             return done
 
-    async def _move(self, agent: AgentId, source: Replica | None, target: Replica) -> Migration:
+    async def _move(
+        self, agent: AgentId, source: Replica | None, target: Replica, *, prefetch: bool = True
+    ) -> Migration:
         pair = (source.node.id, source.actor) if source is not None else None
-        done = await migrate(agent, pair, (target.node.id, target.actor))
+        done = await migrate(agent, pair, (target.node.id, target.actor), prefetch=prefetch)
         self._registry.assign(agent, target.node.id)
         self._migrations += 1
         logger.info("agent %s moved: %s", agent, done)
@@ -174,11 +204,11 @@ class PlacementRouter:
 
     async def agent(self, agent: AgentId) -> dict[str, Any]:
         """One agent's record. Raises UnknownAgent."""
-        return _record(await self._known(agent))
+        return agent_json(await self._known(agent))
 
     async def agents(self, tenant: str) -> list[dict[str, Any]]:
         await self._up_to_date()
-        return [_record(record) for record in self._registry.all(tenant)]
+        return [agent_json(record) for record in self._registry.all(tenant)]
 
     async def _known(self, agent: AgentId) -> AgentRecord:
         await self._up_to_date()
@@ -210,7 +240,7 @@ class PlacementRouter:
             "migrations": self._migrations,
             "replica_losses": self._pool.restarts,
             "nodes": [
-                _node(node.id, node.address, node.has_device, self._pool.replicas.get(node.id))
+                node_json(node.id, node.address, node.has_device, self._pool.replicas.get(node.id))
                 | ({"error": errors[node.id]} if node.id in errors else {})
                 for node in sorted(self._pool.nodes.values(), key=lambda n: n.id)
             ],
@@ -238,6 +268,9 @@ class PlacementRouter:
         assert replica.status is not None
         assert replica.info is not None
         self._registry.reported(replica.node.id, replica.status.agents)
+        told = candidate(replica)
+        if told is not None:
+            self._dispatch.reported(*told, replica.info.slots)
         if self._key is None:
             self._key = replica.info.key
             self._tasks.append(asyncio.create_task(self._scan(self._key)))
@@ -258,50 +291,11 @@ class PlacementRouter:
         return self._locks.setdefault(agent, asyncio.Lock())
 
 
+def _decision(choice: Choice, replica: Replica) -> Decision:
+    placement = choice.placement
+    limit = placement.restore_tokens if choice.node == placement.node else None
+    return Decision(choice.node, _incarnation(replica), replica.actor, placement, limit)
+
+
 def _incarnation(replica: Replica) -> str:
     return replica.info.incarnation if replica.info is not None else ""
-
-
-def _record(record: AgentRecord) -> dict[str, Any]:
-    return {
-        "id": str(record.agent),
-        "node": record.node,
-        "state": record.state,
-        "epoch": record.epoch,
-        "generation": record.generation,
-        "branches": record.branches,
-        "tokens": record.tokens,
-        "durable_tokens": record.durable_rows,
-        "bytes": {"ram": record.ram_bytes, "store": record.stored_bytes},
-        "last_used": record.last_used,
-    }
-
-
-def _node(node: str, address: str, has_device: bool, replica: Replica | None) -> dict[str, Any]:
-    info = replica.info if replica else None
-    status = replica.status if replica else None
-    return {
-        "id": node,
-        "address": address,
-        "replica": "none"
-        if not has_device
-        else ("ready" if replica and replica.healthy else "not ready"),
-        "pid": info.pid if info else None,
-        "raylet_pid": info.raylet_pid if info else None,
-        "engine": info.engine if info else None,
-        "device": info.device if info else None,
-        "slots": info.slots if info else 0,
-        "agents": status.n_agents if status else 0,
-        "running": status.running if status else 0,
-        "waiting": status.waiting if status else 0,
-        "queue_s": status.queue_s if status else 0.0,
-        "bytes": {
-            "engine": info.kv_bytes if info else 0,
-            "pool": status.pool_bytes if status else 0,
-            "local": status.local.used_bytes if status and status.local else 0,
-        },
-        "local": asdict(status.local) if status and status.local else None,
-        "rates": asdict(status.rates) if status else {},
-        "faults": status.faults if status else {},
-        "served": status.served if status else {},
-    }

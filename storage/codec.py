@@ -107,6 +107,15 @@ def codec_parameters(spec: ModelCacheSpec, codec: Codec) -> dict[str, dict[str, 
     }
 
 
+def row_bytes(spec: ModelCacheSpec, codec: Codec) -> int:
+    """Bytes of one token's encoded row in the layers that do not slide."""
+    return sum(
+        len(group.layers) * group.n_kv_heads * width * np.dtype(dtype).itemsize
+        for _, side, _, group, dim in _vectors(spec, "full")
+        for dtype, width in codec.fields(side, dim).values()
+    )
+
+
 def encode_rows(
     spec: ModelCacheSpec,
     codec: Codec,

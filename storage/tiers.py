@@ -18,6 +18,7 @@ from storage.cache_file import PAGE, load, save
 from storage.card import AgentId, BlockRef, PartRef
 from storage.codec import Codec, Tensors, check_tensors, count_rows
 from storage.errors import CorruptData, StorageError
+from storage.links import Link, LinkRate, probe_link
 from storage.local import LocalTier
 from storage.pool import Pool
 from storage.spec import ModelCacheSpec, Part
@@ -41,6 +42,7 @@ class Tiers:
     ) -> None:
         self.shared, self.local, self.pool = shared, local, Pool(pool_bytes)
         self._spec, self._codec = spec, codec
+        self.links = {"store": Link()} | ({"disk": Link()} if local is not None else {})
         self._keeper = ThreadPoolExecutor(1, "local-tier")
         self._keeping = threading.BoundedSemaphore(_MAX_KEEPING)
 
@@ -80,19 +82,30 @@ class Tiers:
         return None
 
     def _bytes(self, tenant: str, ref: BlockRef, part: Part) -> tuple[bytes, str] | None:
-        if self.local is not None:
+        local = self.local
+        if local is not None:
             try:
-                raw = self.local.get(tenant, ref, part)
+                raw = self.links["disk"].timed(lambda: local.get(tenant, ref, part))
             except StorageError as error:  # the shared store may have it
                 self.shared.on_fault(error)
                 raw = None
             if raw is not None:
-                return raw, self.local.store.block_path(tenant, ref, part)
-        raw = self.shared.get_block(tenant, ref, part)
+                return raw, local.store.block_path(tenant, ref, part)
+        raw = self.links["store"].timed(lambda: self.shared.get_block(tenant, ref, part))
         if raw is None:
             return None
         self._keep(tenant, ref, part, raw)
         return raw, self.shared.block_path(tenant, ref, part)
+
+    def probe_links(self) -> None:
+        """Measure every link once, with a file of its own. Raises StoreUnavailable."""
+        stores = {"store": self.shared} | ({"disk": self.local.store} if self.local else {})
+        for name, store in stores.items():
+            probe_link(self.links[name], store.files)
+
+    def link_rates(self) -> dict[str, LinkRate]:
+        """Of the links that are measured."""
+        return {name: rate for name, link in self.links.items() if (rate := link.rate)}
 
     def _keep(self, tenant: str, ref: BlockRef, part: Part, raw: bytes) -> None:
         """Cache on the node's disk, behind the reader's back; skipped when the disk is slow."""

@@ -14,6 +14,8 @@ from actors.config import ReplicaConfig
 from actors.errors import AgentMoved
 from actors.replica import ModelReplica
 from actors.turn import StreamItem, Tokens, TurnFinished, TurnRequest
+from cluster.decisions import Outcome
+from cluster.dispatch import Ask
 from cluster.errors import AgentBusy, UnknownAgent, UnknownNode
 from cluster.migration import Migration
 from cluster.placement import Placement
@@ -167,6 +169,10 @@ class FakeRouter:
         self.replicas = {replica.node: replica for replica in replicas}
         self.owners: dict[AgentId, str] = {}
         self.placed: list[dict[str, Any]] = []
+        self.hints: list[tuple[str, str]] = []  # prefix digest and affinity of each of them
+        self.limit: int | None = None  # restore_tokens of the decisions
+        self.outcomes: list[Outcome | None] = []
+        self.explained: list[Ask] = []
         self.suspected: list[str] = []
         self.said: list[tuple[AgentId, int]] = []
         self.over: list[str] = []  # ids of turns that ended, answered or not
@@ -186,7 +192,10 @@ class FakeRouter:
         turn_id: str = "",
         persist: bool = True,
         avoid: frozenset[str] = frozenset(),
+        prefix: str = "",
+        affinity: str = "soft",
     ) -> Decision:
+        self.hints.append((prefix, affinity))
         self.placed.append(
             {
                 "agent": agent,
@@ -204,9 +213,21 @@ class FakeRouter:
         if persist:
             self.owners[agent] = node
         handle = Handle(self.replicas[node])
-        return Decision(node, f"life-{node}", handle, Placement(node, "stay", ()))
+        placement = Placement(node, "stay", ())
+        return Decision(node, f"life-{node}", handle, placement, self.limit)
 
-    def ended(self, agent: AgentId, turn_id: str, n_chars: int | None) -> None:
+    def explain(self, ask: Ask) -> dict[str, Any]:
+        self._may_fail("explain")
+        self.explained.append(ask)
+        return {"agent": str(ask.agent), "node": "a"}
+
+    def decisions(self, tenant: str, limit: int) -> list[dict[str, Any]]:
+        return [{"agent": tenant}] * min(limit, 3)
+
+    def ended(
+        self, agent: AgentId, turn_id: str, n_chars: int | None, outcome: Outcome | None
+    ) -> None:
+        self.outcomes.append(outcome)
         self.over.append(turn_id)
         if n_chars is not None:
             self.said.append((agent, n_chars))

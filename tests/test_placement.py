@@ -4,12 +4,25 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import cluster.placement as placement_module
 from actors.rates import KnownRates, Rates
+from actors.turn import Affinity
 from cluster.errors import NoReplica
-from cluster.placement import Candidate, Estimate, Location, Placement, PlacementConfig, place
+from cluster.fleet import Fleet
+from cluster.placement import (
+    Candidate,
+    Estimate,
+    LinkCost,
+    Location,
+    Placement,
+    PlacementConfig,
+    filled,
+    kept_s,
+    place,
+)
 
 CONFIG = PlacementConfig()
 FREE = PlacementConfig(hysteresis_s=0.0, hysteresis=0.0, migrate_s=0.0, pressure_s=0.0)
@@ -231,3 +244,277 @@ def test_a_restore_in_no_time_is_a_finite_rate() -> None:
     measured.restore(100, 0.0)
     assert isinstance(measured.filled(), KnownRates)
     assert 0 < measured.filled().restore_tokens_per_s < float("inf")
+
+
+# ---- what is stored, shared and shipped
+
+link = st.builds(LinkCost, st.floats(0, 1), st.floats(1e-7, 1e-1))
+links = st.fixed_dictionaries({}, optional={"store": link, "disk": link, "peer": link})
+prefixes = st.dictionaries(st.sampled_from(["p", "q"]), st.integers(1, 40).map(lambda n: 256 * n))
+deep_rates = st.builds(Rates, rate, step, rate, seconds, st.floats(0, 1e-5))
+far_locations = st.builds(
+    Location,
+    node=st.none() | st.sampled_from("abcdefg"),
+    tokens=st.integers(0, 100_000),
+    in_ram=st.booleans(),
+    lag=st.integers(0, 2000),
+)
+
+
+def linked(rates: st.SearchStrategy[Rates]) -> st.SearchStrategy[list[Candidate]]:
+    one = st.builds(
+        Candidate,
+        node=st.sampled_from("abcdef"),
+        queue_s=seconds,
+        rates=rates,
+        pressure=st.floats(0, 1),
+        n_agents=st.integers(0, 9),
+        links=links,
+        prefixes=prefixes,
+    )
+    return st.lists(one, min_size=1, max_size=6, unique_by=lambda c: c.node)
+
+
+prefix = st.sampled_from(["", "p", "q"])
+partly = st.one_of(deep_rates, maybe_rates)
+
+
+@settings(max_examples=400)
+@given(tokens, tokens, far_locations, linked(partly), prefix)
+def test_the_best_number_of_rows_to_bring_is_found_among_all(
+    new: int, reply: int, location: Location, ready: list[Candidate], digest: str
+) -> None:
+    """No whole number of blocks, shipped or shared, beats the estimate's own choice; and that is
+    never worse than bringing all or prefilling all."""
+    placement = place(new, reply, location, ready, FREE, digest)
+    for candidate, known in filled(ready):
+        best = of(placement, candidate.node)
+        owner = location.node == candidate.node
+        assert best.memory_s <= min(best.bring_s, best.prefill_s)
+        if not location.tokens or (owner and location.in_ram):
+            continue
+        way = placement_module._link(
+            candidate.links, location, owner=owner, moves=not owner and location.node is not None
+        )
+        shared = min(candidate.prefixes.get(digest, 0), location.tokens)
+        end = location.tokens + new
+        for kept in [0, *range(256, location.tokens, 256), location.tokens]:
+            assert best.memory_s <= kept_s(known, way, shared, kept, end) * (1 + 1e-9)
+
+
+@settings(max_examples=600)
+@given(tokens, tokens, far_locations, linked(partly), prefix, st.sampled_from(["soft", "hard"]))
+def test_a_fleet_decides_as_one_comparison_after_the_other(
+    new: int,
+    reply: int,
+    location: Location,
+    ready: list[Candidate],
+    digest: str,
+    affinity: Affinity,
+) -> None:
+    fleet = Fleet(CONFIG)
+    for candidate in ready:
+        fleet.reported(candidate)
+    chosen = fleet.choose(new, reply, location, None, digest, affinity)
+    plain = place(new, reply, location, ready, CONFIG, digest, affinity)
+    assert (chosen.node, chosen.action) == (plain.node, plain.action)
+    assert chosen.restore_tokens == plain.restore_tokens
+    for found in chosen.estimates:
+        if plain.of(found.node) is not None:
+            assert found == plain.of(found.node)
+
+
+@given(tokens, tokens, far_locations, linked(deep_rates), prefix, st.data())
+def test_a_fleet_remembers_what_changed_since_the_last_report(
+    new: int,
+    reply: int,
+    location: Location,
+    ready: list[Candidate],
+    digest: str,
+    data: st.DataObject,
+) -> None:
+    """Promises, counts of agents, reports and losses, in any order, between decisions."""
+    fleet, slots = Fleet(CONFIG), 8
+    now = {c.node: replace(c, n_agents=0, pressure=0.25) for c in ready}
+    for candidate in now.values():
+        fleet.reported(candidate, cells=0.25, slots=slots)
+    for _ in range(data.draw(st.integers(1, 6))):
+        node = data.draw(st.sampled_from(sorted(now)))
+        what = data.draw(st.sampled_from(["promise", "owns", "report", "lose"]))
+        if what == "promise":
+            wait = data.draw(seconds)
+            fleet.promise(node, wait)
+            now[node] = replace(now[node], queue_s=now[node].queue_s + wait)
+        elif what == "owns":
+            n = data.draw(st.integers(0, 12))
+            fleet.owns(node, n)
+            pressure = min(1.0, max(0.25, n / slots))
+            now[node] = replace(now[node], n_agents=n, pressure=pressure)
+        elif what == "report":
+            held = data.draw(prefixes)
+            now[node] = replace(now[node], queue_s=data.draw(seconds), prefixes=held)
+            fleet.reported(now[node], cells=0.25, slots=slots)
+        elif len(now) > 1:
+            fleet.lost(node)
+            del now[node]
+        chosen = fleet.choose(new, reply, location, None, digest)
+        plain = place(new, reply, location, list(now.values()), CONFIG, digest)
+        assert chosen.estimates[0] == plain.estimates[0]
+
+
+def test_among_some_of_a_fleet() -> None:
+    fleet = Fleet(CONFIG)
+    for name, wait in (("a", 0.0), ("b", 1.0), ("c", 2.0)):
+        fleet.reported(candidate(name, wait))
+    assert fleet.choose(10, 10, Location(), ["c", "b"]).node == "b"
+    assert fleet.choose(10, 10, Location("a", 500, True), ["c", "b"], "", "hard").node == "b"
+    with pytest.raises(NoReplica):
+        fleet.choose(10, 10, Location(), [])
+    with pytest.raises(NoReplica):
+        Fleet(CONFIG).choose(10, 10, Location())
+
+
+# ---- monotone in every cost
+
+
+def worse(c: Candidate, cost: str, factor: float) -> Candidate:
+    if cost in ("store", "disk", "peer"):
+        if cost not in c.links:
+            return c
+        old = c.links[cost]
+        slow = LinkCost(old.fixed_s * factor, old.token_s * factor)
+        return replace(c, links={**c.links, cost: slow})
+    if cost == "depth":
+        return replace(c, rates=replace(c.rates, depth_s=c.rates.filled().depth_s * factor))
+    if cost == "prefix":
+        return replace(c, prefixes={})
+    return dearer(c, cost, factor)
+
+
+every_cost = st.sampled_from(
+    ["queue", "pressure", "prefill", "decode", "restore", "store", "disk", "peer", "depth"]
+)
+with_store = linked(deep_rates).map(
+    lambda ready: [replace(c, links={"store": LinkCost(0.01, 1e-4), **c.links}) for c in ready]
+)
+
+
+@settings(max_examples=400)
+@given(tokens, tokens, far_locations, with_store, prefix, every_cost, st.floats(1, 100))
+def test_a_rising_cost_chooses_nobody_and_a_falling_one_unseats_nobody(
+    new: int,
+    reply: int,
+    location: Location,
+    ready: list[Candidate],
+    digest: str,
+    cost: str,
+    factor: float,
+) -> None:
+    cheap = place(new, reply, location, ready, CONFIG, digest).node
+    for one in ready:
+        dear = [worse(c, cost, factor) if c is one else c for c in ready]
+        now = place(new, reply, location, dear, CONFIG, digest).node
+        assert now == cheap or cheap == one.node  # who was not chosen is not chosen for it …
+        if now == one.node:
+            assert cheap == one.node  # … and who is chosen stays chosen at a lower cost
+
+
+# ---- affinity, prefixes, links
+
+
+def test_hard_affinity_never_moves_while_the_owner_is_there() -> None:
+    ready = [candidate("a", 500.0), candidate("b")]
+    at_home = Location("a", 1000, True)
+    assert place(10, 10, at_home, ready, CONFIG).node == "b"
+    assert place(10, 10, at_home, ready, CONFIG, affinity="hard").node == "a"
+    assert place(10, 10, at_home, ready[1:], CONFIG, affinity="hard").node == "b"
+    assert place(10, 10, Location(), ready, CONFIG, affinity="hard").node == "b"
+
+
+def test_a_new_agent_goes_where_its_system_prompt_is() -> None:
+    ready = [candidate("a"), candidate("b", prefixes={"p": 1024})]
+    placement = place(1100, 10, Location(), ready, CONFIG, "p")
+    best = placement.estimates[0]
+    assert (best.node, best.action, best.kept) == ("b", "share", 1024)
+    assert placement.restore_tokens is None
+    assert of(placement, "a").memory_s - best.memory_s == pytest.approx(1024 / 200 - 1024 / 10_000)
+    assert place(1100, 10, Location(), ready, CONFIG, "q").node == "a"
+
+
+def test_behind_a_slow_link_the_shared_part_is_kept_and_the_rest_prefilled() -> None:
+    slow = {"store": LinkCost(0.1, 0.05)}
+    ready = [candidate("a", links=slow, prefixes={"p": 2048})]
+    placement = place(10, 10, Location(None, 4000), ready, CONFIG, "p")
+    best = placement.estimates[0]
+    assert (placement.action, placement.restore_tokens) == ("mixed", 2048)
+    assert best.mixed_s < min(best.bring_s, best.prefill_s)
+
+
+def test_rows_are_shipped_while_shared_ones_are_loaded() -> None:
+    """Shipping alone would be dearer than prefilling, but is free while the prefix is loaded."""
+    slow_to_load = Rates(1000.0, 0.02, 4000.0, 2.0)
+    ready = [
+        candidate(
+            "a",
+            rates=slow_to_load,
+            links={"store": LinkCost(0.0, 1.05e-3)},
+            prefixes={"p": 8192},
+        )
+    ]
+    placement = place(10, 10, Location(None, 16_384), ready, CONFIG, "p")
+    assert placement.action == "mixed"
+    assert placement.restore_tokens is not None
+    assert 8192 < placement.restore_tokens < 16_384
+    assert placement.restore_tokens % 256 == 0
+
+
+def test_an_owner_reads_its_own_disk_and_a_mover_the_nearer_of_store_and_peer() -> None:
+    near, far = LinkCost(0.0, 1e-4), LinkCost(0.0, 4e-3)
+    fast = Rates(200.0, 0.02, 1e6, 2.0)
+    a = candidate("a", rates=fast, links={"store": far, "disk": near})
+    b = candidate("b", rates=fast, links={"store": far, "disk": near, "peer": LinkCost(0.3, 2e-4)})
+    at_a = place(200, 0, Location("a", 1000), [a, b], FREE)
+    assert of(at_a, "a").bring_s == pytest.approx(1.0 + 0.1)
+    assert of(at_a, "b").bring_s == pytest.approx(1.0 + 0.5)
+    nowhere = place(200, 0, Location(None, 1000), [a, b], FREE)
+    assert of(nowhere, "a").bring_s == of(nowhere, "b").bring_s == pytest.approx(1.0 + 4.0)
+
+
+def test_what_the_owner_has_to_upload_first_is_a_cost_of_moving() -> None:
+    ready = [candidate("a"), candidate("b", links={"store": LinkCost(0.0, 1e-3)})]
+    stored = of(place(200, 0, Location("a", 1000), ready, CONFIG), "b")
+    lags = of(place(200, 0, Location("a", 1000, False, 400), ready, CONFIG), "b")
+    assert lags.bring_s - stored.bring_s == pytest.approx(0.4)
+
+
+def test_a_deep_token_costs_more_than_a_shallow_one() -> None:
+    rates = Rates(400.0, 0.02, 1e5, 2.0, 3e-7).filled()
+    first, later = rates.prefill_s(0, 1024), rates.prefill_s(7168, 8192)
+    assert later - first == pytest.approx(1024 * 7168 * 3e-7)
+    assert rates.prefill_s(0, 8192) == pytest.approx(
+        sum(rates.prefill_s(n, n + 1024) for n in range(0, 8192, 1024))
+    )
+
+
+def test_prefills_at_several_depths_tell_what_depth_costs() -> None:
+    measured = Rates()
+    measured.prefill(512, 512 * (0.0025 + 3e-7 * 256), 256)
+    assert measured.prefill_tokens_per_s == pytest.approx(1 / (0.0025 + 3e-7 * 256))
+    assert measured.depth_s == 0
+    for depth in (256, 1000, 4000, 2000, 256):
+        measured.prefill(512, 512 * (0.0025 + 3e-7 * depth), depth)
+    assert measured.depth_s == pytest.approx(3e-7, rel=0.01)
+    assert measured.prefill_tokens_per_s == pytest.approx(400, rel=0.01)
+    for _ in range(50):  # nothing deep for a while: the slope is remembered
+        measured.prefill(512, 512 * (0.0025 + 3e-7 * 256), 256)
+    assert measured.depth_s == pytest.approx(3e-7, rel=0.05)
+
+
+def test_a_slow_restore_from_elsewhere_says_nothing_about_loading() -> None:
+    measured = Rates()
+    measured.restore(1000, 1.0, from_ram=True)
+    measured.restore(1000, 100.0, from_ram=False)
+    assert measured.restore_tokens_per_s == 1000
+    measured.restore(1000, 0.5, from_ram=False)
+    assert measured.restore_tokens_per_s is not None
+    assert measured.restore_tokens_per_s > 1000

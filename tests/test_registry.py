@@ -21,7 +21,9 @@ def report(agent: AgentId = A, epoch: int = 1, **values: object) -> AgentReport:
         "generation": 1, "branches": 1, "tokens": 10, "rows": 9, "in_ram": True,
         "ram_bytes": 100, "stored_bytes": 200, "last_used": 5.0,
     }  # fmt: skip
-    return AgentReport(agent=agent, epoch=epoch, **(fields | values))  # type: ignore[arg-type]
+    fields |= values
+    fields.setdefault("durable_rows", fields["rows"])
+    return AgentReport(agent=agent, epoch=epoch, **fields)  # type: ignore[arg-type]
 
 
 def test_an_unknown_agent_is_nowhere() -> None:
@@ -221,3 +223,34 @@ def test_counts_are_those_of_the_records(steps: list[tuple[str, int, int, int]])
         for record in records:
             assert record.epoch >= epochs.get(record.agent, 0)
             epochs[record.agent] = record.epoch
+
+
+def test_rows_that_only_the_lost_node_had_are_lost_with_it() -> None:
+    registry = Registry()
+    registry.reported("n1", [report(rows=9, durable_rows=5)])
+    assert registry.location(A) == Location("n1", 9, True, 4)
+    registry.node_lost("n1")
+    assert registry.location(A) == Location(None, 5, False)
+
+
+def test_counts_are_told_as_they_change() -> None:
+    told: list[tuple[str, int]] = []
+    registry = Registry(lambda node, n: told.append((node, n)))
+    registry.assign(A, "n1")
+    registry.assign(A, "n1")
+    registry.assign(B, "n1")
+    registry.assign(A, "n2")
+    registry.forget(B)
+    assert told == [("n1", 1), ("n1", 2), ("n1", 1), ("n2", 1), ("n1", 0)]
+
+
+def test_characters_of_a_token_are_measured() -> None:
+    registry = Registry()
+    registry.tokenized(100, 10)  # too short: mostly template
+    assert registry.new_tokens(A, 4000) == 1000
+    for _ in range(200):
+        registry.tokenized(4000, 2000)
+    assert registry.new_tokens(A, 4000) in (1999, 2000)
+    for _ in range(200):
+        registry.tokenized(4000, 1)  # nonsense is bounded
+    assert registry.chars_per_token <= 16

@@ -13,8 +13,11 @@ from actors.rates import Rates
 from actors.report import AgentReport, ReplicaInfo, ReplicaStatus
 from cluster import router as router_module
 from cluster.config import ClusterConfig
+from cluster.decisions import DecisionLog, Outcome
+from cluster.dispatch import Ask, Dispatch
 from cluster.errors import MigrationFailed, NoReplica, UnknownAgent, UnknownNode
 from cluster.migration import Migration
+from cluster.placement import Candidate, PlacementConfig
 from cluster.pool import Node, Replica, ReplicaPool
 from cluster.router import PlacementRouter
 from storage.card import AgentId
@@ -43,7 +46,7 @@ class Device:
 
     def status(self, since: float) -> ReplicaStatus:
         reports = tuple(
-            AgentReport(agent, epoch, 1, 1, 1000, 1000, True, 0, 0, 0.0)
+            AgentReport(agent, epoch, 1, 1, 1000, 1000, True, 0, 0, 0.0, 1000)
             for agent, epoch in self.owns.items()
         )
         rates = Rates(200.0, 0.02, 10_000.0, 2.0)
@@ -279,3 +282,126 @@ def test_an_unknown_agent_is_refused(cluster: Cluster) -> None:
     with pytest.raises(UnknownAgent, match="nobody"):
         cluster.migrate("b", AgentId("default", "nobody"))
     assert cluster.asked == UNTOUCHED
+
+
+# ---- affinity, explanations, the log
+
+
+def hard(cluster: Cluster, **options: object) -> str:
+    work = cluster.router.place(AGENT, 40, 20, affinity="hard", **options)  # type: ignore[arg-type]
+    return cluster._runner.run(work).node
+
+
+def test_hard_affinity_never_moves_while_the_owner_lives(cluster: Cluster) -> None:
+    cluster.busy(a=500.0)
+    assert hard(cluster) == "a"
+    assert hard(cluster, avoid=frozenset({"life-a"})) == "a"
+    assert cluster.asked == UNTOUCHED
+
+
+def test_hard_affinity_waits_for_an_owner_that_is_silent(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster.router.suspect("life-a")
+    monkeypatch.setattr(router_module, "_PLACE_TIMEOUT_S", 0.1)
+    with pytest.raises(NoReplica):
+        hard(cluster)
+    assert cluster.place() == "b"
+
+
+def test_hard_affinity_leaves_an_owner_that_is_gone(cluster: Cluster) -> None:
+    del cluster.replicas["a"]
+    cluster.router._dispatch.lost("a")
+    assert hard(cluster) == "b"
+
+
+def test_an_explanation_changes_nothing_and_says_what_place_does(cluster: Cluster) -> None:
+    cluster.busy(a=30.0)
+    ask = Ask(AGENT, 40, 20)
+    told = cluster.router.explain(ask)
+    assert told == cluster.router.explain(ask) | {"at": told["at"]}
+    assert (told["node"], told["action"], told["owner"]) == ("b", "migrate", "a")
+    assert [entry["node"] for entry in told["estimates"]] == ["b", "a"]
+    assert told["estimates"][1]["queue_s"] == 30.0
+    assert any("a would take" in reason for reason in told["reasons"])
+    assert cluster.asked == UNTOUCHED
+    assert cluster.router.decisions("default", 10) == []
+    assert cluster.place() == told["node"]
+
+
+def test_nobody_to_explain(cluster: Cluster) -> None:
+    for name in ("a", "b"):
+        cluster.router.suspect(f"life-{name}")
+    with pytest.raises(NoReplica):
+        cluster.router.explain(Ask(AGENT, 40, 20))
+
+
+def test_decisions_are_logged_with_their_outcomes(cluster: Cluster) -> None:
+    work = cluster.router.place(AGENT, 40, 20, turn_id="t1")
+    assert cluster._runner.run(work).node == "a"
+    (entry,) = cluster.router.decisions("default", 10)
+    assert (entry["turn"], entry["action"], entry["outcome"]) == ("t1", "stay", None)
+    cluster.router.ended(AGENT, "t1", 80, Outcome(0.25, 1.0, 40, 30, 10, 20))
+    (entry,) = cluster.router.decisions("default", 10)
+    assert entry["outcome"]["first_token_s"] == 0.25
+    assert entry["outcome"]["prefilled_tokens"] == 20
+    assert entry["estimates"][0]["prefill_s"] > 0
+    assert cluster.router.decisions("acme", 10) == []
+
+
+def test_a_move_that_failed_is_logged_as_what_it_was(cluster: Cluster) -> None:
+    cluster.busy(a=30.0)
+    cluster.b.fault = lost()
+    assert cluster.place() == "a"
+    (entry,) = cluster.router.decisions("default", 10)
+    assert (entry["node"], entry["action"]) == ("a", "stay")
+    assert any("should have moved to b" in reason for reason in entry["reasons"])
+
+
+def test_a_full_log_forgets_the_oldest() -> None:
+    log, dispatch = DecisionLog(2), Dispatch(PlacementConfig())
+    dispatch.reported(Candidate("a", 0.0, Rates(), 0.0, 0))
+    for n in range(3):
+        ask = Ask(AGENT, 40, 20, f"t{n}")
+        log.add(dispatch.decide(ask))
+    assert [choice.turn_id for choice in log.latest("default", 10)] == ["t2", "t1"]
+    log.ended("t0", Outcome(1, 1, 1, 1, 1, 1))
+    assert [choice.outcome for choice in log.latest("default", 10)] == [None, None]
+    assert len(log) == 2
+
+
+def test_a_turn_that_was_promised_counts_as_queued_until_the_next_report(
+    cluster: Cluster,
+) -> None:
+    def queued() -> float:
+        estimates = cluster.router.explain(Ask(AGENT, 40, 20))["estimates"]
+        return float(next(e["queue_s"] for e in estimates if e["node"] == "a"))
+
+    cluster._runner.run(cluster.router.place(AGENT, 4000, 20))
+    assert queued() > 0
+    cluster.busy()
+    assert queued() == 0
+
+
+def test_decisions_of_different_agents_do_not_wait_for_each_other(cluster: Cluster) -> None:
+    """One agent's migration hangs; another agent's turn is placed meanwhile."""
+
+    async def go() -> str:
+        gate = asyncio.Event()
+
+        async def hang(agent: AgentId) -> int:
+            await gate.wait()
+            return 0
+
+        cluster.b.prefetch = hang  # type: ignore[method-assign, assignment]
+        moving = asyncio.create_task(cluster.router.place(AGENT, 40, 20))
+        while not cluster.router._lock(AGENT).locked():
+            await asyncio.sleep(0)
+        other = await cluster.router.place(AgentId("default", "other"), 40, 20)
+        assert not moving.done()
+        gate.set()
+        assert (await moving).node == "b"
+        return other.node
+
+    cluster.busy(a=30.0)
+    assert cluster._runner.run(asyncio.wait_for(go(), 10)) == "b"

@@ -1,0 +1,58 @@
+"""kvferry place SESSION --explain: what the router would decide for an agent's next turn, and why.
+
+Speaks HTTP. Registered by `cli`.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.table import Column, Table
+
+from cluster.console import console
+from cluster.endpoint import DEFAULT_URL, Key, Url, request
+
+_TITLES = {
+    "queue_s": "queue",
+    "bring_s": "bring",
+    "mixed_s": "mixed",
+    "prefill_s": "prefill",
+    "decode_s": "decode",
+    "extra_s": "extra",
+    "total_s": "total",
+}
+
+
+def place(
+    session: Annotated[str, typer.Argument(help="The agent's id; one nobody knows is new.")],
+    chars: Annotated[int, typer.Option(min=0, help="Characters of all its messages.")] = 0,
+    reply: Annotated[int, typer.Option(min=1, help="Tokens of the reply.")] = 128,
+    explain: Annotated[bool, typer.Option("--explain", help="All estimates, and why.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="As the API answers.")] = False,
+    url: Url = DEFAULT_URL,
+    api_key: Key = "",
+) -> None:
+    """Where an agent's next turn would run. Moves nothing."""
+    body = {"agent": session, "n_chars": chars, "reply_tokens": reply}
+    answer = request("POST", url, "/v1/place", api_key, body)
+    if as_json:
+        print(json.dumps(answer))
+    else:
+        show(answer, explain=explain)
+
+
+def show(answer: dict[str, Any], *, explain: bool) -> None:
+    """One line; with `explain` the table and the reasons."""
+    console.print(f"{answer['agent']}: {answer['node']} ({answer['action']})", markup=False)
+    if not explain:
+        return
+    numbers = [Column(title, justify="right") for title in _TITLES.values()]
+    table = Table("node", "action", *numbers, caption="seconds")
+    for entry in answer["estimates"]:
+        cells = ["-" if entry[name] is None else f"{entry[name]:.3f}" for name in _TITLES]
+        table.add_row(entry["node"], entry["action"], *cells)
+    console.print(table)
+    for reason in answer["reasons"]:
+        console.print(f"- {reason}", markup=False)

@@ -1,0 +1,55 @@
+"""The router's reports as JSON: agents and nodes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from cluster.pool import Replica
+from cluster.registry import AgentRecord
+
+
+def agent_json(record: AgentRecord) -> dict[str, Any]:
+    return {
+        "id": str(record.agent),
+        "node": record.node,
+        "state": record.state,
+        "epoch": record.epoch,
+        "generation": record.generation,
+        "branches": record.branches,
+        "tokens": record.tokens,
+        "durable_tokens": record.durable_rows,
+        "bytes": {"ram": record.ram_bytes, "store": record.stored_bytes},
+        "last_used": record.last_used,
+    }
+
+
+def node_json(node: str, address: str, has_device: bool, replica: Replica | None) -> dict[str, Any]:
+    info = replica.info if replica else None
+    status = replica.status if replica else None
+    return {
+        "id": node,
+        "address": address,
+        "replica": "none"
+        if not has_device
+        else ("ready" if replica and replica.healthy else "not ready"),
+        "pid": info.pid if info else None,
+        "raylet_pid": info.raylet_pid if info else None,
+        "engine": info.engine if info else None,
+        "device": info.device if info else None,
+        "slots": info.slots if info else 0,
+        "agents": status.n_agents if status else 0,
+        "running": status.running if status else 0,
+        "waiting": status.waiting if status else 0,
+        "queue_s": status.queue_s if status else 0.0,
+        "bytes": {
+            "engine": info.kv_bytes if info else 0,
+            "pool": status.pool_bytes if status else 0,
+            "local": status.local.used_bytes if status and status.local else 0,
+        },
+        "local": asdict(status.local) if status and status.local else None,
+        "rates": asdict(status.rates) if status else {},
+        "links": {name: asdict(rate) for name, rate in status.links.items()} if status else {},
+        "faults": status.faults if status else {},
+        "served": status.served if status else {},
+    }
