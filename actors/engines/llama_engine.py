@@ -19,6 +19,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,7 @@ class LlamaEngine:
         self.n_seq_max = n_seq_max
         self.n_batch = _UBATCH
         self._rows = [0] * n_seq_max
+        self.compute_s = 0.0  # in llama_decode, since the start
         self._run = [0] * n_seq_max  # first position of the sliding rows loaded without a gap
         self._open_context(n_cells, n_threads)
         self._check_state()
@@ -148,7 +150,9 @@ class LlamaEngine:
         for chunk in chunks:
             self._check_start(chunk)
         n, places = self._batch.fill(chunks)
+        began = time.perf_counter()
         code = llama.llama_decode(self._context, self._batch.raw)
+        self.compute_s += time.perf_counter() - began
         for chunk in chunks:
             if code:  # part of the batch may be computed: a failed step leaves nothing
                 llama.llama_memory_seq_rm(self._memory, chunk.seq_id, chunk.start, -1)
@@ -281,7 +285,6 @@ class LlamaEngine:
 
     def close(self) -> None:
         if self._context:
-            self._batch.free()
             llama.llama_free(self._context)
             self._context = None
         if self._model:
