@@ -26,6 +26,7 @@ from bench.client import Message
 _TIMEOUT = httpx.Timeout(600.0, connect=10.0)
 _READY_S = 180.0
 _STOP_S = 60.0
+_UP = "from cluster.cli import main; main()"
 Request = tuple[str, dict[str, str], dict[str, Any]]  # path, headers, body
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -162,18 +163,16 @@ class Kvferry(Side):
 
     def __init__(self, settings: Settings, folder: Path) -> None:
         port, self.store = free_port(), folder / "store"
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / "kvferry.toml"
+        (file := folder / "kvferry.toml").parent.mkdir(parents=True, exist_ok=True)
         file.write_text(
             f"model = {json.dumps(str(settings.model))}\nstore = {json.dumps(str(self.store))}\n"
             f"nodes = 1\nport = {port}\nslots = {settings.slots}\nn_ctx = {settings.n_ctx}\n"
             f'kv_type = "f16"\nthreads = {settings.threads}\nturn_timeout_s = 3600\n'
             "request_timeout_s = 3600\nitem_timeout_s = 600\n"
         )
-        env = {name: v for name, v in os.environ.items() if not name.startswith("KVFERRY_")}
+        env = {k: v for k, v in os.environ.items() if not k.startswith("KVFERRY_")}
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), env.get("PYTHONPATH", "")]))
-        start = "from cluster.cli import main; main()"
-        command = [sys.executable, "-c", start, "up", "--config", str(file)]
+        command = [sys.executable, "-c", _UP, "up", "--config", str(file)]
         super().__init__(command, env, folder / "log", port)
 
     def _ready(self) -> bool:
@@ -182,7 +181,7 @@ class Kvferry(Side):
         return any(node["replica"] == "ready" for node in nodes)
 
     def settled(self) -> float:
-        """When the store was last written to, once that is a while ago."""
+        """When the store was last written to, some time after."""
         deadline = time.monotonic() + _STOP_S
         while (newest := self._newest()) > time.time() - 0.7:
             if time.monotonic() > deadline:
@@ -228,7 +227,9 @@ class LlamaServer(Side):
             "--flash-attn", "on", "--cache-type-k", "f16", "--cache-type-v", "f16",
             "--no-webui", *options,
         ]  # fmt: skip
-        super().__init__(command, dict(os.environ), folder / "log", port)
+        # its threads wait as it likes: this process has set what replicas do
+        env = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+        super().__init__(command, env, folder / "log", port)
 
     def _ready(self) -> bool:
         return self._http.get("/health").status_code == 200

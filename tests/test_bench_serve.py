@@ -49,10 +49,10 @@ def test_without_a_peer_nothing_is_met_or_missed() -> None:
 def test_replies_part_at_a_near_tie_or_count_as_a_fault() -> None:
     seen = Agreement()
     seen.add("the same", "the same", lambda: pytest.fail("equal replies need no look"))
-    seen.add("a red hat", "a blue hat", lambda: 0.05)
-    seen.add("a red hat", "a blue hat", lambda: 0.5)
+    seen.add("a red hat", "a blue hat", lambda: 0.3)
+    seen.add("a red hat", "a blue hat", lambda: 0.6)
     assert (seen.replies, seen.equal, seen.near) == (3, 1, 1)
-    assert seen.apart == ["after 'a ': 'red hat' and 'blue hat', 0.50 nats apart"]
+    assert seen.apart == ["after 'a ': 'red hat' and 'blue hat', 0.60 nats apart"]
 
 
 def test_only_a_few_partings_are_looked_into() -> None:
