@@ -227,8 +227,7 @@ class LlamaServer(Side):
             "--flash-attn", "on", "--cache-type-k", "f16", "--cache-type-v", "f16",
             "--no-webui", *options,
         ]  # fmt: skip
-        # its threads wait as it likes: this process has set what replicas do
-        env = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+        env = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}  # replicas'
         super().__init__(command, env, folder / "log", port)
 
     def _ready(self) -> bool:

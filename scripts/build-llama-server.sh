@@ -13,13 +13,13 @@ mkdir -p "$out"
 version=$("$python" -c 'from importlib.metadata import version; print(version("llama-cpp-python"))')
 sdist=${1:-$out/llama_cpp_python-$version}
 if [ ! -d "$sdist" ]; then
-    "$python" -m pip download --no-binary :all: --no-deps --no-build-isolation --dest "$out" \
+    "$python" -m pip download --no-binary :all: --no-deps --dest "$out" \
         "llama-cpp-python==$version"
     tar -xzf "$out/llama_cpp_python-$version.tar.gz" -C "$out"
 fi
 
-# What the wheel's build sets (Release, this machine's instructions, OpenMP, shared libraries), and nothing
-# that reaches for the network: no TLS, no web page, neither built nor fetched.
+# What the wheel's build sets (Release, this machine's instructions, OpenMP, shared libraries), and
+# nothing that reaches for the network: no TLS, no web page, neither built nor fetched.
 cmake -S "$sdist/vendor/llama.cpp" -B "$out/cmake" \
     -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON -DGGML_NATIVE=ON \
     -DLLAMA_BUILD_COMMON=ON -DLLAMA_BUILD_TOOLS=ON -DLLAMA_BUILD_SERVER=ON \
