@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -83,6 +84,7 @@ def run(
         raise ConfigError(f"kv_type = {replica.kv_type}: this compares float16 cells")
     # as in a replica of `kvferry up`, before the library is loaded
     os.environ["OMP_WAIT_POLICY"] = "passive"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without stopping the servers
     threads = replica.threads or os.cpu_count() or 1
     replica = replace(replica, threads=threads)
     try:

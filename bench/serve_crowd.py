@@ -18,9 +18,9 @@ from statistics import mean
 
 from actors.prompt import EmittedReply
 from bench.client import Message
-from bench.serve_figures import Agreement, Compared
+from bench.serve_figures import Agreement, Answer, Compared
 from bench.serve_load import Scribe, Sizes, compare
-from bench.serve_sides import Answer, Kvferry, LlamaServer, Prompt, Settings, Side, client, files
+from bench.serve_sides import Kvferry, LlamaServer, Prompt, Settings, Side, client, files
 
 _QUESTIONS = (
     "Who was mentioned most often?", "What was found, and where?", "What happened after the storm?",

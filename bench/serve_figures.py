@@ -20,6 +20,32 @@ _MOST_PARTINGS = 8  # looked into, of one comparison: each costs the prefill of 
 
 
 @dataclass
+class Answer:
+    """One request as its client saw it; times are of one clock."""
+
+    began: float
+    first: float = 0.0  # text
+    ended: float = 0.0
+    text: str = ""
+    head: int = 0  # characters that came first, at once
+    tokens: int = 0
+    prefilled: int = 0  # prompt tokens that were computed
+    ids: list[int] = field(default_factory=list)  # llama-server only
+
+    @property
+    def prefill_s(self) -> float:
+        return self.first - self.began
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """Of what came after the first text, by characters: it may be several tokens. Where all
+        came at once, prefill counts as well."""
+        if self.ended <= self.first:
+            return self.tokens / (self.ended - self.began)
+        return self.tokens * (1 - self.head / len(self.text)) / (self.ended - self.first)
+
+
+@dataclass
 class Compared:
     """One figure, an entry per run and side; the runs were interleaved. `target` is for the ratio
     ours / theirs: a least one, or with `at_most` a greatest one; None: for information."""

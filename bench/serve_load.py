@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from actors.config import ReplicaConfig
 from bench.raw import RawEngine
-from bench.serve_figures import Agreement, Compared, parting
-from bench.serve_sides import Answer, LlamaServer, Prompt, Side, client
+from bench.serve_figures import Agreement, Answer, Compared, parting
+from bench.serve_sides import LlamaServer, Prompt, Side, client
 from bench.texts import context
 
 _QUESTION = "Tell me in your own words what these notes are about."

@@ -15,13 +15,14 @@ import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 from bench.client import Message
+from bench.serve_figures import Answer
 
 _TIMEOUT = httpx.Timeout(600.0, connect=10.0)
 _READY_S = 180.0
@@ -54,27 +55,6 @@ class Prompt:
     ids: list[int]
     slot: int = -1
     reuse: bool = False  # llama-server's own cache may be used; kvferry goes by the agent
-
-
-@dataclass
-class Answer:
-    """One request as its client saw it; times are of one clock."""
-
-    began: float
-    first: float = 0.0  # text
-    ended: float = 0.0
-    text: str = ""
-    tokens: int = 0
-    prefilled: int = 0  # prompt tokens that were computed
-    ids: list[int] = field(default_factory=list)  # llama-server only
-
-    @property
-    def prefill_s(self) -> float:
-        return self.first - self.began
-
-    @property
-    def decode_tokens_per_s(self) -> float:
-        return (self.tokens - 1) / max(self.ended - self.first, 1e-9)
 
 
 class Side(ABC):
@@ -112,8 +92,7 @@ class Side(ABC):
     def stop(self) -> None:
         """Returns when the process has ended."""
         self._http.close()
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGINT)
+        self._process.send_signal(signal.SIGINT)  # nothing to one that has ended
         try:
             self._process.wait(_STOP_S)
         except subprocess.TimeoutExpired:
@@ -135,7 +114,8 @@ class Side(ABC):
             raise SideFailed(f"{self.name}: {error or type(error).__name__}") from error
         for at, event in _events(pieces):  # parsed when nothing is measured any more
             if self._take(answer, event):
-                answer.first = answer.first or at
+                if not answer.first:
+                    answer.first, answer.head = at, len(answer.text)
                 answer.ended = at
         if answer.tokens != max_tokens:
             raise SideFailed(f"{self.name}: {answer.tokens} tokens instead of {max_tokens}")

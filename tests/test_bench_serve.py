@@ -14,9 +14,9 @@ import pytest
 from typer.testing import CliRunner
 
 from actors.engines.fake_engine import FakeVocab
-from bench.serve_figures import Agreement, Compared, parting
+from bench.serve_figures import Agreement, Answer, Compared, parting
 from bench.serve_load import rate_of
-from bench.serve_sides import Answer, SideFailed, _events
+from bench.serve_sides import SideFailed, _events
 from cluster.cli import app
 from tests.require import require
 
@@ -80,7 +80,10 @@ def test_the_rate_of_requests_at_once_runs_from_the_first_post_to_the_last_text(
     ]
     assert rate_of(answers) == 10.0
     assert answers[0].prefill_s == 1.0
-    assert answers[0].decode_tokens_per_s == 29 / 3
+    answers[0].text, answers[0].head = "0123456789", 2
+    assert answers[0].decode_tokens_per_s == pytest.approx(30 * 0.8 / 3)
+    all_at_once = Answer(began=10.0, first=11.0, ended=11.0, text="ab", head=2, tokens=2)
+    assert all_at_once.decode_tokens_per_s == 2.0
 
 
 def test_events_are_timed_by_their_last_byte() -> None:
