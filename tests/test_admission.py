@@ -204,14 +204,14 @@ def test_the_first_turn_is_never_asked_to_leave(loop_on: MakeLoop) -> None:
     loop = loop_on(engine)
     with together(loop):
         streams = [start(loop, [user(f"{i}")], session=f"s{i}", n=480) for i in range(8)]
-    leave_first, first_left = loop.cells._leave, []
+    leave_first, first_left = loop.cells.leave, []
 
     def leaving(turn: Any) -> None:
         running = [loop._book.by_sequence[id(s)] for s in loop.scheduler.running]
         first_left.append(turn is min(running, key=lambda t: t.began))
         leave_first(turn)
 
-    loop.cells._leave = leaving  # type: ignore[method-assign]
+    loop.cells.leave = leaving  # type: ignore[method-assign]
     for stream in streams:
         assert stream.result().reason == "length"
     assert loop.cells.preemptions >= 3
@@ -228,11 +228,11 @@ def test_the_lowest_priority_leaves_first(loop_on: MakeLoop) -> None:
     loop = loop_on(engine)
     left: list[int] = []
 
-    def leaving(turn: Any, leave: Any = loop.cells._leave) -> None:
+    def leaving(turn: Any, leave: Any = loop.cells.leave) -> None:
         left.append(turn.priority)
         leave(turn)
 
-    loop.cells._leave = leaving  # type: ignore[method-assign]
+    loop.cells.leave = leaving  # type: ignore[method-assign]
     with together(loop):
         low = start(loop, [user("low")], session="low", n=400)
         high_request = TurnRequest(
@@ -287,7 +287,7 @@ def leave(loop: ReplicaLoop) -> None:
 
     def out() -> None:
         turns = [loop._book.by_sequence[id(s)] for s in loop.scheduler.running]
-        loop.cells._leave(max(turns, key=lambda turn: turn.began))
+        loop.cells.leave(max(turns, key=lambda turn: turn.began))
         assert loop.residency.acquire(Branch(99), blocking) is not None
 
     blocking = 560

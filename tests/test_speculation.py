@@ -308,8 +308,8 @@ def test_no_drafts_where_cells_are_short(loop_on: MakeLoop) -> None:
     """The engine refuses a step that it has no cells for, and with it every turn."""
     engine = Counting(2, 400, n_cells=400)
     loop = loop_on(engine, kind="ngram")
-    streams = [start(loop, [user("la la lo " * 14)], session=f"s{i}", turn_id=f"t{i}", n=100,
-                     guide=REFRAIN) for i in range(2)]  # fmt: skip
+    streams = [start(loop, [user(f"{i} " + "la la lo " * 14)], session=f"s{i}", turn_id=f"t{i}",
+                     n=100, guide=REFRAIN) for i in range(2)]  # fmt: skip
     assert [stream.result().reason for stream in streams] == ["length", "length"]
     assert engine.most_drafted == K
     assert loop.cells.preemptions > 0
