@@ -13,7 +13,9 @@ class ReplicaConfig:
     model: str = DEFAULT_MODEL
     store: str = ".kvferry/store"  # a directory, or an fsspec URL; shared by all nodes
     codec: str = "q4"
-    kv_type: str = "f16"  # of the engine's cells; "q4_1": the q4 codec's codes, as they are stored
+    engine: str = "auto"  # "llama.cpp", "mlx"; auto: mlx for MLX directories, llama.cpp for GGUFs
+    # of the engine's cells; the q4 codec's codes as they are stored: "q4_1" (llama.cpp), "q4" (mlx)
+    kv_type: str = "f16"
     slots: int = 4  # sequences in the engine: agents that decode together or stay resident
     n_ctx: int = 8192  # tokens one agent may hold; the model's own limit if that is lower
     cells: int = 0  # tokens all sequences hold together; 0: slots x n_ctx

@@ -2,7 +2,9 @@
 
     /path/to/model.gguf                  a file
     pkg://package/file.gguf              a file inside an installed package, which is not imported
+    /path/to/directory                   an MLX model: config.json, safetensors, tokenizer.json
     hf://owner/repo/file.gguf            from the Hugging Face hub, cached by huggingface_hub
+    hf://owner/repo                      the same, a whole MLX directory
     fake://?step_delay=0.01              the numpy engine, to try a cluster without a model
 
 Everything that is wrong with a reference is a ModelUnavailable with one clear line.
@@ -26,6 +28,8 @@ from storage.spec import CompatibilityKey
 from storage.store import CacheStore
 
 _GGUF_MAGIC = b"GGUF"
+_MLX_FILES = ["*.json", "*.jinja", "model*.safetensors"]
+_KV_TYPES = {"q4_1": "llama.cpp", "q4": "mlx"}  # cells of the q4 codec's codes, and whose they are
 
 
 def is_fake(model: str) -> bool:
@@ -41,7 +45,7 @@ def served_name(model: str) -> str:
 
 
 def resolve(model: str) -> Path:
-    """The local GGUF of a reference. Raises ModelUnavailable."""
+    """The local GGUF, or MLX directory, of a reference. Raises ModelUnavailable."""
     if model.startswith("pkg://"):
         path = _in_package(model)
     elif model.startswith("hf://"):
@@ -50,8 +54,8 @@ def resolve(model: str) -> Path:
         raise ModelUnavailable(f"{model}: unknown scheme; use a path, pkg:// or hf://")
     else:
         path = Path(model).expanduser()
-    if path.is_dir() and (path / "config.json").exists():
-        raise ModelUnavailable(f"{model}: an MLX directory needs the mlx engine, not built yet")
+    if is_mlx(path):
+        return path
     try:
         with path.open("rb") as file:
             magic = file.read(4)
@@ -60,6 +64,10 @@ def resolve(model: str) -> Path:
     if magic != _GGUF_MAGIC:
         raise ModelUnavailable(f"{model}: not a GGUF file")
     return path
+
+
+def is_mlx(path: Path) -> bool:
+    return path.is_dir() and (path / "config.json").exists()
 
 
 def _in_package(model: str) -> Path:
@@ -78,14 +86,16 @@ def _in_package(model: str) -> Path:
 
 
 def _from_hub(model: str) -> Path:
-    match = re.fullmatch(r"hf://([^/]+/[^/]+)/(.+)", model)
-    if match is None:
-        raise ModelUnavailable(f"{model}: write hf://owner/repo/file")
+    match = re.fullmatch(r"hf://([^/]+/[^/]+)(?:/(.+))?", model)
+    if match is None or (not match[2] and model.lower().endswith(".gguf")):
+        raise ModelUnavailable(f"{model}: write hf://owner/repo/file or hf://owner/repo")
     try:
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import hf_hub_download, snapshot_download
     except ImportError as error:
         raise ModelUnavailable(f"{model}: install huggingface_hub (pip install '.[hf]')") from error
     try:
+        if not match[2]:
+            return Path(snapshot_download(match[1], allow_patterns=_MLX_FILES))
         return Path(hf_hub_download(match[1], match[2]))
     except Exception as error:  # the hub's errors, the network's, and the cache's
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
@@ -94,14 +104,19 @@ def _from_hub(model: str) -> Path:
 
 def check_kv_type(config: ReplicaConfig) -> None:
     """Raises ValueError for cells that the rest of the configuration does not allow."""
-    if config.kv_type not in ("f16", "q4_1"):
-        raise ValueError(f"kv_type = {config.kv_type!r}: f16 or q4_1")
-    if config.kv_type == "f16":
+    if config.engine not in ("auto", "llama.cpp", "mlx"):
+        raise ValueError(f"engine = {config.engine!r}: auto, llama.cpp or mlx")
+    kind = config.kv_type
+    if kind != "f16" and kind not in _KV_TYPES:
+        raise ValueError(f"kv_type = {kind!r}: f16 or q4_1, or q4 with the mlx engine")
+    if kind == "f16":
         return
     if config.codec != "q4":
-        raise ValueError(f"kv_type = q4_1: wants codec = 'q4', not {config.codec!r}")
+        raise ValueError(f"kv_type = {kind}: wants codec = 'q4', not {config.codec!r}")
     if is_fake(config.model):
-        raise ValueError("kv_type = q4_1: the fake engine has no such cells")
+        raise ValueError(f"kv_type = {kind}: the fake engine has no such cells")
+    if config.engine not in ("auto", _KV_TYPES[kind]):
+        raise ValueError(f"kv_type = {kind}: cells of {_KV_TYPES[kind]}, not of {config.engine}")
 
 
 def open_engine(config: ReplicaConfig) -> Engine:
@@ -121,6 +136,13 @@ def _load(config: ReplicaConfig) -> Engine:
 
         return FakeEngine(config.slots, config.n_ctx, step_delay=_step_delay(config.model))
     path = resolve(config.model)
+    engine = config.engine if config.engine != "auto" else "mlx" if is_mlx(path) else "llama.cpp"
+    if config.kv_type != "f16" and engine != _KV_TYPES[config.kv_type]:
+        raise ModelUnavailable(f"kv_type = {config.kv_type}: the {engine} engine has no such cells")
+    if engine == "mlx":
+        return _load_mlx(path, config)
+    if is_mlx(path):
+        raise ModelUnavailable(f"{config.model}: an MLX directory needs engine = 'mlx'")
     try:
         from actors.engines.llama_engine import LlamaEngine
     except ImportError as error:
@@ -134,6 +156,20 @@ def _load(config: ReplicaConfig) -> Engine:
         n_cells=config.cells or config.slots * config.n_ctx,
         n_threads=config.threads or os.cpu_count() or 1,
         kv_type=config.kv_type,
+    )
+
+
+def _load_mlx(path: Path, config: ReplicaConfig) -> Engine:
+    try:
+        from actors.engines.mlx_engine import MlxEngine
+    except ImportError as error:
+        raise ModelUnavailable("engine = mlx needs mlx-lm (pip install '.[mlx]')") from error
+    return MlxEngine(
+        path,
+        n_seq_max=config.slots,
+        n_ctx=config.n_ctx,
+        n_cells=config.cells or config.slots * config.n_ctx,
+        cells=config.kv_type,
     )
 
 

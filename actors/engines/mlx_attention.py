@@ -9,20 +9,20 @@ order, whatever the model's weights are in.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
-from mlx import nn
+from mlx.nn.layers.base import Module
 
-from actors.engines.mlx_cache import BatchKVCache, Mask
+from actors.engines.mlx_float_cache import BatchKVCache, Mask
 
 
-class GroupedAttention(nn.Module):  # type: ignore[misc, name-defined, unused-ignore]
+class GroupedAttention(Module):
     """Multi-head and grouped-query attention: Llama, Qwen 2 and 3, Gemma 3."""
 
     def __init__(self, inner: Any, rope: Any = None) -> None:
         """inner: the module it replaces; rope: instead of its own."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.q_proj, self.k_proj = inner.q_proj, inner.k_proj
         self.v_proj, self.o_proj = inner.v_proj, inner.o_proj
         self.normed = "q_norm" in inner
@@ -42,10 +42,10 @@ class GroupedAttention(nn.Module):  # type: ignore[misc, name-defined, unused-ig
         offset = cache.offset
         q, k = self.rope(q, offset=offset), self.rope(k, offset=offset)
         out = cache.attend(q, k, v, self.scale, mask)
-        return self.o_proj(out.transpose(0, 2, 1, 3).reshape(B, L, -1))
+        return cast(mx.array, self.o_proj(out.transpose(0, 2, 1, 3).reshape(B, L, -1)))
 
 
-class LatentAttention(nn.Module):  # type: ignore[misc, name-defined, unused-ignore]
+class LatentAttention(Module):
     """MLA (DeepSeek V2) over the latents themselves: one key per token, [latent, rope part], whose
     latent is the value, too. What expands a latent is folded into query and output."""
 
@@ -54,7 +54,7 @@ class LatentAttention(nn.Module):  # type: ignore[misc, name-defined, unused-ign
     ) -> None:
         """expand_keys: (n_heads, latent, dims without rope), expand_values: (n_heads, dims of a
         value, latent); `inner` as GroupedAttention, without its kv_b_proj."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.lowered = "q_a_proj" in inner
         if self.lowered:
             self.q_a_proj, self.q_b_proj = inner.q_a_proj, inner.q_b_proj
@@ -84,7 +84,7 @@ class LatentAttention(nn.Module):  # type: ignore[misc, name-defined, unused-ign
         q_latent = q_nope @ self.expand_keys.swapaxes(-1, -2)
         q = mx.concatenate([q_latent, self._turn(q_rope, offset)], axis=-1)
         out = cache.attend(q, k, None, self.scale, mask) @ self.expand_values.swapaxes(-1, -2)
-        return self.o_proj(out.transpose(0, 2, 1, 3).reshape(B, L, -1))
+        return cast(mx.array, self.o_proj(out.transpose(0, 2, 1, 3).reshape(B, L, -1)))
 
     def _turn(self, x: mx.array, offset: mx.array) -> mx.array:
         """Rope over interleaved pairs, which come out in half-split order."""
@@ -95,11 +95,11 @@ class LatentAttention(nn.Module):  # type: ignore[misc, name-defined, unused-ign
         )
 
 
-class FactoredRope(nn.Module):  # type: ignore[misc, name-defined, unused-ignore]
+class FactoredRope(Module):
     """Rope whose wave lengths a file stretches one by one (Llama 3.1: rope_freqs)."""
 
     def __init__(self, dims: int, base: float, factors: mx.array) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.dims = dims
         self._freqs = base ** (mx.arange(0, dims, 2, dtype=mx.float32) / dims) * factors
 

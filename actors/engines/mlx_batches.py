@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from actors.engines.mlx_cache import BatchKVCache
+from actors.engines.mlx_float_cache import BatchKVCache
 
 _PADDING = 256  # rows that a sequence's padding may always take
 

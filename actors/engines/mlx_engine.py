@@ -15,25 +15,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from numpy.typing import NDArray
 
 from actors.engines import mlx_models
 from actors.engines.base import Chunk, Logits, count_rows
 from actors.engines.mlx_batches import Batches
-from actors.engines.mlx_cache import BatchKVCache, BatchQuantizedKVCache, check_latent
+from actors.engines.mlx_cells import Cells
 from actors.errors import EngineFault, ModelUnavailable
 from storage import codec
 from storage.codec import Tensors, decode_rows, encode_rows, get_codec, merge_parts
-from storage.quantizers import F16, Affine
-from storage.spec import GroupRows, KVRows, LayerGroup, LayerSpec, Part
+from storage.spec import KVRows, Part
 
 _N_BATCH = 512
 _FAULTS = (RuntimeError, ValueError, MemoryError)  # what MLX raises
-_FIELDS = ("codes", "scales", "biases")
 
 
 class MlxEngine:
@@ -70,49 +66,14 @@ class MlxEngine:
         self.n_batch = _N_BATCH
         self.kv_bytes = 0  # allocated as rows come
         try:
-            self._check_layers(path)
-            self._batches = Batches(n_seq_max, self._new_caches)
+            self._cells = Cells(self.key, self._codec)
+            self._batches = Batches(n_seq_max, self._cells.new)
             self._check_state()
         except ModelUnavailable:
             self._network.close()
             raise
 
     # ---- before it is ready
-
-    def _check_layers(self, path: Path) -> None:
-        """Refuses head dims that the codec cannot group, naming the layers."""
-        odd: dict[str, list[int]] = {}
-        for i, layer in enumerate(self._spec.layers):
-            if layer.kind == "sliding":
-                continue
-            try:
-                self._codec.fields("k", layer.key_dim)
-                if layer.kind == "latent":
-                    check_latent(self._codec.keys, layer.key_dim, self._latent(layer))
-                else:
-                    self._codec.fields("v", layer.value_dim)
-            except ValueError as error:
-                odd.setdefault(str(error), []).append(i)
-        if odd:
-            reasons = "; ".join(f"layers {layers}: {reason}" for reason, layers in odd.items())
-            raise ModelUnavailable(f"{path}: cells of {self._codec.name}: {reasons}")
-
-    def _latent(self, layer: LayerSpec) -> int:
-        """Dims of an MLA key that are its value, too; 0 for other layers."""
-        if layer.kind != "latent":
-            return 0
-        return layer.key_dim - int(float(dict(self.key.rope)["dims"]))
-
-    def _new_caches(self) -> list[BatchKVCache]:
-        keys, values = self._codec.keys, self._codec.values
-        caches: list[BatchKVCache] = []
-        for layer in self._spec.layers:
-            latent = self._latent(layer)
-            if isinstance(keys, Affine) and isinstance(values, Affine) and layer.kind != "sliding":
-                caches.append(BatchQuantizedKVCache(keys, values, latent=latent))
-            else:
-                caches.append(BatchKVCache(window=layer.window, latent=latent))
-        return caches
 
     def _check_state(self) -> None:
         """Two tokens out and in again: the model's rows are those of the spec."""
@@ -204,48 +165,25 @@ class MlxEngine:
         if not self.exports_encoded:
             raise EngineFault("float16 cells give no encoded rows")
         self._check_range(seq_id, start, stop)
-        tensors: Tensors = {}
-        for group in self._spec.groups:
-            if group.part == "full":
-                sides = ("k", "v") if group.value_dim else ("k",)
-                names = [f"{group.name}.{side}.{field}" for side in sides for field in _FIELDS]
-                fields = self._read(seq_id, group, start, stop)
-                tensors |= dict(zip(names, fields, strict=True))
-        return tensors
+        caches, place = self._batches.find(seq_id)
+        try:
+            return self._cells.encoded(caches, place, start, stop)
+        except _FAULTS as error:
+            raise EngineFault(f"rows {start}..{stop} cannot be read: {error}") from error
 
     def _check_range(self, seq_id: int, start: int, stop: int) -> None:
         if not 0 <= start < stop <= self.n_rows(seq_id):
             raise EngineFault(f"rows {start}..{stop} of {self.n_rows(seq_id)}")
 
     def _rows(self, seq_id: int, start: int, stop: int, part: Part) -> KVRows:
-        rows = []
-        for g in self._spec.groups:
-            lead = (len(g.layers), stop - start if g.part == part else 0, g.n_kv_heads)
-            if g.part != part or start == stop:
-                k, v = (np.empty((*lead, dim), np.float16) for dim in (g.key_dim, g.value_dim))
-            else:
-                k, *rest = self._read(seq_id, g, start, stop)
-                v = rest[0] if rest else np.empty((*lead, 0), np.float16)
-            rows.append(GroupRows(k, v))
-        return tuple(rows)
-
-    def _read(self, seq_id: int, group: LayerGroup, start: int, stop: int) -> list[NDArray[Any]]:
-        """Every field of a group's layers as (n_layers, rows, n_kv_heads, width)."""
         caches, place = self._batches.find(seq_id)
-        layers = [caches[i].read(place, start, stop) for i in group.layers]
-        stacked = [mx.stack(xs).transpose(0, 2, 1, 3) for xs in zip(*layers, strict=True)]
         try:
-            return [np.array(x) for x in stacked]
+            return self._cells.rows(caches, place, start, stop, part)
         except _FAULTS as error:
             raise EngineFault(f"rows {start}..{stop} cannot be read: {error}") from error
 
     def load(self, seq_id: int, start: int, rows: KVRows) -> None:
-        n_rows = count_rows(rows)
-        for group, x in zip(self._spec.groups, rows, strict=True):
-            for side, dim in ((x.k, group.key_dim), (x.v, group.value_dim)):
-                count = side.shape[1] if group.part == "sliding" else n_rows
-                if side.shape != (len(group.layers), count, group.n_kv_heads, dim):
-                    raise EngineFault(f"rows of {side.shape} for {group.name}")
+        n_rows = self._cells.check(rows)
         tensors = encode_rows(self._spec, self._codec, rows)
         tensors |= encode_rows(self._spec, get_codec("f16"), rows, "sliding")
         self._load(seq_id, start, n_rows, tensors)
@@ -268,17 +206,9 @@ class MlxEngine:
             raise EngineFault("a load of no rows")
         if sum(map(self.n_rows, range(self.n_seq_max))) + n_rows > self.n_cells:
             raise EngineFault(f"{n_rows} rows do not fit in {self.n_cells} cells")
-        layers: dict[int, list[mx.array]] = {}
-        for group in self._spec.groups:
-            found = [x for name, x in tensors.items() if name.startswith(f"{group.name}.")]
-            whole = [mx.array(x).transpose(0, 2, 1, 3) for x in found]
-            for place, layer in enumerate(group.layers):
-                layers[layer] = [x[place : place + 1] for x in whole]
         copies = [cache.copy() for cache in self._batches.alone(seq_id)]
         try:
-            for i, cache in enumerate(copies):
-                cache.write(layers[i], n_rows)
-            mx.eval([cache.fields for cache in copies])
+            self._cells.append(copies, n_rows, tensors)
         except _FAULTS as error:
             raise EngineFault(f"{n_rows} rows cannot be loaded: {error}") from error
         self._batches.replace(seq_id, copies)
@@ -324,5 +254,5 @@ class MlxEngine:
     def close(self) -> None:
         self._network.close()
         self._network.close = lambda: None
-        self._batches = Batches(self.n_seq_max, self._new_caches)
+        self._batches = Batches(self.n_seq_max, self._cells.new)
         mx.clear_cache()

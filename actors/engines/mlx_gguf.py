@@ -19,7 +19,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
-from mlx import nn
+from mlx.nn.layers.quantized import quantize
 from numpy.typing import NDArray
 
 from actors.engines.llama_q4 import from_q4_1_numpy
@@ -92,12 +92,12 @@ def read(path: Path) -> GgufFile:
         at += 4 + 8 * n_dims + 12
     alignment = fields.get("general.alignment", 32)
     start, tensors = -(-at // alignment) * alignment, {}
-    for name, shape, kind, offset in infos:
-        block, size = GGML_QUANT_SIZES[kind]
+    for tensor, shape, form, offset in infos:
+        block, size = GGML_QUANT_SIZES[form]
         row = shape[-1] // block * size
         count = int(np.prod(shape[:-1], dtype=np.int64)) * row
         data = np.frombuffer(raw, np.uint8, count, start + offset)
-        tensors[name] = Tensor(shape, kind, data.reshape(-1, row))
+        tensors[tensor] = Tensor(shape, form, data.reshape(-1, row))
     return GgufFile(path, fields, tensors)
 
 
@@ -243,7 +243,10 @@ def _tensors(file: GgufFile, arch: str) -> Iterator[tuple[str, Tensor]]:
             k, v = (file.tensors[f"blk.{i}.attn_{x}_b.weight"].floats() for x in "kv")
             joined = np.concatenate([k.swapaxes(1, 2), v], axis=1).reshape(-1, k.shape[1])
             rows = np.ascontiguousarray(joined).view(np.uint8)
-            yield f"model.layers.{i}.self_attn.kv_b_proj.weight", Tensor(joined.shape, Type.F32, rows)
+            yield (
+                f"model.layers.{i}.self_attn.kv_b_proj.weight",
+                Tensor(joined.shape, Type.F32, rows),
+            )
 
 
 def _half_split(tensor: Tensor, n_heads: int) -> Tensor:
@@ -262,7 +265,7 @@ def _weights(tensor: Tensor, dtype: mx.Dtype, packed: bool) -> Iterator[tuple[st
     scales = np.ascontiguousarray(blocks[..., :2]).view("<f2")[..., 0]
     if tensor.type == Type.Q8_0:  # signed bytes: shifted by 128
         codes = (blocks[..., 2:] ^ np.uint8(128)).reshape(tensor.shape[0], -1).view("<u4")
-        biases = scales.astype(np.float32) * -128
+        biases = (scales.astype(np.float32) * -128).astype("<f2")
     elif tensor.type == Type.Q4_1:
         codes, scales, biases = from_q4_1_numpy(tensor.rows, interleaved=False)
     else:  # Q4_0 is Q4_1 with a range around zero
@@ -273,7 +276,7 @@ def _weights(tensor: Tensor, dtype: mx.Dtype, packed: bool) -> Iterator[tuple[st
         )
     yield "weight", mx.array(codes)
     yield "scales", mx.array(scales)
-    yield "biases", mx.array(biases.astype(np.float16))
+    yield "biases", mx.array(biases)
 
 
 def _quantize(model: Any, weights: dict[str, mx.array]) -> None:
@@ -282,7 +285,9 @@ def _quantize(model: Any, weights: dict[str, mx.array]) -> None:
     def parameters(path: str, module: Any) -> bool | dict[str, int]:
         if f"{path}.scales" not in weights:
             return False
-        bits = 32 * weights[f"{path}.weight"].shape[-1] // (32 * weights[f"{path}.scales"].shape[-1])
+        bits = (
+            32 * weights[f"{path}.weight"].shape[-1] // (32 * weights[f"{path}.scales"].shape[-1])
+        )
         return {"group_size": 32, "bits": bits}
 
-    nn.quantize(model, class_predicate=parameters)
+    quantize(model, class_predicate=parameters)

@@ -13,14 +13,14 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
-from mlx import nn
+from mlx.nn.layers.quantized import QuantizedLinear
 
 from actors.engines.base import Vocab
 from actors.engines.mlx_attention import FactoredRope, GroupedAttention, LatentAttention
-from actors.engines.mlx_cache import BatchKVCache
+from actors.engines.mlx_float_cache import BatchKVCache
 from actors.errors import ModelUnavailable
 from storage.spec import CompatibilityKey, LayerSpec, ModelCacheSpec
 
@@ -47,15 +47,15 @@ class Network:
     def hidden(self, ids: mx.array, caches: list[BatchKVCache]) -> mx.array:
         """(B, L) ids -> (B, L, hidden), rows appended to the caches."""
         if self.embed_scale == 1.0:
-            return self.net.model(ids, caches)
+            return cast(mx.array, self.net.model(ids, caches))
         h = self.net.model.embed_tokens(ids) * self.embed_scale
-        return self.net.model(ids, caches, h)
+        return cast(mx.array, self.net.model(ids, caches, h))
 
     def logits(self, hidden: mx.array) -> mx.array:
         """(..., hidden) -> (..., vocabulary) float32."""
         net = self.net
         head = net.lm_head if "lm_head" in net else net.model.embed_tokens.as_linear
-        return head(hidden).astype(mx.float32)
+        return cast(mx.array, head(hidden)).astype(mx.float32)
 
 
 def default_dtype() -> mx.Dtype:
@@ -96,12 +96,11 @@ def _gguf(path: Path, dtype: mx.Dtype, packed: bool) -> Network:
     except ModelUnavailable:
         described.close()
         raise
-    network = Network(
-        net, described.key, described.vocab, described.n_ctx, dtype, described.close
-    )
+    network = Network(net, described.key, described.vocab, described.n_ctx, dtype, described.close)
     if spec.architecture == "gemma3":  # llama.cpp's factor is exact, mlx-lm's is rounded
-        root = net.args.hidden_size**0.5
-        network.embed_scale = root / float(mx.array(root, mx.bfloat16).astype(mx.float32).item())
+        root = mx.array(net.args.hidden_size**0.5)
+        factor: Any = (root / root.astype(mx.bfloat16).astype(mx.float32)).item()
+        network.embed_scale = factor
     return network
 
 
@@ -190,7 +189,7 @@ def _expansion(inner: Any) -> tuple[mx.array, mx.array]:
     """kv_b_proj as one matrix per head for keys, (n_heads, latent, nope), and for values."""
     linear = inner.kv_b_proj
     weight = linear.weight
-    if isinstance(linear, nn.QuantizedLinear):
+    if isinstance(linear, QuantizedLinear):
         weight = mx.dequantize(
             weight, linear.scales, linear.biases, group_size=linear.group_size, bits=linear.bits
         )

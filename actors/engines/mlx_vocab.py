@@ -1,4 +1,4 @@
-"""The tokenizer of an MLX directory as the Vocab of an engine, through Hugging Face's tokenizers."""
+"""The tokenizer of an MLX directory as the Vocab of an engine, through tokenizers."""
 
 from __future__ import annotations
 
