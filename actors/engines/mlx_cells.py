@@ -22,7 +22,7 @@ from storage.quantizers import Affine
 from storage.spec import CompatibilityKey, GroupRows, KVRows, LayerGroup, LayerSpec, Part
 
 Caches = list[BatchKVCache]  # one per layer
-_FIELDS = ("codes", "scales", "biases")
+_CODES, _FLOATS = ("codes", "scales", "biases"), ("data",)
 
 
 class Cells:
@@ -85,10 +85,8 @@ class Cells:
         tensors: Tensors = {}
         for group in self._spec.groups:
             if group.part == "full":
-                sides = ("k", "v") if group.value_dim else ("k",)
-                names = [f"{group.name}.{side}.{field}" for side in sides for field in _FIELDS]
                 fields = _read(caches, place, group, start, stop)
-                tensors |= dict(zip(names, fields, strict=True))
+                tensors |= dict(zip(_names(group, _CODES), fields, strict=True))
         return tensors
 
     def check(self, rows: KVRows) -> int:
@@ -105,11 +103,19 @@ class Cells:
         """Add `n_rows` rows to the caches of one sequence, fields in the form of the cells; of
         sliding groups the last ones, or none."""
         for group in self._spec.groups:
-            found = [x for name, x in tensors.items() if name.startswith(f"{group.name}.")]
-            whole = [mx.array(x).transpose(0, 2, 1, 3) for x in found]
+            names = _names(group, _CODES if f"{group.name}.k.codes" in tensors else _FLOATS)
+            if names[0] not in tensors:  # of sliding rows none are needed
+                names = []
+            whole = [mx.array(tensors[name]).transpose(0, 2, 1, 3) for name in names]
             for place, layer in enumerate(group.layers):
                 caches[layer].write([x[place : place + 1] for x in whole], n_rows)
         mx.eval([cache.fields for cache in caches])
+
+
+def _names(group: LayerGroup, fields: tuple[str, ...]) -> list[str]:
+    """Of its tensors, in the order of a cache's fields."""
+    sides = ("k", "v") if group.value_dim else ("k",)
+    return [f"{group.name}.{side}.{field}" for side in sides for field in fields]
 
 
 def _read(
