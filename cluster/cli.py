@@ -22,7 +22,7 @@ from rich.table import Table
 
 from actors.errors import ModelUnavailable
 from actors.models import is_fake, open_store, resolve, served_name
-from cluster import bundle_cli, store_cli
+from cluster import bundle_cli, mlx_cli, store_cli
 from cluster.config import ClusterConfig, load_config
 from cluster.console import console, fail, size
 from cluster.errors import ConfigError
@@ -211,6 +211,7 @@ app.command("import")(bundle_cli.import_)
 store_cli.register(app)
 bench = typer.Typer(help="Measure what the README claims.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+mlx_cli.register(bench)
 
 
 @bench.command()

@@ -44,11 +44,12 @@ def open_mlx(path: Path, cells: str = "f16") -> Any:
     return MlxEngine(path, n_seq_max=3, n_ctx=1024, n_cells=1024, cells=cells)
 
 
-def go_on(engine: Engine, ids: list[int]) -> np.ndarray:
-    """Log-probabilities at each of `ids`, fed in one step; the sequence is cut back after it."""
+def go_on(engine: Engine, ids: list[int], *, keep: bool = False) -> np.ndarray:
+    """Log-probabilities at each of `ids`, fed in one step; their rows are cut off or kept."""
     n = engine.n_rows(0)
     logits = engine.step([Chunk(0, ids, n, len(ids))])[0].astype(np.float64)
-    engine.truncate(0, n)
+    if not keep:
+        engine.truncate(0, n)
     logits -= logits.max(-1, keepdims=True)
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
@@ -290,24 +291,31 @@ def test_smollm2_goes_on_from_four_bits(
 @pytest.mark.model
 @pytest.mark.timeout(600)
 def test_ten_hops_are_no_worse_than_two(engines: tuple[Any, Any], crossing: Crossing) -> None:
-    """The same 50 tokens, computed in turns by both engines, in two parts and in ten."""
+    """What hops cost, and what it costs that both engines compute in turns, 25 or 5 tokens each:
+    never more than it costs to compute all on the other one."""
     llama, mlx = engines
     ids = llama.vocab.tokenize(STORY)[N : N + MORE]
 
-    def hop(n: int) -> float:
+    def bounced(n: int) -> float:
+        rows = through(Q4, llama, crossing.rows)
+        for number in range(n):
+            rows = both(replace_rows((mlx, llama)[number % 2], rows), 0, 0, N)
+        return kl(crossing.llama, go_on(replace_rows(llama, rows), ids))
+
+    def in_turns(n: int) -> float:
         seen, at, rows = [], 0, crossing.rows
         for number in range(n):
-            engine = (mlx, llama)[number % 2]
-            replace_rows(engine, rows)
+            engine = replace_rows((mlx, llama)[number % 2], rows)
             part = ids[at : at + MORE // n]
-            seen.append(go_on(engine, part))
-            feed(engine, 0, part)
+            seen.append(go_on(engine, part, keep=True))
             at += len(part)
             rows = both(engine, 0, 0, N + at)
         return kl(crossing.llama, np.concatenate(seen))
 
-    two, ten = hop(2), hop(10)
-    floor = kl(crossing.llama, crossing.mlx)
-    print(f"2 hops KL {two:.4f}, 10 hops {ten:.4f}, without rows {floor:.4f}")
+    two, ten, floor = in_turns(2), in_turns(10), kl(crossing.llama, crossing.mlx)
+    print(f"in turns: 2 hops KL {two:.4f}, 10 hops {ten:.4f}, without rows {floor:.4f}")
     assert two <= LIMIT
-    assert ten <= 1.1 * max(two, floor)
+    assert ten <= 1.1 * max(two, floor) + 1e-3
+    two, ten = bounced(2), bounced(10)
+    print(f"stored in q4: 2 hops KL {two:.4f}, 10 hops {ten:.4f}")
+    assert ten <= 1.1 * two

@@ -39,7 +39,7 @@ def new(mlx: Any, name: str, *, quantized: bool = True, window: int = 0) -> Any:
     codec, _, _, _, _, latent = GEOMETRIES[name]
     if not quantized:
         return mlx.BatchKVCache(window=window, latent=latent)
-    return mlx.BatchQuantizedKVCache(codec.keys, codec.values, window=window, latent=latent)
+    return mlx.BatchQuantizedKVCache(codec.keys, codec.values, latent=latent)
 
 
 def noise(seed: int, name: str, n: int) -> tuple[Any, Any, Any]:
@@ -107,19 +107,24 @@ def test_a_padded_batch_attends_as_its_rows_do(mlx: Any, name: str, quantized: b
 @each_geometry
 @pytest.mark.parametrize("n", [1, 17])
 def test_attention_on_codes_is_that_on_the_decoded_rows(mlx: Any, name: str, n: int):
-    """Nothing but the codec's error lies between float attention and this."""
+    """Nothing but the codec's error lies between float attention and this. What was loaded is in
+    codes, what was computed just now is not."""
     import mlx.core as mx
 
     codec, _, _, key_dim, value_dim, latent = GEOMETRIES[name]
-    cache = fed(new(mlx, name), 1, name, 50)
+    cache = new(mlx, name)
+    cache.write([x[None] for x in fed(new(mlx, name), 1, name, 50).read(0, 0, 50)], 50)
     found = attend(cache, *(x := noise(2, name, n)))
     in_floats = attend(fed(new(mlx, name, quantized=False), 1, name, 50), *x)
-    fields = [np.array(y) for y in cache.read(0, 0, 50 + n)]
+    fields = [np.array(y) for y in cache.read(0, 0, 50)]
     names = ("codes", "scales", "biases")
     k = codec.decode("k", dict(zip(names, fields[:3], strict=True)), key_dim)
     v = k[..., :latent]
     if not latent:
         v = codec.decode("v", dict(zip(names, fields[3:], strict=True)), value_dim)
+    last = [np.array(y[0]).astype(np.float16) for y in x[1:] if y is not None]
+    k = np.concatenate([k, last[0]], axis=1)
+    v = np.concatenate([v, last[0][..., :latent] if latent else last[1]], axis=1)
     columns = mx.arange(50 + n)
     wanted = mx.fast.scaled_dot_product_attention(
         x[0],
@@ -131,6 +136,28 @@ def test_attention_on_codes_is_that_on_the_decoded_rows(mlx: Any, name: str, n: 
     np.testing.assert_allclose(found, np.array(wanted), atol=4e-3)  # decode rounds to float16
     error = np.abs(found - in_floats).mean() / np.abs(in_floats).mean()
     assert 0.005 < error < 0.3, error
+
+
+@each_geometry
+def test_however_a_prompt_is_cut_its_tokens_see_the_same(mlx: Any, name: str):
+    """Which rows a token sees in float16 depends on its position alone."""
+    prompt, results = noise(7, name, 150), []
+    for sizes in ([150], [1] * 150, [100, 1, 49], [7] * 21 + [3], [33, 32, 31, 54]):
+        cache, at, seen = new(mlx, name), 0, []
+        for n in sizes:
+            part = [x[:, :, at : at + n] if x is not None else None for x in prompt]
+            seen.append(attend(cache, *part))
+            at += n
+        results.append(np.concatenate(seen, axis=2))
+        assert contents(cache)[0] == [x.tobytes() for x in codes(7, name, 150)]
+    for other in results[1:]:
+        np.testing.assert_allclose(other, results[0], atol=TOLERANCE)
+    cache = fed(new(mlx, name), 7, name, 150)
+    loaded = new(mlx, name)
+    loaded.write([x[None] for x in cache.read(0, 0, 150)], 150)
+    x = noise(8, name, 1)
+    near, far = attend(cache, *x), attend(loaded, *x)
+    assert np.abs(near - far).max() > 1e-3  # the last rows, in floats and in codes
 
 
 @each_geometry
@@ -296,7 +323,12 @@ def test_sizes_and_state(mlx: Any):
     assert (cache.empty(), cache.size(), cache.nbytes, cache.trim(3)) == (True, 0, 0, 0)
     fed(cache, 1, "grouped", 10)
     assert (cache.empty(), cache.size(), cache.is_trimmable()) == (False, 10, True)
-    assert cache.nbytes == 256 * 2 * 2 * (32 + 4)  # columns x heads x sides x 64 values in 4.5 bits
+    # columns x heads x sides x 64 values: in 4.5 bits, and the last ones in float16 as well
+    assert cache.nbytes == 256 * 2 * 2 * (32 + 4) + 64 * 2 * 2 * 128
+    for seed in range(20):
+        fed(cache, seed, "grouped", 25)
+    assert cache.nbytes <= 768 * 2 * 2 * (32 + 4) + 192 * 2 * 2 * 128
+    cache.trim(500)
     mx.eval(cache.state)
     again = type(cache).__new__(type(cache))
     again.state = cache.state

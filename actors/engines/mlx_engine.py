@@ -6,9 +6,9 @@ stay in float16. Sequences that decode in one step are one batch (mlx_batches); 
 computed by itself. One thread owns MLX: what is lazy is evaluated before a call returns, because
 an unevaluated array belongs to the thread that made it.
 
-Rows that are attended to in codes from the start make every chunking of a prompt the same, at a
-price in quality that a cache which is encoded at the end of a turn does not pay: float16 cells do
-that, and store in 4 bits all the same.
+Float16 cells store in a codec all the same, and compute the prompt in floats. Cells of codes cost a
+quarter of the memory; what a token sees in codes and what in floats depends on its position alone
+(mlx_cache), so every chunking and every batch gives the same.
 """
 
 from __future__ import annotations

@@ -24,13 +24,14 @@ from storage.quantizers import F16, Quantizer
 
 Fields = list[mx.array]  # (B, n_kv_heads, columns, width) each: of the keys, then of the values
 Mask = mx.array | Literal["causal"] | None
-_STEP = 256  # columns are allocated by so many
-_SPARE = 64  # rows kept before a window: a reply that is cut by less keeps its window
-_SLACK = 256  # columns a windowed cache may have beyond what it keeps
 
 
 class BatchKVCache:
     """Float16 rows. `latent`: there are no values but the first so many dims of the keys (MLA)."""
+
+    step = 256  # columns are allocated by so many
+    spare = 64  # rows kept before a window: a reply that is cut by less keeps its window
+    slack = 256  # columns a windowed cache may have beyond what it keeps
 
     def __init__(
         self, left_padding: Sequence[int] = (0,), *, window: int = 0, latent: int = 0
@@ -242,7 +243,7 @@ class BatchKVCache:
         columns = int(self._fields[0].shape[2]) if self._fields else 0
         stop = self._idx + n
         if stop > columns:
-            more = -(-(stop - self._idx) // _STEP) * _STEP
+            more = -(-(stop - self._idx) // self.step) * self.step
             old = self._columns(fields)
             self._fields = [
                 mx.concatenate([x, mx.zeros((*y.shape[:2], more, y.shape[3]), y.dtype)], axis=2)
@@ -254,8 +255,8 @@ class BatchKVCache:
         self._held = [held + n for held in self._held]
         self._offset = [offset + n for offset in self._offset]
         whole = [x[:, :, :stop] for x in self._fields]
-        keep = self.window + _SPARE
-        if self.window and stop > keep + _SLACK and not self._right_padding:
+        keep = self.window + self.spare
+        if self.window and stop > keep + self.slack and not self._right_padding:
             self._fields = [x[:, :, stop - keep : stop] for x in self._fields]
             self._idx = keep
             self._held = [min(held, keep) for held in self._held]
