@@ -3,9 +3,9 @@
 The same fields as storage.quantizers, array for array, so that what either side stores the other
 loads without a conversion. The encoder gives the reference's bits: the same operations of float32
 in the same order (that of `mx.hadamard_transform` is each backend's own, and `mx.quantize` has a
-rule of its own, whose error is up to 5 % larger and whose float16 scales can overflow). Decoding is the reference's
-up to rounding. Called by MLX engines; mlx is imported when something is encoded or decoded, not
-before.
+rule of its own, whose error is up to 5 % larger and whose float16 scales can overflow). Decoding is
+the reference's up to rounding. Called by MLX engines; mlx is imported when something is encoded or
+decoded, not before.
 """
 
 from __future__ import annotations
