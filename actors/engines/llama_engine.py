@@ -45,7 +45,7 @@ _NO_ROTATION = "LLAMA_ATTN_ROT_DISABLE"  # llama.cpp's; stored codes are of rota
 
 
 @llama.llama_log_callback  # type: ignore[untyped-decorator]
-def log_errors(level: int, text: bytes, _: Any) -> None:
+def _log(level: int, text: bytes, _: Any) -> None:
     if level == 4:  # GGML_LOG_LEVEL_ERROR
         logger.error("llama.cpp: %s", text.decode(errors="replace").strip())
 
@@ -73,7 +73,7 @@ class LlamaEngine:
         """n_ctx: tokens per sequence, at most the model's; n_cells: tokens of all sequences."""
         if kv_type != "f16" and _NO_ROTATION in os.environ:
             raise ModelUnavailable(f"kv_type = {kv_type}: {_NO_ROTATION} must not be set")
-        llama.llama_log_set(log_errors, ctypes.c_void_p(0))
+        llama.llama_log_set(_log, ctypes.c_void_p(0))
         llama.llama_backend_init()
         self._context: Any = None
         self._model: Any = llama.llama_model_load_from_file(
