@@ -60,6 +60,7 @@ class LlamaEngine:
     """
 
     name = "llama.cpp"
+    exports_encoded = ""  # rows that llama.cpp has quantized are in no codec's codes
     device = "cpu"
 
     def __init__(
