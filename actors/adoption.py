@@ -31,7 +31,7 @@ class Adoption:
         runs: list[Run] = []
         state: CacheState = "hot"
         for block_id in block_ids:
-            found = self._known(block_id) or self._stored(tenant, block_id)
+            found = self._known(block_id) or self._found(tenant, block_id)
             if found is None:
                 break
             run, place = found
@@ -40,14 +40,25 @@ class Adoption:
         return runs, state
 
     def _known(self, block_id: str) -> tuple[Run, CacheState] | None:
-        """A block of an agent here, or of one that left its rows in the pool."""
+        """A block of an agent here."""
         run = self._rows.known.get(block_id)
-        near: CacheState = "hot" if self._tiers.pool.size_of((block_id, "full")) else "warm"
-        if run is not None and ("full" in run.local or "full" in run.shared):
-            if near != "hot" and self._tiers.local and "full" not in run.local:
-                near = "remote"
-            return run.lent(), near
-        return (self._run(block_id), "hot") if near == "hot" else None
+        if run is None or not ("full" in run.local or "full" in run.shared):
+            return None
+        near: CacheState = "hot" if self._in_pool(block_id) else "warm"
+        if near != "hot" and self._tiers.local and "full" not in run.local:
+            near = "remote"
+        return run.lent(), near
+
+    def _found(self, tenant: str, block_id: str) -> tuple[Run, CacheState] | None:
+        """A block of another replica's agent, or of one that left its rows in the pool: where they
+        are stored is asked for then, too, for they may leave the pool before they are written."""
+        found = self._stored(tenant, block_id)
+        if self._in_pool(block_id):
+            return found[0] if found else self._run(block_id), "hot"
+        return found
+
+    def _in_pool(self, block_id: str) -> bool:
+        return bool(self._tiers.pool.size_of((block_id, "full")))
 
     def _stored(self, tenant: str, block_id: str) -> tuple[Run, CacheState] | None:
         run, local = self._run(block_id), self._tiers.local

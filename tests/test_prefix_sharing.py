@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -384,6 +385,37 @@ def test_what_is_shared_is_never_encoded_again(
     for i, answer in enumerate(answers, 1):
         told = [*ask(i), assistant(answer.text), user("And?")]
         assert run(loop, told, "abc"[i]).prefilled < 20
+
+
+def test_blocks_of_an_agent_that_has_left_are_not_encoded_again(
+    loop_on: MakeLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody here remembers where they are stored, but RAM has them; then it has not."""
+    rows: list[int] = []
+    encode = actors.rows.encode_rows
+
+    def counting(spec: Any, codec: Any, x: Any, *more: Any, **options: Any) -> Any:
+        rows.append(count_rows(x))
+        return encode(spec, codec, x, *more, **options)
+
+    loop = loop_on(CountingEngine(1, step_delay=0.01), codec="q4")
+    run(loop, ask(0), "a")
+    evict(loop)
+    loop.call(lambda: loop.handoff.release(AgentId("default", "a"))).result(WAIT)
+    run(loop, [user("Hello.")], "c")
+    settle(loop)
+    gc.collect()
+    assert not loop.memory.rows.known
+    monkeypatch.setattr(actors.rows, "encode_rows", counting)
+    stream = start(loop, ask(1), "b")
+    stream.take(1)
+    loop.memory.tiers.pool.evict_all()
+    answer = stream.result()
+    assert (answer.cached, answer.cache) == (768, "hot")
+    settle(loop)
+    (branch,) = loop.memory.get(AgentId("default", "b")).branches
+    assert branch.rows == len(branch.tokens) - 1
+    assert sum(rows) == branch.rows - 768
 
 
 def test_a_stored_block_that_is_damaged_is_prefilled(loop_on: MakeLoop, tmp_path: Path) -> None:
