@@ -43,6 +43,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 _CALL_TIMEOUT_S = 30.0
 _BEAT_S = 0.5
+_LAST = (TurnFinished, TurnMoved, TurnFailed)
 _MAX_CODEC_THREADS = 4  # memory is the limit beyond that
 
 
@@ -143,22 +144,24 @@ class ModelReplica:
                 while not items.empty():
                     ready.append(items.get_nowait())
                 self._prefixes.note(request, ready)
-                last = isinstance(ready[-1], (TurnFinished, TurnMoved, TurnFailed))
+                last = any(isinstance(item, _LAST) for item in ready)  # a beat may come after it
                 yield ready
         finally:
             beating.cancel()
-            self._loop.cancel(request.id)
+            self._loop.cancel(request.id, request.attempt)
 
     async def _beat(self, attempt: int, items: asyncio.Queue[StreamItem]) -> None:
-        """Signs of life, while the engine's thread is not stuck."""
-        while not self._loop.stuck:
+        """Signs of life, while the engine's thread lives and is not stuck."""
+        loop = self._loop
+        while loop.alive and not loop.stuck:
             await asyncio.sleep(_BEAT_S)
             items.put_nowait(Alive(attempt))
-        items.put_nowait(TurnFailed(attempt, EngineFault("a step of the engine does not end")))
+        reason = "a step of the engine does not end" if loop.alive else "the engine's thread died"
+        items.put_nowait(TurnFailed(attempt, EngineFault(reason)))
 
-    async def cancel(self, turn_id: str) -> None:
-        """End a turn at the next token; unknown ids are ignored."""
-        self._loop.cancel(turn_id)
+    async def cancel(self, turn_id: str, attempt: int | None = None) -> None:
+        """End a turn at the next token, or only this attempt at it; unknown ids are ignored."""
+        self._loop.cancel(turn_id, attempt)
 
     # ---- ownership
 

@@ -22,6 +22,7 @@ from actors.turn import (
     SamplingParams,
     StreamItem,
     TurnFailed,
+    TurnFinished,
     TurnMoved,
     TurnRequest,
 )
@@ -763,6 +764,7 @@ FAULTS = {
     "store": failed(StoreUnavailable("file:///x", "full")),
     "finished at a wrong index": lambda r, n: Stray(0, 3, end=True)(r, n),
     "finished another attempt": lambda r, n: Stray(1, 0, end=True)(r, n),
+    "cancelled by nobody": lambda r, n: [TurnFinished(r.attempt, n, "", "cancelled")],
     "moved": lambda r, n: [TurnMoved(r.attempt)],
     "moved, raised": AgentMoved("frozen"),
     "silent": _silence,
