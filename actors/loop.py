@@ -86,6 +86,7 @@ class ReplicaLoop:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         template = ChatTemplate(engine.vocab)
         prepare = Preparer(engine, memory, template, config.default_max_tokens)
+        self.warm = prepare.warm
         self._exporter = Exporter(engine, memory, self.residency)
         self._restorer = Restorer(
             engine, memory, self.residency, self._book, self.rates, self._workers,

@@ -85,6 +85,7 @@ class ModelReplica:
             speculation=speculation,
         )
         self._loop = ReplicaLoop(engine, self._memory, loop_config, node, draft)
+        self._loop.warm()
         if profile:
             figures = profile.figures
             self._loop.rates.expect(figures.prefill_tokens_per_s, figures.decode_s)
@@ -216,7 +217,8 @@ class ModelReplica:
         if not loop.alive or loop.stuck:
             raise EngineFault(f"the engine's thread {'is stuck' if loop.alive else 'has died'}")
         at = time.time()
-        known = memory.agents()
+        # Their locks are held while files are removed: beats must not wait for that.
+        known, local = await asyncio.to_thread(lambda: (memory.agents(), local_status(memory)))
         return ReplicaStatus(
             at=at,
             running=len(loop.scheduler.running),
@@ -225,7 +227,7 @@ class ModelReplica:
             queue_s=loop.queue_seconds(),
             rates=loop.rates,
             pool_bytes=memory.tiers.pool.used_bytes,
-            local=local_status(memory),
+            local=local,
             cells_used=loop.residency.cells_used,
             n_agents=len(known),
             agents=tuple(self._report(m) for m in known if m.changed >= since),

@@ -1,7 +1,9 @@
 """The actor's face of a replica, without Ray: signs of life, and their end."""
 
 import asyncio
+import itertools
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -121,4 +123,32 @@ def test_the_end_of_an_attempt_leaves_the_next_one_alone(replica: ModelReplica) 
     assert isinstance(first[-1], TurnFinished)
     assert isinstance(second[-1], TurnFinished)
     assert (first[-1].reason, second[-1].reason) == ("cancelled", "length")
+    replica.close()
+
+
+def test_the_vocabulary_is_read_before_the_first_turn(replica: ModelReplica) -> None:
+    """For as long as that takes there would be no signs of life."""
+    prepare = replica._loop._admission._prepare
+    assert prepare._grammars._tokenizer is not None
+    replica.close()
+
+
+def test_a_status_that_waits_for_the_disk_holds_up_no_beat(
+    replica: ModelReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("actors.replica._BEAT_S", 0.02)
+    monkeypatch.setattr("actors.replica.local_status", lambda memory: time.sleep(0.5))
+    gate = hold(replica)
+    threading.Timer(0.6, gate.set).start()
+
+    async def run() -> list[float]:
+        seen = []
+        status = asyncio.create_task(replica.status())
+        async for _ in replica.run_turn(REQUEST):
+            seen.append(time.monotonic())
+        await status
+        return seen
+
+    seen = asyncio.run(run())
+    assert max(b - a for a, b in itertools.pairwise(seen)) < 0.3
     replica.close()
