@@ -142,10 +142,12 @@ def test_a_status_that_waits_for_the_disk_holds_up_no_beat(
     threading.Timer(0.6, gate.set).start()
 
     async def run() -> list[float]:
-        seen = []
-        status = asyncio.create_task(replica.status())
+        seen: list[float] = []
+        status = None
         async for _ in replica.run_turn(REQUEST):
             seen.append(time.monotonic())
+            status = status or asyncio.create_task(replica.status())
+        assert status is not None
         await status
         return seen
 
