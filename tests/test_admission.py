@@ -18,7 +18,7 @@ import pytest
 from actors.branches import Branch
 from actors.engines.base import Chunk, Engine, Logits
 from actors.engines.fake_engine import FakeEngine, FakeVocab
-from actors.errors import EngineFault, TurnTimeout
+from actors.errors import EngineFault, InvalidRequest, TurnTimeout
 from actors.loop import LoopConfig, ReplicaLoop
 from actors.prompt import common_prefix
 from actors.scheduler import SchedulerConfig
@@ -632,3 +632,24 @@ def test_two_hundred_agents_over_four_slots_of_llama_cpp(
     reference = engine(1, 1024)
     check_parted(reference, parted, total)
     reference.close()
+
+
+def test_a_turn_that_is_refused_while_others_are_placed_fails_alone(loop_on: MakeLoop) -> None:
+    """Preparing may end between the look for those that cannot run and the one for those that
+    can."""
+    loop = loop_on(FakeEngine(2, n_ctx=400, step_delay=0.01))
+    other = start(loop, [user("hello")], session="b", ignore_eos=True, n=100)
+    other.take(1)
+    waiting = loop.scheduler.waiting
+    order = waiting.order
+
+    def late() -> list[Any]:
+        for turn in waiting:
+            assert turn.prepared is None or turn.prepared.exception(WAIT) is not None
+        return order()
+
+    waiting.order = late  # type: ignore[method-assign]
+    last = start(loop, [user("x" * 500)]).result().last
+    assert isinstance(last, TurnFailed)
+    assert isinstance(last.error, InvalidRequest)
+    assert len(other.result().ids) == 100
