@@ -121,10 +121,13 @@ def test_a_beat_after_the_last_item_does_not_keep_the_turn_open(
     """Both may come while the caller is busy with the batch before."""
     monkeypatch.setattr("actors.replica._BEAT_S", 0.1)
 
+    gate = hold(replica)
+
     async def slowly() -> list[StreamItem]:
         batches = []
         async for batch in replica.run_turn(REQUEST):
             batches.append(batch)
+            gate.set()
             await asyncio.sleep(0.35)
         return batches[-1]
 
