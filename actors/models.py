@@ -2,7 +2,9 @@
 
     /path/to/model.gguf                  a file
     pkg://package/file.gguf              a file inside an installed package, which is not imported
+    /path/to/directory                   an MLX model: config.json, safetensors, tokenizer.json
     hf://owner/repo/file.gguf            from the Hugging Face hub, cached by huggingface_hub
+    hf://owner/repo                      the same, a whole MLX directory
     fake://?step_delay=0.01              the numpy engine, to try a cluster without a model
 
 Everything that is wrong with a reference is a ModelUnavailable with one clear line.
@@ -36,6 +38,7 @@ from storage.spec import CompatibilityKey
 from storage.store import CacheStore
 
 _GGUF_MAGIC = b"GGUF"
+_MLX_FILES = ["*.json", "*.jinja", "model*.safetensors"]
 
 
 def is_fake(model: str) -> bool:
@@ -51,7 +54,7 @@ def served_name(model: str) -> str:
 
 
 def resolve(model: str) -> Path:
-    """The local GGUF of a reference. Raises ModelUnavailable."""
+    """The local GGUF, or MLX directory, of a reference. Raises ModelUnavailable."""
     if model.startswith("pkg://"):
         path = _in_package(model)
     elif model.startswith("hf://"):
@@ -60,8 +63,8 @@ def resolve(model: str) -> Path:
         raise ModelUnavailable(f"{model}: unknown scheme; use a path, pkg:// or hf://")
     else:
         path = Path(model).expanduser()
-    if path.is_dir() and (path / "config.json").exists():
-        raise ModelUnavailable(f"{model}: an MLX directory needs the mlx engine, not built yet")
+    if is_mlx(path):
+        return path
     try:
         with path.open("rb") as file:
             magic = file.read(4)
@@ -70,6 +73,10 @@ def resolve(model: str) -> Path:
     if magic != _GGUF_MAGIC:
         raise ModelUnavailable(f"{model}: not a GGUF file")
     return path
+
+
+def is_mlx(path: Path) -> bool:
+    return path.is_dir() and (path / "config.json").exists()
 
 
 def _in_package(model: str) -> Path:
@@ -88,14 +95,16 @@ def _in_package(model: str) -> Path:
 
 
 def _from_hub(model: str) -> Path:
-    match = re.fullmatch(r"hf://([^/]+/[^/]+)/(.+)", model)
-    if match is None:
-        raise ModelUnavailable(f"{model}: write hf://owner/repo/file")
+    match = re.fullmatch(r"hf://([^/]+/[^/]+)(?:/(.+))?", model)
+    if match is None or (not match[2] and model.lower().endswith(".gguf")):
+        raise ModelUnavailable(f"{model}: write hf://owner/repo/file or hf://owner/repo")
     try:
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import hf_hub_download, snapshot_download
     except ImportError as error:
         raise ModelUnavailable(f"{model}: install huggingface_hub (pip install '.[hf]')") from error
     try:
+        if not match[2]:
+            return Path(snapshot_download(match[1], allow_patterns=_MLX_FILES))
         return Path(hf_hub_download(match[1], match[2]))
     except Exception as error:  # the hub's errors, the network's, and the cache's
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
@@ -104,19 +113,50 @@ def _from_hub(model: str) -> Path:
 
 def check_engine(config: ReplicaConfig) -> None:
     """Raises ValueError for an engine that the rest of the configuration does not allow."""
+    if config.engine not in ("auto", "llama.cpp", "mlx"):
+        raise ValueError(f"engine = {config.engine!r}: auto, llama.cpp or mlx")
     if config.profile not in ("default", "auto"):
         raise ValueError(f"profile = {config.profile!r}: default or auto")
     if config.flash_attention not in ("auto", "on", "off"):
         raise ValueError(f"flash_attention = {config.flash_attention!r}: auto, on or off")
-    if config.kv_type not in ("auto", *KV_TYPES):
-        raise ValueError(f"kv_type = {config.kv_type!r}: auto, {', '.join(KV_TYPES)}")
-    default_options(config).check()
-    if config.kv_type == "q4_1" and config.codec != "q4":
-        raise ValueError(f"kv_type = q4_1: wants codec = 'q4', not {config.codec!r}")
     if config.kv_budget and config.profile != "auto":
         raise ValueError("kv_budget: wants profile = 'auto'")
+    _check_cells(config)
     if is_fake(config.model):
         _check_fake(config)
+    elif config.engine == "mlx":
+        _check_mlx(config)
+
+
+def _check_cells(config: ReplicaConfig) -> None:
+    kind = config.kv_type
+    if kind not in ("auto", "q4", *KV_TYPES):
+        raise ValueError(f"kv_type = {kind!r}: auto, {', '.join(KV_TYPES)}, or q4 with mlx")
+    if kind in ("q4_1", "q4") and config.codec != "q4":
+        raise ValueError(f"kv_type = {kind}: wants codec = 'q4', not {config.codec!r}")
+    owner = _cells_of(kind)
+    if owner is not None and config.engine not in ("auto", owner):
+        raise ValueError(f"kv_type = {kind}: cells of {owner}, not of {config.engine}")
+    if kind != "q4":
+        default_options(config).check()
+
+
+def _cells_of(kv_type: str) -> str | None:
+    """The only engine that has such cells."""
+    if kv_type in ("auto", "f16"):
+        return None
+    return "mlx" if kv_type == "q4" else "llama.cpp"
+
+
+def _check_mlx(config: ReplicaConfig) -> None:
+    made = {
+        "profile": config.profile != "default",
+        "flash_attention": config.flash_attention != "auto",
+        "ubatch": config.ubatch != 0,
+        "lora": config.lora != "",
+    }
+    for name in (name for name, is_set in made.items() if is_set):
+        raise ValueError(f"{name}: a setting of llama.cpp, not of the mlx engine")
 
 
 def _check_fake(config: ReplicaConfig) -> None:
@@ -221,8 +261,10 @@ def _open_engine(
         per_step, per_token = _delays(config.model)
         engine = FakeEngine(config.slots, config.n_ctx, step_delay=per_step, token_delay=per_token)
         return engine, None
-    path, options = resolve(config.model), default_options(config)
-    n_cells = config.cells or config.slots * config.n_ctx
+    path, n_cells = resolve(config.model), config.cells or config.slots * config.n_ctx
+    if _is_for_mlx(config, path):
+        return _open_mlx(path, config, n_cells), None
+    options = default_options(config)
     if config.profile == "default":
         return _open_llama(config, path, options, n_cells), None
     source = Source(
@@ -233,6 +275,21 @@ def _open_engine(
         path.stat().st_size,
     )
     return open_tuned(config, source, again=again, seconds=seconds)
+
+
+def _is_for_mlx(config: ReplicaConfig, path: Path) -> bool:
+    engine = config.engine if config.engine != "auto" else "mlx" if is_mlx(path) else "llama.cpp"
+    if engine == "llama.cpp" and is_mlx(path):
+        raise ModelUnavailable(f"{config.model}: an MLX directory needs engine = 'mlx'")
+    owner = _cells_of(config.kv_type)
+    if owner not in (None, engine):
+        raise ModelUnavailable(f"kv_type = {config.kv_type}: the {engine} engine has no such cells")
+    if engine == "mlx":
+        try:
+            _check_mlx(config)
+        except ValueError as error:
+            raise ModelUnavailable(str(error)) from error
+    return engine == "mlx"
 
 
 def _identity(path: Path) -> dict[str, str]:
@@ -268,6 +325,20 @@ def _import_llama() -> ModuleType:
         raise ModelUnavailable(
             "GGUF models need llama-cpp-python (pip install '.[llama]')"
         ) from error
+
+
+def _open_mlx(path: Path, config: ReplicaConfig, n_cells: int) -> Engine:
+    try:
+        from actors.engines.mlx_engine import MlxEngine
+    except ImportError as error:
+        raise ModelUnavailable("engine = mlx needs mlx-lm (pip install '.[mlx]')") from error
+    return MlxEngine(
+        path,
+        n_seq_max=config.slots,
+        n_ctx=config.n_ctx,
+        n_cells=n_cells,
+        cells="f16" if config.kv_type == "auto" else config.kv_type,
+    )
 
 
 def open_store(config: ReplicaConfig) -> CacheStore:

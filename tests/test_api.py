@@ -687,6 +687,8 @@ def test_an_agents_path_cannot_leave_its_folder(http: Http, agent: str) -> None:
 
 
 def test_an_agent_that_speaks_cannot_be_deleted(http: Http) -> None:
+    http.a.real._loop.engine._delay = 0.005  # s a step: else it may be through before
+
     async def go() -> None:
         slow = [{"role": "user", "content": "Go on."}]
         body = {"messages": slow, "max_tokens": 400, "stop": ["#"], "temperature": 2, "seed": 1}

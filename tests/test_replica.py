@@ -11,11 +11,13 @@ import pytest
 
 from actors.config import ReplicaConfig
 from actors.errors import EngineFault
+from actors.outbox import Outbox
 from actors.replica import ModelReplica
 from actors.turn import (
     Alive,
     SamplingParams,
     StreamItem,
+    Tokens,
     TurnFailed,
     TurnFinished,
     TurnRequest,
@@ -80,16 +82,52 @@ def test_a_step_that_does_not_end_is_a_fault(
     replica.close()
 
 
+def test_tokens_wait_for_company_but_not_the_first() -> None:
+    async def take() -> list[list[StreamItem]]:
+        box, lists = Outbox(lambda: 0.2), []
+        last = TurnFinished(1, 4, "", "stop")
+
+        def speak() -> None:
+            for n in range(4):
+                box.put(Tokens(1, n, (n,), "x"))
+                time.sleep(0.02)
+            box.put(last)
+
+        began = time.monotonic()
+        threading.Thread(target=speak).start()
+        lists.append(await box.take())
+        assert time.monotonic() - began < 0.1
+        while last not in lists[-1]:
+            lists.append(await asyncio.wait_for(box.take(), 5))
+        return lists
+
+    lists = asyncio.run(take())
+    assert [len(items) for items in lists] == [1, 4]  # the end calls for no patience
+
+
+def test_tokens_that_wait_do_leave() -> None:
+    async def take() -> None:
+        box = Outbox(lambda: 0.05)
+        for n in range(3):
+            box.put(Tokens(1, n, (n,), "x"))
+            assert len(await asyncio.wait_for(box.take(), 5)) == 1
+
+    asyncio.run(take())
+
+
 def test_a_beat_after_the_last_item_does_not_keep_the_turn_open(
     replica: ModelReplica, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both may come while the caller is busy with the batch before."""
     monkeypatch.setattr("actors.replica._BEAT_S", 0.1)
 
+    gate = hold(replica)
+
     async def slowly() -> list[StreamItem]:
         batches = []
         async for batch in replica.run_turn(REQUEST):
             batches.append(batch)
+            gate.set()
             await asyncio.sleep(0.35)
         return batches[-1]
 

