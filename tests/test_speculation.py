@@ -308,7 +308,7 @@ def test_a_failed_replica_s_turn_goes_on_elsewhere_the_same(loop_on: MakeLoop) -
 
 def test_no_drafts_where_cells_are_short(loop_on: MakeLoop) -> None:
     """The engine refuses a step that it has no cells for, and with it every turn."""
-    engine = Counting(2, 400, n_cells=400)
+    engine = Counting(2, 400, n_cells=400, step_delay=0.01)
     loop = loop_on(engine, kind="ngram")
     streams = [start(loop, [user(f"{i} " + "la la lo " * 14)], session=f"s{i}", turn_id=f"t{i}",
                      n=100, guide=REFRAIN) for i in range(2)]  # fmt: skip
