@@ -9,6 +9,8 @@ from actors.book import Turn
 from actors.engines.base import Engine
 from actors.memory import Memory
 from actors.residency import Residency
+from storage.codec import Tensors
+from storage.spec import KVRows
 
 
 class Exporter:
@@ -52,9 +54,14 @@ class Exporter:
                 return False
             start = branch.exported
             end = min(stop, (start // size + 1) * size)
-            rows = self._engine.export(sequence.seq_id, start, end)
+            rows = self._rows(sequence.seq_id, start, end)
             self._memory.rows.append(turn.ready.memory, branch, start, end, rows)
         return True
+
+    def _rows(self, seq_id: int, start: int, stop: int) -> KVRows | Tensors:
+        if self._engine.exports_encoded == self._memory.codec.name:
+            return self._engine.export_encoded(seq_id, start, stop)
+        return self._engine.export(seq_id, start, stop)
 
     def checkpoint(self, turn: Turn) -> None:
         """Keep the window before the turn's present end, so that the branch can go on from there.

@@ -2,7 +2,9 @@
 
     /path/to/model.gguf                  a file
     pkg://package/file.gguf              a file inside an installed package, which is not imported
+    /path/to/directory                   an MLX model: config.json, safetensors, tokenizer.json
     hf://owner/repo/file.gguf            from the Hugging Face hub, cached by huggingface_hub
+    hf://owner/repo                      the same, a whole MLX directory
     fake://?step_delay=0.01              the numpy engine, to try a cluster without a model
 
 Everything that is wrong with a reference is a ModelUnavailable with one clear line.
@@ -13,7 +15,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -23,8 +24,9 @@ from urllib.parse import parse_qsl
 
 from actors.config import ReplicaConfig
 from actors.draft_model import check_draft
+from actors.engine_settings import check_engine, default_options, engine_of, is_fake, is_mlx
 from actors.engines.base import Engine
-from actors.engines.options import KV_TYPES, MAX_UBATCH, EngineOptions
+from actors.engines.options import EngineOptions
 from actors.errors import ModelUnavailable
 from actors.speculation import Kind, SpeculationConfig
 from actors.tuned import Source, Tunable, open_tuned
@@ -36,10 +38,7 @@ from storage.spec import CompatibilityKey
 from storage.store import CacheStore
 
 _GGUF_MAGIC = b"GGUF"
-
-
-def is_fake(model: str) -> bool:
-    return model.startswith("fake://")
+_MLX_FILES = ["*.json", "*.jinja", "model*.safetensors"]
 
 
 def served_name(model: str) -> str:
@@ -51,7 +50,7 @@ def served_name(model: str) -> str:
 
 
 def resolve(model: str) -> Path:
-    """The local GGUF of a reference. Raises ModelUnavailable."""
+    """The local GGUF, or MLX directory, of a reference. Raises ModelUnavailable."""
     if model.startswith("pkg://"):
         path = _in_package(model)
     elif model.startswith("hf://"):
@@ -60,8 +59,8 @@ def resolve(model: str) -> Path:
         raise ModelUnavailable(f"{model}: unknown scheme; use a path, pkg:// or hf://")
     else:
         path = Path(model).expanduser()
-    if path.is_dir() and (path / "config.json").exists():
-        raise ModelUnavailable(f"{model}: an MLX directory needs the mlx engine, not built yet")
+    if is_mlx(path):
+        return path
     try:
         with path.open("rb") as file:
             magic = file.read(4)
@@ -88,53 +87,20 @@ def _in_package(model: str) -> Path:
 
 
 def _from_hub(model: str) -> Path:
-    match = re.fullmatch(r"hf://([^/]+/[^/]+)/(.+)", model)
-    if match is None:
-        raise ModelUnavailable(f"{model}: write hf://owner/repo/file")
+    match = re.fullmatch(r"hf://([^/]+/[^/]+)(?:/(.+))?", model)
+    if match is None or (not match[2] and model.lower().endswith(".gguf")):
+        raise ModelUnavailable(f"{model}: write hf://owner/repo/file or hf://owner/repo")
     try:
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import hf_hub_download, snapshot_download
     except ImportError as error:
         raise ModelUnavailable(f"{model}: install huggingface_hub (pip install '.[hf]')") from error
     try:
+        if not match[2]:
+            return Path(snapshot_download(match[1], allow_patterns=_MLX_FILES))
         return Path(hf_hub_download(match[1], match[2]))
     except Exception as error:  # the hub's errors, the network's, and the cache's
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ModelUnavailable(f"{model}: cannot be fetched ({reason})") from error
-
-
-def check_engine(config: ReplicaConfig) -> None:
-    """Raises ValueError for an engine that the rest of the configuration does not allow."""
-    if config.profile not in ("default", "auto"):
-        raise ValueError(f"profile = {config.profile!r}: default or auto")
-    if config.flash_attention not in ("auto", "on", "off"):
-        raise ValueError(f"flash_attention = {config.flash_attention!r}: auto, on or off")
-    if config.kv_type not in ("auto", *KV_TYPES):
-        raise ValueError(f"kv_type = {config.kv_type!r}: auto, {', '.join(KV_TYPES)}")
-    default_options(config).check()
-    if config.kv_type == "q4_1" and config.codec != "q4":
-        raise ValueError(f"kv_type = q4_1: wants codec = 'q4', not {config.codec!r}")
-    if config.kv_budget and config.profile != "auto":
-        raise ValueError("kv_budget: wants profile = 'auto'")
-    if is_fake(config.model):
-        _check_fake(config)
-
-
-def _check_fake(config: ReplicaConfig) -> None:
-    if config.kv_type not in ("auto", "f16"):
-        raise ValueError(f"kv_type = {config.kv_type}: the fake engine has no such cells")
-    if config.profile == "auto" or config.flash_attention != "auto" or config.ubatch:
-        reason = "the fake engine computes in one way only"
-        raise ValueError(f"profile = auto, flash_attention, ubatch: {reason}")
-
-
-def default_options(config: ReplicaConfig) -> EngineOptions:
-    """Of the profile "default", with the settings that are made."""
-    return EngineOptions(
-        threads=config.threads or config.cores or os.cpu_count() or 1,
-        flash_attention=config.flash_attention != "off",
-        kv_type="f16" if config.kv_type == "auto" else config.kv_type,
-        ubatch=config.ubatch or MAX_UBATCH,
-    )
 
 
 def parse_lora(text: str) -> tuple[str, float]:
@@ -182,7 +148,14 @@ def open_draft(config: ReplicaConfig, engine: Engine) -> Engine | None:
     if speculation_of(config).kind != "draft":
         return None
     draft = open_engine(
-        replace(config, model=config.draft_model, kv_type="f16", profile="default", lora="")
+        replace(
+            config,
+            model=config.draft_model,
+            engine="auto",
+            kv_type="f16",
+            profile="default",
+            lora="",
+        )
     )
     try:
         check_draft(engine, draft)
@@ -221,7 +194,10 @@ def _open_engine(
         per_step, per_token = _delays(config.model)
         engine = FakeEngine(config.slots, config.n_ctx, step_delay=per_step, token_delay=per_token)
         return engine, None
-    path, options = resolve(config.model), default_options(config)
+    path = resolve(config.model)
+    if engine_of(config, path) == "mlx":
+        return _load_mlx(path, config), None
+    options = default_options(config)
     n_cells = config.cells or config.slots * config.n_ctx
     if config.profile == "default":
         return _open_llama(config, path, options, n_cells), None
@@ -268,6 +244,20 @@ def _import_llama() -> ModuleType:
         raise ModelUnavailable(
             "GGUF models need llama-cpp-python (pip install '.[llama]')"
         ) from error
+
+
+def _load_mlx(path: Path, config: ReplicaConfig) -> Engine:
+    try:
+        from actors.engines.mlx_engine import MlxEngine
+    except ImportError as error:
+        raise ModelUnavailable("engine = mlx needs mlx-lm (pip install '.[mlx]')") from error
+    return MlxEngine(
+        path,
+        n_seq_max=config.slots,
+        n_ctx=config.n_ctx,
+        n_cells=config.cells or config.slots * config.n_ctx,
+        cells="f16" if config.kv_type == "auto" else config.kv_type,
+    )
 
 
 def open_store(config: ReplicaConfig) -> CacheStore:

@@ -120,8 +120,7 @@ class Restorer:
         """A run's rows in the form that the engine takes."""
         spec, codec = self._memory.key.spec, self._memory.codec
         if self._engine.loads_encoded == codec.name:
-            assert sliding is None  # such an engine has no sliding layers
-            return full
+            return full | (sliding or {})
         rows = decode_rows(spec, codec, full, executor=self._memory.rows.codec_threads)
         if sliding is not None:
             rows = merge_parts(spec, rows, decode_rows(spec, codec, sliding, "sliding"))

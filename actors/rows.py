@@ -50,9 +50,15 @@ class Rows:
     # ---- from the loop's thread
 
     def append(
-        self, memory: AgentMemory, branch: Branch, start: int, stop: int, rows: KVRows
+        self,
+        memory: AgentMemory,
+        branch: Branch,
+        start: int,
+        stop: int,
+        rows: KVRows | Tensors,
     ) -> None:
-        """Hand over rows start..stop; returns at once. branch.exported moves on."""
+        """Hand over rows start..stop, encoded or to be encoded; returns at once. branch.exported
+        moves on."""
         branch.exported = stop
         ids = branch.tokens[: branch.exported]
         self._persister.submit(lambda: self._append(memory, branch, start, rows, ids))
@@ -131,13 +137,21 @@ class Rows:
         return lent
 
     def _append(
-        self, memory: AgentMemory, branch: Branch, start: int, rows: KVRows, ids: list[int]
+        self,
+        memory: AgentMemory,
+        branch: Branch,
+        start: int,
+        rows: KVRows | Tensors,
+        ids: list[int],
     ) -> None:
         have = branch.rows
         if start > have:  # an earlier run was lost: the next turn exports from there again
             branch.exported = have
             return
-        tensors = encode_rows(self._key.spec, self._codec, rows, executor=self.codec_threads)
+        if isinstance(rows, dict):
+            tensors = rows
+        else:
+            tensors = encode_rows(self._key.spec, self._codec, rows, executor=self.codec_threads)
         tensors = slice_rows(tensors, have - start, count_rows(tensors))
         while count := count_rows(tensors):
             filled = sum(run.rows for run in branch.tail)

@@ -21,9 +21,10 @@ import httpx
 import typer
 from rich.table import Table
 
+from actors.engine_settings import is_fake
 from actors.errors import ModelUnavailable
-from actors.models import is_fake, open_store, parse_lora, resolve, served_name
-from cluster import bundle_cli, place_cli, store_cli, tune_cli
+from actors.models import open_store, parse_lora, resolve, served_name
+from cluster import bundle_cli, mlx_cli, place_cli, store_cli, tune_cli
 from cluster.config import ClusterConfig, load_config
 from cluster.console import console, fail, size
 from cluster.endpoint import DEFAULT_URL, Key, Url
@@ -216,6 +217,7 @@ store_cli.register(app)
 tune_cli.register(app)
 bench = typer.Typer(help="Measure what the README claims.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+mlx_cli.register(bench)
 
 
 @bench.command()

@@ -91,13 +91,20 @@ def test_our_decoder_reads_what_mlx_encodes_as_well_as_our_own(
 
 
 @each_quantizer
-def test_mlx_encodes_as_the_reference_but_for_ties(mlx, quantizer: Quantizer):
+@pytest.mark.parametrize("kind", ["normal", "outliers"])
+@pytest.mark.parametrize("dim", DIMS)
+def test_mlx_encodes_bit_for_bit_as_the_reference(mlx, quantizer: Quantizer, dim: int, kind: str):
     import mlx.core as mx
 
-    x = vectors("normal", 64, 128)
+    x = vectors(kind, 64, 3, dim)
+    x[0], x[1], x[2] = 0, x[1].round(), np.float16(6e-8)
     ours, theirs = quantizer.encode(x), to_numpy(mlx.encode(quantizer, mx.array(x)))
+    assert ours.keys() == theirs.keys()
     for name, y in ours.items():
-        assert (y == theirs[name]).mean() > 0.95, name
+        assert y.tobytes() == theirs[name].tobytes(), name
+    rounded = mlx.encode(quantizer, mx.array(x.astype(np.float32)))
+    for name, y in to_numpy(rounded).items():  # float32 goes in as float16
+        assert y.tobytes() == theirs[name].tobytes(), name
 
 
 @each_quantizer

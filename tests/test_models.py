@@ -84,16 +84,25 @@ def test_what_the_hub_says_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path
             raise RuntimeError("404 Client Error\nwith a long\nexplanation")
         return str(fetched)
 
+    def snapshot(repo: str, allow_patterns: list[str]) -> str:
+        asked.append((repo, "*.json" if "*.json" in allow_patterns else ""))
+        return str(tmp_path)
+
     monkeypatch.setattr(hub, "hf_hub_download", download, raising=False)
+    monkeypatch.setattr(hub, "snapshot_download", snapshot, raising=False)
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     assert resolve("hf://owner/repo/some/file.gguf") == fetched
-    assert asked == [("owner/repo", "some/file.gguf")]
+    (tmp_path / "config.json").write_text("{}")
+    assert resolve("hf://owner/repo") == tmp_path
+    assert asked == [("owner/repo", "some/file.gguf"), ("owner/repo", "*.json")]
     assert "cannot be fetched (404 Client Error)" in refusal("hf://owner/gone/file.gguf")
 
 
 def test_an_mlx_directory_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    assert "MLX directory" in refusal(str(tmp_path))
+    assert resolve(str(tmp_path)) == tmp_path
+    with pytest.raises(ModelUnavailable, match="an MLX directory needs engine = 'mlx'"):
+        open_engine(ReplicaConfig(model=str(tmp_path), engine="llama.cpp"))
 
 
 def test_a_directory_is_no_model(tmp_path: Path) -> None:
@@ -155,6 +164,10 @@ def test_declared_equivalent_digests_reach_the_engines_key() -> None:
         ({"kv_type": "f16", "kv_budget": 1}, "wants profile = 'auto'"),
         ({"kv_type": "f16", "profile": "auto", "model": "fake://"}, "the fake engine"),
         ({"kv_type": "f16", "ubatch": 64, "model": "fake://"}, "the fake engine"),
+        ({"engine": "mlx"}, "cells of llama.cpp, not of mlx"),
+        ({"engine": "torch"}, "auto, llama.cpp or mlx"),
+        ({"kv_type": "q4", "engine": "llama.cpp"}, "cells of mlx, not of llama.cpp"),
+        ({"kv_type": "q4"}, "cells of mlx, not of llama.cpp"),
     ],
 )
 def test_cells_that_the_configuration_does_not_allow(options: dict[str, Any], says: str) -> None:

@@ -71,6 +71,9 @@ class Engine(Protocol):
     window: int  # of the sliding layers, in tokens; 0: the model has none
     kv_bytes: int  # allocated for the cells
     loads_encoded: str  # name of the codec whose tensors load_encoded takes; "": of none
+    exports_encoded: (
+        str  # name of the codec in whose tensors export_encoded gives all rows; "": none
+    )
 
     def step(self, chunks: Sequence[Chunk]) -> dict[int, Logits]:
         """Compute all chunks in one batch; the (n_logits, n_vocab) logits of those that want any,
@@ -86,6 +89,11 @@ class Engine(Protocol):
         in the window before `stop` and still held. The number of rows says which."""
         ...
 
+    def export_encoded(self, seq_id: int, start: int, stop: int) -> Tensors:
+        """As export, code by code as the cells hold them: what is stored is what was computed with,
+        and rows that were loaded leave as they came."""
+        ...
+
     def load(self, seq_id: int, start: int, rows: KVRows) -> None:
         """Append rows at position `start`, which must be the sequence's length; verified. Sliding
         groups have the last rows of the same run: all, fewer, or none where no window to come
@@ -93,7 +101,8 @@ class Engine(Protocol):
         ...
 
     def load_encoded(self, seq_id: int, start: int, tensors: Tensors) -> None:
-        """As load, with the full part's rows as the codec has stored them; no value changes."""
+        """As load, with the full part's rows as the codec has stored them; no value changes. Rows
+        of sliding layers are among them if the model has such layers."""
         ...
 
     def fork(self, source: int, target: int, n_rows: int) -> None:

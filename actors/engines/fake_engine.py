@@ -67,7 +67,7 @@ class FakeEngine:
 
     name = "fake"
     device = "numpy"
-    loads_encoded = ""
+    loads_encoded = exports_encoded = ""
 
     def __init__(
         self,
@@ -178,6 +178,9 @@ class FakeEngine:
         self._check_range(seq_id, start, stop)
         first = max(start, self.window_start(seq_id), stop - self.window)
         return self._stacked("sliding", [self._sliding[seq_id][i] for i in range(first, stop)])
+
+    def export_encoded(self, seq_id: int, start: int, stop: int) -> Tensors:
+        raise EngineFault("the fake engine encodes nothing")
 
     def _check_range(self, seq_id: int, start: int, stop: int) -> None:
         if not 0 <= start < stop <= len(self._rows[seq_id]):
