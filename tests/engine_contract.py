@@ -277,6 +277,18 @@ class EngineContract:
             np.testing.assert_allclose(x.k.astype("f4"), y.k.astype("f4"), atol=0.02)
             np.testing.assert_allclose(x.v.astype("f4"), y.v.astype("f4"), atol=0.02)
 
+    def test_encoded_rows_are_exported_as_they_are_held(self, engine: Engine) -> None:
+        if not engine.exports_encoded:
+            return
+        feed(engine, 0, self.ids(engine, 60))
+        codec, whole = get_codec(engine.exports_encoded), engine.export_encoded(0, 0, 60)
+        decoded = decode_rows(engine.key.spec, codec, whole)
+        assert_same_rows(engine.export(0, 0, 60), decoded)
+        for name, x in engine.export_encoded(0, 7, 33).items():
+            np.testing.assert_array_equal(x, whole[name][:, 7:33])
+        with pytest.raises(EngineFault):
+            engine.export_encoded(0, 0, 61)
+
     def test_export_of_rows_that_do_not_exist_is_refused(self, engine: Engine) -> None:
         feed(engine, 0, self.ids(engine, 20))
         for start, stop in ((0, 21), (20, 21), (5, 5)):

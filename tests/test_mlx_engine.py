@@ -16,6 +16,7 @@ from actors.config import ReplicaConfig
 from actors.engines.base import Chunk, Engine
 from actors.errors import EngineFault, ModelUnavailable
 from actors.models import open_engine as open_configured
+from cluster.config import load_config
 from storage.codec import Tensors, concat_rows, encode_rows, get_codec, slice_rows
 from storage.spec import CompatibilityKey, LayerSpec, ModelCacheSpec
 from tests.engine_contract import EngineContract, SlidingContract, assert_equal, feed, greedy
@@ -483,3 +484,24 @@ def test_the_engine_is_chosen_by_configuration(tiny_models: dict[str, Path]) -> 
     assert {name for name, _ in names.values()} == {"llama.cpp", "mlx"}
     assert names["auto"][0] == "llama.cpp"
     assert len({digest for _, digest in names.values()}) == 1
+
+
+def test_the_benchmark_says_what_it_did_not_measure(
+    tiny_models: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for package in ("mlx", "mlx_lm"):
+        found = importlib.util.find_spec(package) is not None
+        require("mlx", found, f"{package} is not installed")
+    from bench import mlx as bench
+
+    config = load_config(None, {}, {"model": str(tiny_models["llama64"])})
+    assert bench.run(config, 2) == 0
+    *printed, last = capsys.readouterr().out.splitlines()
+    found = json.loads(last)["mlx"]
+    assert found["restore_speedup"] == pytest.approx(found["prefill_s"] / found["restore_s"])
+    assert found["restore_speedup"] > 2
+    assert found["batch_speedup"] == pytest.approx(found["one_by_one_s"] / found["batch_s"])
+    text = "\n".join(printed)
+    for reference in bench.MAC_MODELS.values():
+        assert f"kvferry bench mlx --model {reference}" in text
+    assert text.count("measured") >= 3

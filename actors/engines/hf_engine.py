@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from gguf import GGUFReader
 from transformers import AutoModelForCausalLM, DynamicCache
-from transformers.utils import logging as transformers_logging
 
 from actors.engines.base import Chunk, Logits, count_rows
 from actors.engines.mlx_gguf_spec import describe
@@ -78,22 +77,21 @@ class HfEngine:
             self._check_window(chunk.seq_id)
         return {c.seq_id: x for c in chunks if (x := self._compute(c)) is not None}
 
-    @torch.inference_mode()
     def _compute(self, chunk: Chunk) -> Logits | None:
         cache = self._cache(chunk.seq_id)
-        out = self._model(
-            input_ids=torch.tensor([list(chunk.token_ids)]),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=max(1, chunk.n_logits),
-        )
-        self._rows[chunk.seq_id] = self._read(cache)
+        with torch.inference_mode():
+            out = self._model(
+                input_ids=torch.tensor([list(chunk.token_ids)]),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=max(1, chunk.n_logits),
+            )
+            self._rows[chunk.seq_id] = self._read(cache)
         if not chunk.n_logits:
             return None
         logits: Logits = out.logits[0].float().numpy()
         return logits
 
-    @torch.inference_mode()
     def generate(self, seq_id: int, token_ids: Sequence[int], n_tokens: int) -> list[int]:
         """transformers' own greedy generation after all of `token_ids`, the first of which the
         sequence holds, one or more it does not. The sequence is left as it is."""
@@ -113,7 +111,7 @@ class HfEngine:
         return [int(x) for x in out[0, len(token_ids) :]]
 
     def _cache(self, seq_id: int) -> Any:
-        cache = DynamicCache(config=self._model.config)
+        cache: Any = DynamicCache(config=self._model.config)
         if not self.n_rows(seq_id):
             return cache
         for group, rows in zip(self._spec.groups, self._rows[seq_id], strict=True):
@@ -206,7 +204,7 @@ class HfEngine:
         if not self.window:
             return 0
         groups = zip(self._spec.groups, self._rows[seq_id], strict=True)
-        held = min(rows.k.shape[1] for group, rows in groups if group.part == "sliding")
+        held = min(int(rows.k.shape[1]) for group, rows in groups if group.part == "sliding")
         return self.n_rows(seq_id) - held
 
     def can_truncate(self, seq_id: int, n_rows: int) -> bool:
@@ -280,7 +278,6 @@ def _load(path: Path, key: CompatibilityKey) -> Any:
     changed: dict[str, Any] = {} if arch == "qwen2" else {"head_dim": head_dim}
     if arch == "gemma3":
         changed |= {"query_pre_attn_scalar": head_dim, "sliding_window": spec.window}
-    transformers_logging.disable_progress_bar()
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             str(path.parent),

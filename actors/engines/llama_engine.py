@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 
 @llama.llama_log_callback  # type: ignore[untyped-decorator]
-def log_errors(level: int, text: bytes, _: Any) -> None:
+def _log(level: int, text: bytes, _: Any) -> None:
     if level == 4:  # GGML_LOG_LEVEL_ERROR
         logger.error("llama.cpp: %s", text.decode(errors="replace").strip())
 
@@ -76,7 +76,7 @@ class LlamaEngine:
         lora: Lora | None = None,
     ) -> None:
         """n_ctx: tokens per sequence, at most the model's; n_cells: tokens of all sequences."""
-        llama.llama_log_set(log_errors, ctypes.c_void_p(0))
+        llama.llama_log_set(_log, ctypes.c_void_p(0))
         llama.llama_backend_init()
         self._context: Any = None
         self._model: Any = open_model(path)

@@ -16,7 +16,7 @@ from typing import Any
 import llama_cpp as llama
 
 from actors.engines import llama_spec
-from actors.engines.llama_engine import log_errors
+from actors.engines.llama_engine import _log as log_errors
 from actors.engines.llama_vocab import LlamaVocab
 from actors.errors import ModelUnavailable
 from storage.spec import CompatibilityKey

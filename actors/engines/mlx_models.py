@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
+from mlx.nn.layers.embedding import Embedding
+from mlx.nn.layers.linear import Linear
 from mlx.nn.layers.quantized import QuantizedLinear
 
 from actors.engines.base import Vocab
@@ -70,8 +72,21 @@ def load(path: Path, *, dtype: mx.Dtype | None = None, packed: bool | None = Non
     if packed is None:
         packed = dtype != mx.float32
     network = _directory(path, dtype) if path.is_dir() else _gguf(path, dtype, packed)
+    if dtype == mx.float32:
+        _lay_for_cpu(network.net)
     mx.eval(network.net.parameters())  # what is lazy belongs to this thread
     return network
+
+
+def _lay_for_cpu(net: Any) -> None:
+    """MLX multiplies x @ weight.T on a CPU up to three times faster when weight.T, and not weight,
+    lies in memory row by row."""
+    tied = [] if "lm_head" in net else [net.model.embed_tokens]
+    linear = [module for module in net.modules() if type(module) is Linear]
+    for module in linear + tied:
+        if isinstance(module, (Linear, Embedding)):
+            module.weight = mx.contiguous(module.weight.T).T
+            mx.eval(module.weight)
 
 
 def _gguf(path: Path, dtype: mx.Dtype, packed: bool) -> Network:
