@@ -3,6 +3,7 @@
 torch is large: the tests are skipped without it, unless KVFERRY_REQUIRE lists `hf`.
 """
 
+import importlib
 import importlib.util
 import shutil
 from collections.abc import Callable, Iterator
@@ -38,6 +39,7 @@ def open_hf(path: Path, **options: Any) -> Any:
     for package in ("torch", "transformers", "accelerate"):
         found = importlib.util.find_spec(package) is not None
         require("hf", found, f"{package} is not installed")
+    importlib.import_module("torch").set_num_threads(1)  # the models are tiny: more would wait
     from actors.engines.hf_engine import HfEngine
 
     return HfEngine(path, **({"n_seq_max": 3, "n_ctx": 1024, "n_cells": 1024} | options))
