@@ -16,7 +16,7 @@ export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/nu
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help serve test unit soak check system-deps clean
+.PHONY: help serve test unit soak check llama-server system-deps clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ check: $(VENV)/.dev-ready ## formatting, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+llama-server: $(VENV)/.serve-ready ## build build/llama-server, the peer of `kvferry bench serve`
+	@PYTHON=$(BIN)/python JOBS=$(CMAKE_BUILD_PARALLEL_LEVEL) sh scripts/build-llama-server.sh
 
 system-deps: ## install the Debian packages that the build and the tests use (as root)
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \

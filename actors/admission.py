@@ -118,6 +118,10 @@ class Admission:
         for turn in waiting.order():
             if turn.prepared is None or not turn.prepared.done():
                 continue
+            ended = self._end(turn)  # it may have been prepared since poll looked
+            if ended is not None:
+                yield ended
+                continue
             try:
                 began = self._place(turn, turn.ready, blocked)
             except EngineFault as fault:

@@ -105,6 +105,7 @@ class Book:
             del self.active[turn.request.agent]
         if turn.sequence is not None:
             self.by_sequence.pop(id(turn.sequence), None)
+            turn.sequence.drafting = None  # an index of all its ids: the turn may be known longer
         for turns in (self.restoring, self.draining):
             if turn in turns:
                 turns.remove(turn)

@@ -101,9 +101,11 @@ class Ends:
         self.ending.remove(turn)
         turn.emit(turn.last)
 
-    def cancel(self, turn_id: str) -> None:
+    def cancel(self, turn_id: str, attempt: int | None) -> None:
+        """`attempt` None: every one. A later one may be here already when an earlier one ends."""
         for turn in [*self._scheduler.waiting, *self._book.in_engine()]:
-            if turn.request.id == turn_id:
+            request = turn.request
+            if request.id == turn_id and attempt in (None, request.attempt):
                 self.stop(turn)
 
     def tend(self) -> None:

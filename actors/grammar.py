@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Sequence as Ids
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import llguidance
 import numpy as np
@@ -24,6 +24,7 @@ from actors.turn import Guide
 MAX_SOURCE = 1 << 16  # bytes
 MAX_CALLS = 1 << 18  # of the grammar of all tools together
 _COMPILE_TIMEOUT_S = 10.0
+_WARM_TIMEOUT_S = 60.0
 _MAX_KNOWN = 32  # grammars of tools
 # llguidance's recursion goes as deep as the rules of a grammar are chained: a source of MAX_SOURCE
 # overflows a thread's usual 8 MB, which ends the process.
@@ -80,6 +81,11 @@ class GrammarCompiler:
         self._thread: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
         self._known: dict[Guide, Grammar] = {}  # as compiled, the least recently used first
+
+    def warm(self) -> None:
+        """Read the vocabulary now. With 262144 tokens it takes a second or more, in which no other
+        thread of the process runs; signs of life are due more often."""
+        wait([self._submit(Guide("regex", "a", "warm"))], _WARM_TIMEOUT_S)
 
     def compile(self, guide: Guide, reply: Ids[int] = ()) -> Grammar:
         """The grammar after `reply`. Raises InvalidRequest for a source that is malformed, too

@@ -86,6 +86,7 @@ class ReplicaLoop:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         template = ChatTemplate(engine.vocab)
         prepare = Preparer(engine, memory, template, config.default_max_tokens)
+        self.warm = prepare.warm
         self._exporter = Exporter(engine, memory, self.residency)
         self._restorer = Restorer(
             engine, memory, self.residency, self._book, self.rates, self._workers,
@@ -124,9 +125,10 @@ class ReplicaLoop:
         turn = Turn(request, sink)
         self.call(lambda: self.scheduler.waiting.append(turn))
 
-    def cancel(self, turn_id: str) -> None:
-        """End a turn at the next token boundary; unknown ids are ignored."""
-        self.call(lambda: self._ends.cancel(turn_id))
+    def cancel(self, turn_id: str, attempt: int | None = None) -> None:
+        """End a turn at the next token boundary, or only this attempt at it; unknown ids are
+        ignored."""
+        self.call(lambda: self._ends.cancel(turn_id, attempt))
 
     def call(self, function: Callable[[], T]) -> Future[T]:
         """Run a function on the loop's thread, between two steps. The future fails with EngineFault

@@ -194,11 +194,10 @@ def _open_engine(
         per_step, per_token = _delays(config.model)
         engine = FakeEngine(config.slots, config.n_ctx, step_delay=per_step, token_delay=per_token)
         return engine, None
-    path = resolve(config.model)
+    path, n_cells = resolve(config.model), config.cells or config.slots * config.n_ctx
     if engine_of(config, path) == "mlx":
-        return _load_mlx(path, config), None
+        return _open_mlx(path, config, n_cells), None
     options = default_options(config)
-    n_cells = config.cells or config.slots * config.n_ctx
     if config.profile == "default":
         return _open_llama(config, path, options, n_cells), None
     source = Source(
@@ -246,7 +245,7 @@ def _import_llama() -> ModuleType:
         ) from error
 
 
-def _load_mlx(path: Path, config: ReplicaConfig) -> Engine:
+def _open_mlx(path: Path, config: ReplicaConfig, n_cells: int) -> Engine:
     try:
         from actors.engines.mlx_engine import MlxEngine
     except ImportError as error:
@@ -255,7 +254,7 @@ def _load_mlx(path: Path, config: ReplicaConfig) -> Engine:
         path,
         n_seq_max=config.slots,
         n_ctx=config.n_ctx,
-        n_cells=config.cells or config.slots * config.n_ctx,
+        n_cells=n_cells,
         cells="f16" if config.kv_type == "auto" else config.kv_type,
     )
 

@@ -56,6 +56,10 @@ class Preparer:
         self._grammars = GrammarCompiler(engine.vocab)
         self._adoption = Adoption(memory.rows, memory.tiers, memory.faults)
 
+    def warm(self) -> None:
+        """What the first turn with a grammar would keep all others waiting for."""
+        self._grammars.warm()
+
     def __call__(self, request: TurnRequest) -> Prepared:
         """Raises InvalidRequest, AgentMoved, and what Memory.open raises."""
         resume = request.resume or Resume((), ())

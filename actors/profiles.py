@@ -121,7 +121,7 @@ def _path(folder: Path, key: Key) -> Path:
 @contextlib.contextmanager
 def alone(folder: Path, timeout_s: float) -> Iterator[bool]:
     """Inside, no other process of this machine measures; False if one still does after
-    `timeout_s`. Where nothing can be written there is no lock, and True."""
+    `timeout_s`. Where nothing can be written or locked there is no lock, and True."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         name = re.sub(r"[^\w.-]", "_", platform.node()) or "machine"
@@ -139,7 +139,10 @@ def _locked(descriptor: int, until: float) -> bool:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
-        except BlockingIOError:
+        except BlockingIOError:  # somebody measures
             if time.monotonic() >= until:
                 return False
             time.sleep(_POLL_S)
+        except OSError as error:  # of a file system without locks
+            logger.warning("measuring without a lock: %s", error)
+            return True

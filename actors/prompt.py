@@ -8,10 +8,12 @@ storage.
 from __future__ import annotations
 
 import json
+import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from typing import Any, NoReturn
 
 import jinja2
@@ -23,6 +25,8 @@ from actors.tool_messages import marked, marked_place, style_of
 from actors.tool_parser import parse
 from actors.turn import Message, Tool
 
+Calls = list[tuple[str, str]]  # name, arguments as JSON
+_SURROGATES = re.compile("[\ud800-\udfff]")  # schemas and arguments escape them; no UTF-8 does
 _REFUSALS = (
     jinja2.TemplateError,
     TypeError,
@@ -83,7 +87,7 @@ class ChatTemplate:
         self, messages: Sequence[Mapping[str, Any]], tools: list[dict[str, Any]] | None
     ) -> str:
         try:
-            return self._template.render(
+            text = self._template.render(
                 messages=[dict(message) for message in messages],
                 add_generation_prompt=True,
                 bos_token=self._vocab.bos_text,
@@ -94,6 +98,7 @@ class ChatTemplate:
             raise InvalidRequest(
                 f"the model's chat template refuses these messages: {error}", "messages"
             ) from error
+        return _SURROGATES.sub("\ufffd", text)
 
     def encode(
         self,
@@ -145,26 +150,15 @@ class ChatTemplate:
         """The reply that each assistant message repeats, by the message's index."""
         left = list(replies)
         known: dict[int, EmittedReply] = {}
+        read = cache(lambda text: parse(self.tools.form, text))
         for i, message in enumerate(messages):
             if message["role"] == "assistant":
                 for index, reply in enumerate(left):
-                    if reply.ids and self._says(message, reply.text + reply.tail):
+                    if reply.ids and _says(message, reply.text + reply.tail, read):
                         known[i] = reply
                         del left[: index + 1]
                         break
         return known
-
-    def _says(self, message: Message, text: str) -> bool:
-        """Whether the message is what the client was told of a reply's text."""
-        if "tool_calls" not in message:
-            return bool(message["content"] == text)
-        content, calls = parse(self.tools.form, text)
-        given = [(call["name"], call["arguments"]) for call in message["tool_calls"]]
-        return (
-            content == message["content"]
-            and len(calls) == len(given)
-            and all(a[0] == b[0] and _equal(a[1], b[1]) for a, b in zip(calls, given, strict=True))
-        )
 
     def _kept(
         self, messages: Sequence[Message], calls: list[_Mark], tools: Sequence[Tool]
@@ -221,11 +215,25 @@ def _unmarked(text: str, marks: Sequence[_Mark]) -> str:
     return text
 
 
+def _says(message: Message, text: str, read: Callable[[str], tuple[str, Calls]]) -> bool:
+    """Whether the message is what the client was told of a reply's text."""
+    if "tool_calls" not in message:
+        return bool(message["content"] == text)
+    content, calls = read(text)
+    given = [(call["name"], call["arguments"]) for call in message["tool_calls"]]
+    return (
+        content == message["content"]
+        and len(calls) == len(given)
+        and all(a[0] == b[0] and _equal(a[1], b[1]) for a, b in zip(calls, given, strict=True))
+    )
+
+
 def _equal(a: str, b: str) -> bool:
-    """Whether two JSON texts say the same; one that was cut says nothing."""
+    """Whether two JSON texts say the same; one that was cut, or is nested too deeply, says
+    nothing."""
     try:
         return bool(json.loads(a) == json.loads(b))
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 

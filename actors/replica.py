@@ -25,6 +25,7 @@ from actors.errors import ActorError, EngineFault, ModelUnavailable
 from actors.loop import LoopConfig, ReplicaLoop
 from actors.memory import Memory, MemoryConfig
 from actors.models import open_draft, open_local, open_profiled, open_store, speculation_of
+from actors.outbox import Outbox
 from actors.report import (
     AgentReport,
     HeldPrefixes,
@@ -43,6 +44,8 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 _CALL_TIMEOUT_S = 30.0
 _BEAT_S = 0.5
+_UNSTREAMED_S = 0.25  # of tokens that nobody reads as they come
+_LAST = (TurnFinished, TurnMoved, TurnFailed)
 _MAX_CODEC_THREADS = 4  # memory is the limit beyond that
 
 
@@ -84,6 +87,7 @@ class ModelReplica:
             speculation=speculation,
         )
         self._loop = ReplicaLoop(engine, self._memory, loop_config, node, draft)
+        self._loop.warm()
         if profile:
             figures = profile.figures
             self._loop.rates.expect(figures.prefill_tokens_per_s, figures.decode_s)
@@ -124,14 +128,9 @@ class ModelReplica:
     async def run_turn(self, request: TurnRequest) -> AsyncIterator[list[StreamItem]]:
         """Items as they come, those that are ready together in one list. When the caller goes
         away, the turn is cancelled."""
-        items: asyncio.Queue[StreamItem] = asyncio.Queue()
-        here = asyncio.get_running_loop()
-
-        def sink(item: StreamItem) -> None:
-            here.call_soon_threadsafe(items.put_nowait, item)
-
+        items = Outbox(lambda: self._interval(request))
         try:
-            self._loop.submit(request, sink)
+            self._loop.submit(request, items.put)
         except ActorError as error:
             yield [TurnFailed(request.attempt, error)]
             return
@@ -139,26 +138,33 @@ class ModelReplica:
         try:
             last = False
             while not last:
-                ready = [await items.get()]
-                while not items.empty():
-                    ready.append(items.get_nowait())
+                ready = await items.take()
                 self._prefixes.note(request, ready)
-                last = isinstance(ready[-1], (TurnFinished, TurnMoved, TurnFailed))
+                last = any(isinstance(item, _LAST) for item in ready)  # a beat may come after it
                 yield ready
         finally:
             beating.cancel()
-            self._loop.cancel(request.id)
+            self._loop.cancel(request.id, request.attempt)
 
-    async def _beat(self, attempt: int, items: asyncio.Queue[StreamItem]) -> None:
-        """Signs of life, while the engine's thread is not stuck."""
-        while not self._loop.stuck:
+    def _interval(self, request: TurnRequest) -> float:
+        """Seconds between two lists of a turn's tokens: a replica sends some 40 lists a second,
+        and each stream moves ten times a second at least."""
+        if not request.streamed:
+            return _UNSTREAMED_S
+        return min(0.1, 0.025 * len(self._loop.scheduler.running))
+
+    async def _beat(self, attempt: int, items: Outbox) -> None:
+        """Signs of life, while the engine's thread lives and is not stuck."""
+        loop = self._loop
+        while loop.alive and not loop.stuck:
             await asyncio.sleep(_BEAT_S)
-            items.put_nowait(Alive(attempt))
-        items.put_nowait(TurnFailed(attempt, EngineFault("a step of the engine does not end")))
+            items.put(Alive(attempt))
+        reason = "a step of the engine does not end" if loop.alive else "the engine's thread died"
+        items.put(TurnFailed(attempt, EngineFault(reason)))
 
-    async def cancel(self, turn_id: str) -> None:
-        """End a turn at the next token; unknown ids are ignored."""
-        self._loop.cancel(turn_id)
+    async def cancel(self, turn_id: str, attempt: int | None = None) -> None:
+        """End a turn at the next token, or only this attempt at it; unknown ids are ignored."""
+        self._loop.cancel(turn_id, attempt)
 
     # ---- ownership
 
@@ -213,7 +219,8 @@ class ModelReplica:
         if not loop.alive or loop.stuck:
             raise EngineFault(f"the engine's thread {'is stuck' if loop.alive else 'has died'}")
         at = time.time()
-        known = memory.agents()
+        # Their locks are held while files are removed: beats must not wait for that.
+        known, local = await asyncio.to_thread(lambda: (memory.agents(), local_status(memory)))
         return ReplicaStatus(
             at=at,
             running=len(loop.scheduler.running),
@@ -222,7 +229,7 @@ class ModelReplica:
             queue_s=loop.queue_seconds(),
             rates=loop.rates,
             pool_bytes=memory.tiers.pool.used_bytes,
-            local=local_status(memory),
+            local=local,
             cells_used=loop.residency.cells_used,
             n_agents=len(known),
             agents=tuple(self._report(m) for m in known if m.changed >= since),

@@ -46,8 +46,9 @@ class Residency:
         return self._cells([*self._idle, *self._busy])
 
     def find(self, branch: Branch) -> int | None:
-        """The sequence that holds an idle branch's rows."""
-        return next((seq_id for seq_id, b in self._idle.items() if b is branch), None)
+        """The sequence that holds an idle branch's rows. Any thread may ask."""
+        idle = list(self._idle.items())
+        return next((seq_id for seq_id, b in idle if b is branch), None)
 
     def branch(self, seq_id: int) -> Branch | None:
         """Whose rows a sequence holds."""

@@ -22,6 +22,7 @@ from actors.turn import SamplingParams, TokenLogprob
 
 Indices = NDArray[np.intp]
 _LEAST = -9999.0  # a log probability that JSON can carry; OpenAI's own floor
+_REACH = (6.0, 9.0, 12.0, np.inf)  # below the largest logit: where a nucleus is looked for
 
 
 def check(params: SamplingParams, vocab: Vocab) -> None:
@@ -94,7 +95,21 @@ def _heaviest(logits: Logits, k: int) -> Indices:
     does not matter."""
     if k >= len(logits):
         return np.arange(len(logits))
-    return _from(logits, np.partition(logits, len(logits) - k)[len(logits) - k], k)
+    near = np.flatnonzero(logits >= _at_most_kth(logits, k))
+    heavy = logits[near]
+    return near[_from(heavy, np.partition(heavy, len(heavy) - k)[len(heavy) - k], k)]
+
+
+def _at_most_kth(logits: Logits, k: int) -> np.float32:
+    """A bound that at least k logits reach, and few of a large vocabulary: ordering those few is
+    quick. The k-th largest of the largest ones of many groups is one."""
+    n_groups = max(512, 2 * k)
+    per_group = len(logits) // n_groups
+    if per_group < 2:
+        return np.float32(-np.inf)
+    largest = logits[: n_groups * per_group].reshape(per_group, n_groups).max(axis=0)
+    bound: np.float32 = np.partition(largest, n_groups - k)[n_groups - k]
+    return bound
 
 
 def _from(logits: Logits, bound: np.float32, k: int) -> Indices:
@@ -109,14 +124,24 @@ def _from(logits: Logits, bound: np.float32, k: int) -> Indices:
 def _nucleus(logits: Logits, top_p: float) -> Indices:
     """The fewest tokens, heaviest first, that together hold top_p of the mass."""
     peak = logits.max()
-    wanted = top_p * np.exp(logits - peak).sum(dtype=np.float64)
-    heavy = _heaviest(logits, 4096)  # nearly always suffice, and sorting all takes long
-    if np.exp(logits[heavy] - peak).sum(dtype=np.float64) < wanted:
-        heavy = np.arange(len(logits))
-    falling = np.sort(logits[heavy])[::-1]
-    mass = np.exp(falling - peak).astype(np.float64).cumsum()
-    k = min(int(np.searchsorted(mass, wanted)) + 1, len(falling))
-    return heavy[_from(logits[heavy], falling[k - 1], k)]
+    weights = np.exp(logits - peak)
+    wanted = top_p * weights.sum(dtype=np.float64)
+    for reach in _REACH:
+        heavy = np.flatnonzero(logits >= peak - np.float32(reach))
+        mass = weights[heavy].astype(np.float64)
+        if mass.sum() >= wanted:
+            break
+    # Sorting takes long: only those of about the last one's weight are sorted.
+    near = logits[heavy]
+    steps = np.minimum((peak - near) * np.float32(16), 2000).astype(np.intp)
+    up_to = np.bincount(steps, mass).cumsum()
+    last = min(int(np.searchsorted(up_to, wanted)), len(up_to) - 1)
+    before = up_to[last - 1] if last else 0.0
+    falling = np.sort(near[steps == last])[::-1]
+    sums = before + np.exp(falling - peak).astype(np.float64).cumsum()
+    among = min(int(np.searchsorted(sums, wanted)), len(falling) - 1)
+    k = int(np.count_nonzero(steps < last)) + among + 1
+    return heavy[_from(near, falling[among], k)]
 
 
 class Sampler:

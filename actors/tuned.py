@@ -128,9 +128,9 @@ def _measured(
             engine.close()
             logger.warning("a few tokens took too long: starting with the defaults, not measured")
             return _on_defaults(config, source), None
-        profiles.save(folder, key_of(config, source), profile)
         logger.info("%s: measured in %.1f s", profile.options, profile.seconds)
         engine.reopen(profile.options, source.n_cells)
+        profiles.save(folder, key_of(config, source), profile)  # not what cannot be opened
     except EngineFault as error:
         engine.close()
         raise ModelUnavailable(f"cannot measure this engine: {error}") from error

@@ -94,6 +94,7 @@ class TurnRequest:
     attempt: int = 0
     resume: Resume | None = None
     priority: int = 0  # higher ones go first
+    streamed: bool = True  # somebody reads the reply as it comes
     tools: ToolUse | None = None
     restore_tokens: int | None = None  # of stored rows that are not in RAM, load only the first
     affinity: Affinity = "soft"

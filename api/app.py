@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import ray
-from fastapi import FastAPI
+from fastapi import FastAPI, HTTPException
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api import admin, agents, errors, openai, place
 from api.context import Context
@@ -18,7 +18,7 @@ from cluster.config import ClusterConfig
 from cluster.pool import NAMESPACE
 from cluster.router import ROUTER_NAME, PlacementRouter
 
-MAX_BODY = 32 << 20  # bytes
+MAX_BODY = 8 << 20  # bytes; while they are parsed no stream goes on
 
 
 def create_app(config: ClusterConfig) -> FastAPI:
@@ -51,7 +51,7 @@ def connect_router(config: ClusterConfig) -> Any:
 
 
 class BodyLimit:
-    """Refuses bodies that announce more than MAX_BODY bytes."""
+    """Refuses bodies of more than MAX_BODY bytes: those that say so before they are read."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -63,4 +63,20 @@ class BodyLimit:
                 refusal = errors.ApiError(413, f"the body is larger than {MAX_BODY} bytes")
                 await errors.respond(refusal)(scope, receive, send)
                 return
-        await self._app(scope, receive, send)
+        await self._app(scope, _counted(receive), send)
+
+
+def _counted(receive: Receive) -> Receive:
+    """Also of those that come in chunks of no announced sum, no more is read. Raises
+    HTTPException."""
+    n_bytes = 0
+
+    async def count() -> Message:
+        nonlocal n_bytes
+        message = await receive()
+        n_bytes += len(message.get("body", b""))
+        if n_bytes > MAX_BODY:
+            raise HTTPException(413, f"the body is larger than {MAX_BODY} bytes")
+        return message
+
+    return count

@@ -114,6 +114,9 @@ def _validation(first: dict[str, Any], body: Any) -> ApiError:
     for step in first["loc"][1:]:  # the first is where it came from; some name a union's branch
         if not isinstance(body, dict) and not (isinstance(body, list) and isinstance(step, int)):
             continue
+        lacks = first["type"] == "missing" and step is first["loc"][-1]
+        if isinstance(body, dict) and step not in body and not lacks:
+            continue
         path.append(str(step))
         body = body.get(step) if isinstance(body, dict) else body[step]
     param = ".".join(path) or None

@@ -83,6 +83,7 @@ def _turn(context: Context, request: Request, body: ChatCompletionRequest) -> Tu
         priority=-(body.priority or 0),  # vLLM's lower ones go first
         tools=body.tool_use(),
         affinity=affinity_of(request),
+        streamed=bool(body.stream),
     )
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Query, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from actors.report import prefix_digest
 from api.auth import affinity_of, agent_by_id, agent_of, tenant_of
 from api.context import Context
 from api.errors import api_error
+from api.fields import countable
 from api.request import ChatCompletionRequest
 from api.turns import length, reply_tokens
 from cluster.decisions import LOG_SIZE
@@ -29,6 +30,11 @@ class PlaceRequest(BaseModel):
     agent: str | None = Field(None, max_length=257, description="as GET /v1/agents lists it")
     n_chars: int = Field(0, ge=0, le=_MAX_CHARS)
     reply_tokens: int | None = Field(None, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _countable(cls, body: Any) -> Any:
+        return countable(body)
 
 
 def router(context: Context) -> APIRouter:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from actors.turn import Guide, SamplingParams, ToolUse
-from api.fields import JsonSchema, Strict, WholeText, mismatch, schema
+from api.fields import JsonSchema, Strict, WholeText, countable, mismatch, schema
 from api.messages import ChatMessage, check
 from api.tools import ToolChoice, Tools, tool_use
 from cluster.config import HttpConfig
@@ -119,6 +119,11 @@ class ChatCompletionRequest(Strict):
     # Accepted only where they ask for nothing.
     n: Literal[1] | None = 1
     store: Literal[False] | None = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _countable(cls, body: Any) -> Any:
+        return countable(body)
 
     @model_validator(mode="after")
     def _fits_together(self) -> ChatCompletionRequest:

@@ -15,8 +15,10 @@ MAX_TOOLS = 128
 MAX_TEXT = 1 << 20  # characters of all descriptions and schemas
 
 
-def _parameters(value: Any) -> str:
+def _parameters(value: Any) -> str | None:
     """Arguments come as an object, whatever its schema leaves open."""
+    if value is None:
+        return None
     text = schema(value)
     if value.get("type", "object") != "object":
         raise ValueError('the arguments of a function are of type "object"')
@@ -28,7 +30,7 @@ class Function(Strict):
 
     name: FunctionName
     description: WholeText | None = None
-    parameters: Annotated[str | None, BeforeValidator(lambda v: v and _parameters(v))] = None
+    parameters: Annotated[str | None, BeforeValidator(_parameters)] = None
     strict: bool | None = None
 
 

@@ -182,7 +182,7 @@ class Turns:
             self._check(deadline)  # silence until the turn's own deadline is no loss
             raise
         finally:
-            decision.actor.cancel.remote(attempt.id)  # no-op after the last item
+            decision.actor.cancel.remote(attempt.id, attempt.attempt)  # no-op after the last item
 
     def _check(self, deadline: float) -> None:
         if time.monotonic() >= deadline:
@@ -205,7 +205,7 @@ class Turns:
             ]
         if isinstance(item, Tokens) and log.accept(item):
             return [Text(item.text, len(item.ids), item.logprobs)]
-        if isinstance(item, TurnFinished) and log.accept(item):
+        if isinstance(item, TurnFinished) and item.reason != "cancelled" and log.accept(item):
             events: list[Event] = [Text(item.text, 0)] if item.text else []
             reason: Literal["stop", "length"] = "length" if item.reason == "length" else "stop"
             return [*events, Done(reason, len(log.ids))]

@@ -24,7 +24,7 @@ from rich.table import Table
 from actors.engine_settings import is_fake
 from actors.errors import ModelUnavailable
 from actors.models import open_store, parse_lora, resolve, served_name
-from cluster import bundle_cli, demo_cli, doctor, mlx_cli, place_cli, store_cli, tune_cli
+from cluster import bench_cli, bundle_cli, demo_cli, doctor, mlx_cli, place_cli, store_cli, tune_cli
 from cluster.config import ClusterConfig, load_config
 from cluster.console import console, fail, size
 from cluster.endpoint import DEFAULT_URL, Key, Url
@@ -212,6 +212,7 @@ doctor.register(app)
 demo_cli.register(app)
 bench = typer.Typer(help="Measure what the README claims.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+bench.command()(bench_cli.serve)
 mlx_cli.register(bench)
 
 

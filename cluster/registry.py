@@ -6,7 +6,7 @@ store. It grants nothing: it can be lost and rebuilt, and where it is wrong a cl
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
@@ -18,6 +18,7 @@ from storage.store import LoadedCard
 _CHARS_PER_TOKEN = 4.0  # at first: nothing is tokenized before placement
 _CHARS_SMOOTHING = 0.05
 _LEAST_CHARS = 400  # of a shorter prompt the template is too large a part
+_MAX_OVER = 256
 _MIN_NEW_TOKENS = 16  # the template's own, around a new message
 
 
@@ -57,6 +58,7 @@ class Registry:
         # Until when, by the caller's clock: an operator's migrations, and turns that run.
         self._settled: dict[AgentId, float] = {}
         self._turns: dict[AgentId, dict[str, float]] = {}
+        self._over: deque[str] = deque(maxlen=_MAX_OVER)  # turns that ended before they began
 
     def __len__(self) -> int:
         return len(self._records)
@@ -98,11 +100,15 @@ class Registry:
 
     def turn_began(self, agent: AgentId, turn_id: str, until: float) -> None:
         """Each attempt says so again; `until` bounds a turn whose end nobody tells."""
+        if turn_id in self._over:  # its client went away while it was being placed
+            self._over.remove(turn_id)
+            return
         self._turns.setdefault(agent, {})[turn_id] = until
 
     def turn_ended(self, agent: AgentId, turn_id: str) -> None:
         turns = self._turns.get(agent, {})
-        turns.pop(turn_id, None)
+        if turns.pop(turn_id, None) is None and turn_id:
+            self._over.append(turn_id)
         if not turns:
             self._turns.pop(agent, None)
 

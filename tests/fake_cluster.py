@@ -124,9 +124,9 @@ class FakeReplica:
                         if not getattr(fault, "goes_on", False):
                             return
 
-    async def cancel(self, turn_id: str) -> None:
+    async def cancel(self, turn_id: str, attempt: int | None = None) -> None:
         self.cancelled.append(turn_id)
-        await self.real.cancel(turn_id)
+        await self.real.cancel(turn_id, attempt)
 
     def close(self) -> None:
         self.real._loop.close()

@@ -18,7 +18,7 @@ import pytest
 from actors.branches import Branch
 from actors.engines.base import Chunk, Engine, Logits
 from actors.engines.fake_engine import FakeEngine, FakeVocab
-from actors.errors import EngineFault, TurnTimeout
+from actors.errors import EngineFault, InvalidRequest, TurnTimeout
 from actors.loop import LoopConfig, ReplicaLoop
 from actors.prompt import common_prefix
 from actors.scheduler import SchedulerConfig
@@ -204,14 +204,14 @@ def test_the_first_turn_is_never_asked_to_leave(loop_on: MakeLoop) -> None:
     loop = loop_on(engine)
     with together(loop):
         streams = [start(loop, [user(f"{i}")], session=f"s{i}", n=480) for i in range(8)]
-    leave_first, first_left = loop.cells._leave, []
+    leave_first, first_left = loop.cells.leave, []
 
     def leaving(turn: Any) -> None:
         running = [loop._book.by_sequence[id(s)] for s in loop.scheduler.running]
         first_left.append(turn is min(running, key=lambda t: t.began))
         leave_first(turn)
 
-    loop.cells._leave = leaving  # type: ignore[method-assign]
+    loop.cells.leave = leaving  # type: ignore[method-assign]
     for stream in streams:
         assert stream.result().reason == "length"
     assert loop.cells.preemptions >= 3
@@ -228,11 +228,11 @@ def test_the_lowest_priority_leaves_first(loop_on: MakeLoop) -> None:
     loop = loop_on(engine)
     left: list[int] = []
 
-    def leaving(turn: Any, leave: Any = loop.cells._leave) -> None:
+    def leaving(turn: Any, leave: Any = loop.cells.leave) -> None:
         left.append(turn.priority)
         leave(turn)
 
-    loop.cells._leave = leaving  # type: ignore[method-assign]
+    loop.cells.leave = leaving  # type: ignore[method-assign]
     with together(loop):
         low = start(loop, [user("low")], session="low", n=400)
         high_request = TurnRequest(
@@ -287,7 +287,7 @@ def leave(loop: ReplicaLoop) -> None:
 
     def out() -> None:
         turns = [loop._book.by_sequence[id(s)] for s in loop.scheduler.running]
-        loop.cells._leave(max(turns, key=lambda turn: turn.began))
+        loop.cells.leave(max(turns, key=lambda turn: turn.began))
         assert loop.residency.acquire(Branch(99), blocking) is not None
 
     blocking = 560
@@ -632,3 +632,24 @@ def test_two_hundred_agents_over_four_slots_of_llama_cpp(
     reference = engine(1, 1024)
     check_parted(reference, parted, total)
     reference.close()
+
+
+def test_a_turn_that_is_refused_while_others_are_placed_fails_alone(loop_on: MakeLoop) -> None:
+    """Preparing may end between the look for those that cannot run and the one for those that
+    can."""
+    loop = loop_on(FakeEngine(2, n_ctx=400, step_delay=0.01))
+    other = start(loop, [user("hello")], session="b", ignore_eos=True, n=100)
+    other.take(1)
+    waiting = loop.scheduler.waiting
+    order = waiting.order
+
+    def late() -> list[Any]:
+        for turn in waiting:
+            assert turn.prepared is None or turn.prepared.exception(WAIT) is not None
+        return order()
+
+    waiting.order = late  # type: ignore[method-assign]
+    last = start(loop, [user("x" * 500)]).result().last
+    assert isinstance(last, TurnFailed)
+    assert isinstance(last.error, InvalidRequest)
+    assert len(other.result().ids) == 100

@@ -22,6 +22,7 @@ from actors.turn import (
     SamplingParams,
     StreamItem,
     TurnFailed,
+    TurnFinished,
     TurnMoved,
     TurnRequest,
 )
@@ -606,6 +607,42 @@ def test_a_body_over_the_limit_is_refused(http: Http) -> None:
     assert post(app_module.MAX_BODY).status_code == 200
 
 
+def test_a_body_in_chunks_is_read_up_to_the_limit(http: Http) -> None:
+    sent = 0
+
+    async def chunks() -> AsyncIterator[bytes]:
+        nonlocal sent
+        yield b'{"messages": [{"role": "user", "content": "'
+        for _ in range(2 * (app_module.MAX_BODY >> 20)):
+            sent += 1 << 20
+            yield b"x" * (1 << 20)
+        yield b'"}]}'
+
+    headers = {"content-type": "application/json"}
+    refusal(http.request("POST", CHAT, content=chunks(), headers=headers), 413)
+    assert sent <= app_module.MAX_BODY + (1 << 20)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": [{}] * 200_000},
+        {"messages": HELLO, "metadata": {str(n): n for n in range(200_000)}},
+        {"messages": HELLO} | {f"x{n}": 1 for n in range(200_000)},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 70_000}]},
+    ],
+    ids=["messages", "metadata", "unknown", "parts"],
+)
+@pytest.mark.parametrize("path", [CHAT, "/v1/place"])
+def test_a_body_of_too_many_values_is_refused_at_once(
+    http: Http, path: str, body: dict[str, Any]
+) -> None:
+    """What reading it takes, no stream goes on."""
+    content = json.dumps(body).encode()
+    headers = {"content-type": "application/json"}
+    refusal(http.request("POST", path, content=content, headers=headers), 400, "body")
+
+
 # ---- agents
 
 
@@ -650,6 +687,8 @@ def test_an_agents_path_cannot_leave_its_folder(http: Http, agent: str) -> None:
 
 
 def test_an_agent_that_speaks_cannot_be_deleted(http: Http) -> None:
+    http.a.real._loop.engine._delay = 0.005  # s a step: else it may be through before
+
     async def go() -> None:
         slow = [{"role": "user", "content": "Go on."}]
         body = {"messages": slow, "max_tokens": 400, "stop": ["#"], "temperature": 2, "seed": 1}
@@ -763,6 +802,7 @@ FAULTS = {
     "store": failed(StoreUnavailable("file:///x", "full")),
     "finished at a wrong index": lambda r, n: Stray(0, 3, end=True)(r, n),
     "finished another attempt": lambda r, n: Stray(1, 0, end=True)(r, n),
+    "cancelled by nobody": lambda r, n: [TurnFinished(r.attempt, n, "", "cancelled")],
     "moved": lambda r, n: [TurnMoved(r.attempt)],
     "moved, raised": AgentMoved("frozen"),
     "silent": _silence,

@@ -74,7 +74,6 @@ def test_the_replica_is_killed_while_it_speaks(healthy: Up, undisturbed: Stream)
     assert stream.usage is not None
     assert undisturbed.usage is not None
     assert stream.usage.prompt == undisturbed.usage.prompt
-    assert stream.usage.cached == undisturbed.usage.cached == 0
     check_next_turn(healthy, "replica", stream, 100)
 
 
@@ -116,7 +115,8 @@ def test_the_raylet_is_killed_and_its_node_comes_back(healthy: Up, undisturbed: 
         text = stream.rest()
     assert failovers(healthy) > before, "the reply ended before the replica did"
     assert text == undisturbed.text
-    assert stream.usage == undisturbed.usage
+    assert undisturbed.usage is not None
+    assert stream.usage.completion == undisturbed.usage.completion
     assert check_next_turn(healthy, "raylet", stream, 300) != stream.node
 
     def revived() -> bool:

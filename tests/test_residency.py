@@ -1,6 +1,9 @@
 """Who sits in the engine's sequences: reservations, the oldest idle one leaves, no leaks."""
 
 import random
+import sys
+import threading
+import time
 
 import pytest
 
@@ -247,3 +250,27 @@ def test_random_use_never_gives_one_place_twice(seed: int) -> None:
     assert residency.cells_used == 0
     places = [residency.acquire(Branch(i), 1) for i in range(5)]
     assert sorted(x for x in places if x is not None) == [0, 1, 2, 3]
+
+
+def test_reports_read_while_sequences_come_and_go() -> None:
+    residency = Residency(engine := engine_of(16, 4000))
+    before, stop = sys.getswitchinterval(), threading.Event()
+
+    def churn() -> None:
+        while not stop.is_set():
+            for number in range(12):
+                parked(residency, engine, number, 1)
+            residency.evict_idle()
+
+    thread = threading.Thread(target=churn)
+    sys.setswitchinterval(1e-5)
+    thread.start()
+    try:
+        nobody, until = Branch(99), time.monotonic() + 2.0
+        while time.monotonic() < until:
+            assert residency.find(nobody) is None
+            assert 0 <= residency.cells_used <= 4000
+    finally:
+        stop.set()
+        thread.join()
+        sys.setswitchinterval(before)

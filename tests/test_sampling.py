@@ -353,3 +353,42 @@ def test_an_impossible_token_has_a_number_too() -> None:
     told = Sampler(SamplingParams(logprobs=3), WideVocab(3), [], []).logprob(logits, 1)
     assert told.logprob == -9999.0
     assert all(math.isfinite(x) for _, x in told.top)
+
+
+def plain_heaviest(logits: np.ndarray, k: int) -> np.ndarray:
+    """By sorting everything."""
+    return np.sort(np.argsort(-logits, kind="stable")[:k])
+
+
+def plain_nucleus(logits: np.ndarray, top_p: float) -> np.ndarray:
+    order = np.argsort(-logits, kind="stable")
+    weights = np.exp(logits - logits.max())
+    wanted = top_p * weights.sum(dtype=np.float64)
+    mass = weights[order].astype(np.float64).cumsum()
+    return np.sort(order[: min(int(np.searchsorted(mass, wanted)) + 1, len(order))])
+
+
+@pytest.mark.parametrize("n_vocab", [3, 320, 1100, 49152])
+@pytest.mark.parametrize("form", ["flat", "peaked", "wide", "tied", "banned", "equal"])
+def test_top_k_and_top_p_leave_what_sorting_everything_leaves(form: str, n_vocab: int) -> None:
+    rng = np.random.default_rng(n_vocab)
+    scale = {"flat": 0.01, "wide": 12.0}.get(form, 3.0)
+    logits = rng.normal(0, scale, n_vocab).astype(np.float32)
+    if form == "tied":
+        logits = np.round(logits)
+    elif form == "banned":
+        logits[rng.random(n_vocab) < 0.5] = -np.inf
+        logits[0] = 1
+    elif form == "equal":
+        logits[:] = 1.5
+    elif form == "peaked":
+        logits[:3] += 10
+    for top_p in (1e-6, 0.3, 0.5, 0.9, 0.95, 0.999, 1 - 1e-9):
+        kept = truncated(logits, SamplingParams(top_p=top_p))
+        assert kept is not None
+        assert kept.tolist() == plain_nucleus(logits, top_p).tolist(), top_p
+    for k in {1, 2, 40, 600, n_vocab - 1}:
+        if k < n_vocab:
+            kept = truncated(logits, SamplingParams(top_k=k))
+            assert kept is not None
+            assert kept.tolist() == plain_heaviest(logits, k).tolist(), k

@@ -1,5 +1,6 @@
 """Speculative decoding changes how many steps a reply takes, and nothing else."""
 
+import gc
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -15,6 +16,7 @@ from actors.branches import Branch
 from actors.cells import Cells
 from actors.config import ReplicaConfig
 from actors.draft_model import DraftModel, check_draft
+from actors.drafts import NGrams
 from actors.engines.base import Chunk, Engine, Logits
 from actors.engines.fake_engine import FakeEngine, FakeVocab
 from actors.errors import EngineFault, ModelUnavailable
@@ -306,10 +308,10 @@ def test_a_failed_replica_s_turn_goes_on_elsewhere_the_same(loop_on: MakeLoop) -
 
 def test_no_drafts_where_cells_are_short(loop_on: MakeLoop) -> None:
     """The engine refuses a step that it has no cells for, and with it every turn."""
-    engine = Counting(2, 400, n_cells=400)
+    engine = Counting(2, 400, n_cells=400, step_delay=0.01)
     loop = loop_on(engine, kind="ngram")
-    streams = [start(loop, [user("la la lo " * 14)], session=f"s{i}", turn_id=f"t{i}", n=100,
-                     guide=REFRAIN) for i in range(2)]  # fmt: skip
+    streams = [start(loop, [user(f"{i} " + "la la lo " * 14)], session=f"s{i}", turn_id=f"t{i}",
+                     n=100, guide=REFRAIN) for i in range(2)]  # fmt: skip
     assert [stream.result().reason for stream in streams] == ["length", "length"]
     assert engine.most_drafted == K
     assert loop.cells.preemptions > 0
@@ -510,6 +512,16 @@ def test_turns_go_on_when_the_draft_model_fails(loop_on: MakeLoop) -> None:
     loop = loop_on(FakeEngine(), "drafted", draft=Failing())
     assert run(loop, ASKED, n=150, ignore_eos=True).ids == expected.ids
     assert loop.served["draft_tokens"] > 0
+
+
+def test_no_index_of_a_turn_is_left_when_it_has_ended(loop_on: MakeLoop) -> None:
+    loop = loop_on(FakeEngine(), kind="ngram")
+    run(loop, ASKED, n=40, ignore_eos=True)
+    assert loop.speculator.drafted
+    start(loop, ASKED, session="b", n=300, ignore_eos=True, turn_id="b").take(1)
+    loop.cancel("b")
+    settle(loop)
+    assert not [o for o in gc.get_objects() if isinstance(o, NGrams) and o._indexed]
 
 
 def test_a_draft_of_another_vocabulary_is_refused() -> None:

@@ -671,3 +671,43 @@ def test_a_real_model_calls_and_goes_on(smollm2: Engine, tmp_path: Path) -> None
     finally:
         loop.close()
         smollm2.close = close  # type: ignore[method-assign]
+
+
+HALF = "\\ud83d"  # of a character, as JSON escapes it
+
+
+@pytest.mark.parametrize("source", [s for s, _ in KNOWN.values()], ids=KNOWN)
+def test_half_a_character_in_a_schema_or_in_arguments_can_be_read(source: str) -> None:
+    """A model may write it, and its call has to come back."""
+    template = template_of(source)
+    shown = tool("ping", {"type": "object", "description": json.loads(f'"{HALF}"')})
+    asked = [{"role": "user", "content": "x"}, called([("ping", f'{{"a": "{HALF}"}}')])]
+    ids = template.encode([*asked, result("pong")], (), [shown])
+    assert "pong" in bytes(i for i in ids if i < 256).decode()
+
+
+def test_arguments_nested_too_deeply_are_another_call() -> None:
+    template = template_of(QWEN)
+    deep = '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    text = template.tools.form.text([("ping", deep)])
+    reply = EmittedReply(odd(text), text, "")
+    messages = [{"role": "user", "content": "x"}, called([("ping", '{"a": 1}')]), result("pong")]
+    assert template.encode(messages, [reply]) == template.encode(messages, [])
+
+
+def test_a_reply_is_read_once_however_many_messages_might_repeat_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    template = template_of(QWEN)
+    texts = [template.tools.form.text([("ping", f'{{"a": {n}}}')]) for n in range(5)]
+    replies = [EmittedReply(odd(text), text, "") for text in texts]
+    read: list[str] = []
+
+    def counted(form: CallFormat, text: str) -> Any:
+        read.append(text)
+        return parse(form, text)
+
+    monkeypatch.setattr("actors.prompt.parse", counted)
+    said = [m for n in range(50) for m in (called([("pong", "{}")], first=n), result("x", n))]
+    template.encode([{"role": "user", "content": "x"}, *said], replies)
+    assert len(read) == 5

@@ -301,6 +301,7 @@ def called(**changes: Any) -> dict[str, Any]:
         (tools({"name": "a"}, {"name": "a"}), "tools.1.function.name"),
         (tools({"name": "a", "more": 1}), "tools.0.function.more"),
         (tools({"name": "a", "parameters": []}), "tools.0.function.parameters"),
+        (tools({"name": "a", "parameters": ""}), "tools.0.function.parameters"),
         (tools({"name": "a", "parameters": {"type": "string"}}), "tools.0.function.parameters"),
         (tools({"name": "a", "description": "x" * MAX_TEXT}), "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
@@ -490,3 +491,11 @@ def test_the_sdks_error_names_the_tool(http: Http) -> None:
         assert caught.value.param == "tools[0].function.parameters"
 
     with_sdk(http, work)
+
+
+def test_a_schema_may_be_empty(http: Http) -> None:
+    """Any arguments, as JSON schema has it."""
+    body = tools({"name": "ping", "parameters": {}}) | {"tool_choice": "required"}
+    assert http.chat(**body, max_tokens=4).status_code == 200
+    (request,) = [*http.a.requests, *http.b.requests]
+    assert request.tools == ToolUse((Tool("ping", None, "{}"),), "required")

@@ -1,27 +1,39 @@
-"""One llama_batch, filled in place: its arrays as numpy views."""
+"""One llama_batch, filled in place: its arrays are numpy's."""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import Any
 
 import llama_cpp as llama
 import numpy as np
+from numpy.typing import NDArray
 
 from actors.engines.base import Chunk
 from actors.errors import EngineFault
 
 
 class Batch:
-    """`raw` is what llama_decode takes."""
+    """`raw` is what llama_decode takes; it points into arrays that live as long as this."""
 
     def __init__(self, size: int) -> None:
         """size: tokens it can hold."""
-        self.raw: Any = llama.llama_batch_init(size, 0, 1)
-        self._tokens = np.ctypeslib.as_array(self.raw.token, (size,))
-        self._positions = np.ctypeslib.as_array(self.raw.pos, (size,))
-        self._wanted = np.ctypeslib.as_array(self.raw.logits, (size,))
-        np.ctypeslib.as_array(self.raw.n_seq_id, (size,))[:] = 1
+        self._tokens = np.zeros(size, np.int32)
+        self._positions = np.zeros(size, np.int32)
+        self._wanted = np.zeros(size, np.int8)
+        self._seq_ids = np.zeros(size, np.int32)
+        self._n_seq_ids = np.ones(size, np.int32)
+        # llama.cpp takes a list of sequences for each token: all are of one, in _seq_ids
+        first = self._seq_ids.ctypes.data
+        self._lists = first + np.arange(size, dtype=np.uintp) * self._seq_ids.itemsize
+        self.raw: Any = llama.llama_batch(
+            token=_pointer(self._tokens, ctypes.c_int32),
+            pos=_pointer(self._positions, ctypes.c_int32),
+            n_seq_id=_pointer(self._n_seq_ids, ctypes.c_int32),
+            seq_id=_pointer(self._lists, ctypes.POINTER(ctypes.c_int32)),
+            logits=_pointer(self._wanted, ctypes.c_int8),
+        )
 
     def fill(self, chunks: Sequence[Chunk]) -> tuple[int, dict[int, range]]:
         """(number of tokens, seq_id -> places of the tokens whose logits are wanted). Raises
@@ -35,8 +47,7 @@ class Batch:
             end = n + len(chunk.token_ids)
             self._tokens[n:end] = chunk.token_ids
             self._positions[n:end] = np.arange(chunk.start, chunk.start + end - n)
-            for i in range(n, end):
-                self.raw.seq_id[i][0] = chunk.seq_id
+            self._seq_ids[n:end] = chunk.seq_id
             if chunk.n_logits:
                 self._wanted[end - chunk.n_logits : end] = 1
                 places[chunk.seq_id] = range(end - chunk.n_logits, end)
@@ -44,5 +55,6 @@ class Batch:
         self.raw.n_tokens = n
         return n, places
 
-    def free(self) -> None:
-        llama.llama_batch_free(self.raw)
+
+def _pointer(array: NDArray[Any], kind: Any) -> Any:
+    return array.ctypes.data_as(ctypes.POINTER(kind))

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -79,6 +80,7 @@ class LlamaEngine:
         llama.llama_log_set(_log, ctypes.c_void_p(0))
         llama.llama_backend_init()
         self._context: Any = None
+        self.compute_s = 0.0  # in llama_decode, since the start
         self._model: Any = open_model(path)
         spec, self._rope = llama_spec.read(self._model, path)  # refuses before the file is hashed
         self.key = CompatibilityKey(
@@ -157,7 +159,9 @@ class LlamaEngine:
         for chunk in chunks:
             self._check_start(chunk)
         n, places = self._batch.fill(chunks)
+        began = time.perf_counter()
         code = llama.llama_decode(self._context, self._batch.raw)
+        self.compute_s += time.perf_counter() - began
         for chunk in chunks:
             if code:  # part of the batch may be computed: a failed step leaves nothing
                 llama.llama_memory_seq_rm(self._memory, chunk.seq_id, chunk.start, -1)
@@ -296,7 +300,6 @@ class LlamaEngine:
 
     def _free_context(self) -> None:
         if self._context:
-            self._batch.free()
             llama.llama_free(self._context)
             self._context = None
 

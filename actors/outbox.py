@@ -1,0 +1,49 @@
+"""Between the engine's thread and the event loop: a turn's items on their way out.
+
+Passing every token on by itself costs more than computing the next one is worth on a small machine:
+tokens wait for company, but never long, and the first one not at all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+
+from actors.turn import StreamItem, Tokens
+
+
+class Outbox:
+    """`put` from any thread, `take` on the event loop that made it. `interval()` is how many
+    seconds tokens may wait for the next ones; asked once per list of items."""
+
+    def __init__(self, interval: Callable[[], float]) -> None:
+        self._interval = interval
+        self._here = asyncio.get_running_loop()
+        self._items: deque[StreamItem] = deque()
+        self._ready = asyncio.Event()
+        self._armed = False
+        self._not_before = 0.0  # when tokens leave next, by the event loop's clock
+
+    def put(self, item: StreamItem) -> None:
+        self._items.append(item)
+        if not isinstance(item, Tokens):
+            self._here.call_soon_threadsafe(self._ready.set)
+        elif not self._armed:
+            self._armed = True
+            self._here.call_soon_threadsafe(self._arm)
+
+    def _arm(self) -> None:
+        self._here.call_at(self._not_before, self._ready.set)
+
+    async def take(self) -> list[StreamItem]:
+        """The items that have come since, at least one."""
+        while True:
+            await self._ready.wait()
+            self._ready.clear()
+            self._armed = False  # what is put from here on arms again
+            items = [self._items.popleft() for _ in range(len(self._items))]
+            if any(isinstance(item, Tokens) for item in items):
+                self._not_before = self._here.time() + self._interval()
+            if items:
+                return items
