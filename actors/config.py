@@ -15,8 +15,8 @@ class ReplicaConfig:
     codec: str = "q4"
     engine: str = "auto"  # "llama.cpp", "mlx"; auto: mlx for MLX directories, llama.cpp for GGUFs
     profile: str = "default"  # "auto": what is not set below is measured at the first start
-    # of the engine's cells: f16, q8_0, q4_0; the q4 codec's codes as they are stored: "q4_1"
-    # (llama.cpp), "q4" (mlx)
+    # of the engine's cells: f16; llama.cpp: q8_0, q4_0, or "q4_1", the q4 codec's codes as they
+    # are stored; mlx: "q4", the same codes
     kv_type: str = "auto"  # the profile's
     flash_attention: str = "auto"  # on, off; the profile's
     ubatch: int = 0  # tokens the engine computes at once; 0: the profile's

@@ -15,7 +15,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -25,8 +24,9 @@ from urllib.parse import parse_qsl
 
 from actors.config import ReplicaConfig
 from actors.draft_model import check_draft
+from actors.engine_settings import check_engine, default_options, engine_of, is_fake, is_mlx
 from actors.engines.base import Engine
-from actors.engines.options import KV_TYPES, MAX_UBATCH, EngineOptions
+from actors.engines.options import EngineOptions
 from actors.errors import ModelUnavailable
 from actors.speculation import Kind, SpeculationConfig
 from actors.tuned import Source, Tunable, open_tuned
@@ -39,10 +39,6 @@ from storage.store import CacheStore
 
 _GGUF_MAGIC = b"GGUF"
 _MLX_FILES = ["*.json", "*.jinja", "model*.safetensors"]
-
-
-def is_fake(model: str) -> bool:
-    return model.startswith("fake://")
 
 
 def served_name(model: str) -> str:
@@ -75,10 +71,6 @@ def resolve(model: str) -> Path:
     return path
 
 
-def is_mlx(path: Path) -> bool:
-    return path.is_dir() and (path / "config.json").exists()
-
-
 def _in_package(model: str) -> Path:
     package, _, name = model.removeprefix("pkg://").partition("/")
     try:
@@ -109,72 +101,6 @@ def _from_hub(model: str) -> Path:
     except Exception as error:  # the hub's errors, the network's, and the cache's
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ModelUnavailable(f"{model}: cannot be fetched ({reason})") from error
-
-
-def check_engine(config: ReplicaConfig) -> None:
-    """Raises ValueError for an engine that the rest of the configuration does not allow."""
-    if config.engine not in ("auto", "llama.cpp", "mlx"):
-        raise ValueError(f"engine = {config.engine!r}: auto, llama.cpp or mlx")
-    if config.profile not in ("default", "auto"):
-        raise ValueError(f"profile = {config.profile!r}: default or auto")
-    if config.flash_attention not in ("auto", "on", "off"):
-        raise ValueError(f"flash_attention = {config.flash_attention!r}: auto, on or off")
-    if config.kv_budget and config.profile != "auto":
-        raise ValueError("kv_budget: wants profile = 'auto'")
-    _check_cells(config)
-    if is_fake(config.model):
-        _check_fake(config)
-    elif config.engine == "mlx":
-        _check_mlx(config)
-
-
-def _check_cells(config: ReplicaConfig) -> None:
-    kind = config.kv_type
-    if kind not in ("auto", "q4", *KV_TYPES):
-        raise ValueError(f"kv_type = {kind!r}: auto, {', '.join(KV_TYPES)}, or q4 with mlx")
-    if kind in ("q4_1", "q4") and config.codec != "q4":
-        raise ValueError(f"kv_type = {kind}: wants codec = 'q4', not {config.codec!r}")
-    owner = _cells_of(kind)
-    if owner is not None and config.engine not in ("auto", owner):
-        raise ValueError(f"kv_type = {kind}: cells of {owner}, not of {config.engine}")
-    if kind != "q4":
-        default_options(config).check()
-
-
-def _cells_of(kv_type: str) -> str | None:
-    """The only engine that has such cells."""
-    if kv_type in ("auto", "f16"):
-        return None
-    return "mlx" if kv_type == "q4" else "llama.cpp"
-
-
-def _check_mlx(config: ReplicaConfig) -> None:
-    made = {
-        "profile": config.profile != "default",
-        "flash_attention": config.flash_attention != "auto",
-        "ubatch": config.ubatch != 0,
-        "lora": config.lora != "",
-    }
-    for name in (name for name, is_set in made.items() if is_set):
-        raise ValueError(f"{name}: a setting of llama.cpp, not of the mlx engine")
-
-
-def _check_fake(config: ReplicaConfig) -> None:
-    if config.kv_type not in ("auto", "f16"):
-        raise ValueError(f"kv_type = {config.kv_type}: the fake engine has no such cells")
-    if config.profile == "auto" or config.flash_attention != "auto" or config.ubatch:
-        reason = "the fake engine computes in one way only"
-        raise ValueError(f"profile = auto, flash_attention, ubatch: {reason}")
-
-
-def default_options(config: ReplicaConfig) -> EngineOptions:
-    """Of the profile "default", with the settings that are made."""
-    return EngineOptions(
-        threads=config.threads or config.cores or os.cpu_count() or 1,
-        flash_attention=config.flash_attention != "off",
-        kv_type="f16" if config.kv_type == "auto" else config.kv_type,
-        ubatch=config.ubatch or MAX_UBATCH,
-    )
 
 
 def parse_lora(text: str) -> tuple[str, float]:
@@ -222,7 +148,14 @@ def open_draft(config: ReplicaConfig, engine: Engine) -> Engine | None:
     if speculation_of(config).kind != "draft":
         return None
     draft = open_engine(
-        replace(config, model=config.draft_model, kv_type="f16", profile="default", lora="")
+        replace(
+            config,
+            model=config.draft_model,
+            engine="auto",
+            kv_type="f16",
+            profile="default",
+            lora="",
+        )
     )
     try:
         check_draft(engine, draft)
@@ -262,7 +195,7 @@ def _open_engine(
         engine = FakeEngine(config.slots, config.n_ctx, step_delay=per_step, token_delay=per_token)
         return engine, None
     path, n_cells = resolve(config.model), config.cells or config.slots * config.n_ctx
-    if _is_for_mlx(config, path):
+    if engine_of(config, path) == "mlx":
         return _open_mlx(path, config, n_cells), None
     options = default_options(config)
     if config.profile == "default":
@@ -275,21 +208,6 @@ def _open_engine(
         path.stat().st_size,
     )
     return open_tuned(config, source, again=again, seconds=seconds)
-
-
-def _is_for_mlx(config: ReplicaConfig, path: Path) -> bool:
-    engine = config.engine if config.engine != "auto" else "mlx" if is_mlx(path) else "llama.cpp"
-    if engine == "llama.cpp" and is_mlx(path):
-        raise ModelUnavailable(f"{config.model}: an MLX directory needs engine = 'mlx'")
-    owner = _cells_of(config.kv_type)
-    if owner not in (None, engine):
-        raise ModelUnavailable(f"kv_type = {config.kv_type}: the {engine} engine has no such cells")
-    if engine == "mlx":
-        try:
-            _check_mlx(config)
-        except ValueError as error:
-            raise ModelUnavailable(str(error)) from error
-    return engine == "mlx"
 
 
 def _identity(path: Path) -> dict[str, str]:

@@ -1,5 +1,5 @@
-"""kvferry up | status | agents | migrate | place | export | import | verify | gc | tune | demo
-| bench.
+"""kvferry up | status | agents | migrate | place | export | import | verify | gc | tune | doctor
+| demo | bench.
 
 `up` owns a local cluster; `export`, `import`, `verify`, `gc` and `agents --bytes` work on a store
 (see `bundle_cli`, `store_cli`); everything else speaks HTTP to a running cluster. What a command
@@ -21,9 +21,10 @@ import httpx
 import typer
 from rich.table import Table
 
+from actors.engine_settings import is_fake
 from actors.errors import ModelUnavailable
-from actors.models import is_fake, open_store, parse_lora, resolve, served_name
-from cluster import bench_cli, bundle_cli, mlx_cli, place_cli, store_cli, tune_cli
+from actors.models import open_store, parse_lora, resolve, served_name
+from cluster import bench_cli, bundle_cli, demo_cli, doctor, mlx_cli, place_cli, store_cli, tune_cli
 from cluster.config import ClusterConfig, load_config
 from cluster.console import console, fail, size
 from cluster.endpoint import DEFAULT_URL, Key, Url
@@ -51,12 +52,15 @@ def up(
     store: Annotated[str | None, typer.Option(help="Directory or URL of the store.")] = None,
     codec: Annotated[str | None, typer.Option(help="q4, k8v4, q8 or f16.")] = None,
     slots: Annotated[int | None, typer.Option(help="Sequences per replica.")] = None,
+    engines: Annotated[
+        str | None, typer.Option(help="Of the nodes in turn: llama.cpp,mlx.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="A TOML file of settings.")] = None,
 ) -> None:
     """Start a local cluster and serve until Ctrl-C."""
     flags = {
         "model": model, "nodes": nodes, "host": host, "port": port,
-        "store": store, "codec": codec, "slots": slots,
+        "store": store, "codec": codec, "slots": slots, "engines": engines,
     }  # fmt: skip
     settings = _settings(config, flags)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
@@ -198,22 +202,14 @@ def migrate(
     )
 
 
-@app.command()
-def demo(
-    url: Url = DEFAULT_URL,
-    api_key: Key = "",
-    tokens: Annotated[int, typer.Option(min=64, help="Context of each agent.")] = 1200,
-) -> None:
-    """Four agents, two rounds, a migration, and the death of the node that is speaking."""
-    raise typer.Exit(importlib.import_module("bench.demo").run(url, api_key, tokens))
-
-
 app.command("export")(bundle_cli.export)
 app.command("import")(bundle_cli.import_)
 app.command("place")(place_cli.place)
 
 store_cli.register(app)
 tune_cli.register(app)
+doctor.register(app)
+demo_cli.register(app)
 bench = typer.Typer(help="Measure what the README claims.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 bench.command()(bench_cli.serve)

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from actors.config import ReplicaConfig
-from actors.models import check_engine, check_lora, speculation_of
+from actors.engine_settings import check_engine
+from actors.models import check_lora, speculation_of
 from cluster.errors import ConfigError
 from cluster.placement import PlacementConfig
 from storage.card import TENANT_PATTERN
@@ -48,6 +49,7 @@ class ClusterConfig:
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     retention: RetentionPolicy = field(default_factory=RetentionPolicy)
     nodes: int = 2  # device nodes of a local cluster (kvferry up)
+    engines: str = ""  # of its nodes in turn, "llama.cpp,mlx"; "": `engine` on all of them
     gc_interval_s: float = 3600.0  # between two rounds of upkeep of `kvferry up`; 0: never
 
 
@@ -90,9 +92,12 @@ _SECTIONS: dict[str, Any] = {
 }
 
 
+_OWN = ("nodes", "engines", "gc_interval_s")  # of ClusterConfig itself
+
+
 def _known() -> dict[str, Any]:
     """Setting name -> its default."""
-    known = {"nodes": ClusterConfig().nodes, "gc_interval_s": ClusterConfig().gc_interval_s}
+    known: dict[str, Any] = {name: getattr(ClusterConfig(), name) for name in _OWN}
     for section in _SECTIONS.values():
         known |= {f.name: getattr(section, f.name) for f in fields(section)}
     return known
@@ -170,7 +175,16 @@ def _compose(values: Mapping[str, Any]) -> ClusterConfig:
         name: replace(section, **{f.name: values[f.name] for f in fields(section)})
         for name, section in _SECTIONS.items()
     }
-    return ClusterConfig(nodes=values["nodes"], gc_interval_s=values["gc_interval_s"], **sections)
+    return ClusterConfig(**{name: values[name] for name in _OWN}, **sections)
+
+
+def check_engines(config: ClusterConfig) -> None:
+    """Raises ValueError for engines that some node could not have."""
+    names = config.engines.split(",") if config.engines else []
+    if len(names) > config.nodes:
+        raise ValueError(f"engines = {config.engines}: more of them than the {config.nodes} nodes")
+    for name in names:
+        check_engine(replace(config.replica, engine=name))
 
 
 def _validate(config: ClusterConfig) -> None:
@@ -218,6 +232,7 @@ def _validate(config: ClusterConfig) -> None:
         raise ConfigError(f"codec = {replica.codec!r}: known codecs are {', '.join(CODECS)}")
     try:
         check_engine(replica)
+        check_engines(config)
         check_lora(replica)
         speculation_of(replica)
         CacheStore(replica.store)

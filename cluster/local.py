@@ -27,6 +27,7 @@ _FLUSH_TIMEOUT_S = 20.0
 _ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",  # Ray listens on the machine's address, too
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",  # macOS: more than one node
     "RAY_BACKEND_LOG_LEVEL": "error",  # a node that dies is news of one line, and it is ours
     "OMP_WAIT_POLICY": "passive",
     "RAY_health_check_period_ms": "1000",  # a dead node is noticed in 5 s; the default takes 15
@@ -92,6 +93,9 @@ class LocalCluster:
 
     def _add(self, name: str) -> None:
         arguments = _node_arguments(name)
+        if engines := self.config.engines.split(",") if self.config.engines else []:
+            number = int(name.removeprefix("node-")) - 1
+            arguments["labels"]["kvferry.io/engine"] = engines[number % len(engines)]
         self._nodes[name] = self._cluster.add_node(
             num_cpus=1, resources={"kvferry_device": 1}, **arguments
         )

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 NAMESPACE = "kvferry"
 DEVICE = "kvferry_device"  # the Ray resource of a node that carries a device
 NODE_LABEL = "kvferry.io/node"  # optional Ray label: the node's name, else its host name
+ENGINE_LABEL = "kvferry.io/engine"  # optional Ray label: the node's engine, else the configured one
 _LOAD_TIMEOUT_S = 300.0
 _STATUS_TIMEOUT_S = 3.0
 _TICK_S = 0.5
@@ -43,6 +44,7 @@ class Node:
     ray_id: str
     address: str
     has_device: bool
+    engine: str = ""  # its own, if it has one
 
 
 @dataclass(eq=False)
@@ -116,6 +118,7 @@ class ReplicaPool:
 
     def _start(self, node: Node) -> Any:
         actor = ray.remote(ModelReplica)
+        config = replace(self.config, engine=node.engine) if node.engine else self.config
         return actor.options(
             name=f"replica-{node.ray_id}",
             namespace=NAMESPACE,
@@ -125,7 +128,7 @@ class ReplicaPool:
             resources={DEVICE: 1},
             scheduling_strategy=NodeAffinitySchedulingStrategy(node.ray_id, soft=False),
             max_concurrency=1000,
-        ).remote(self.config, node.id)
+        ).remote(config, node.id)
 
     async def _watch(self, replica: Replica) -> None:
         """Ask for a report twice a second, until the replica is gone."""
@@ -205,6 +208,10 @@ def _named(entries: list[dict[str, Any]]) -> dict[str, Node]:
         if name in nodes:
             name = f"{name}-{entry['NodeID'][:8]}"
         nodes[name] = Node(
-            name, entry["NodeID"], entry["NodeManagerAddress"], DEVICE in entry["Resources"]
+            name,
+            entry["NodeID"],
+            entry["NodeManagerAddress"],
+            DEVICE in entry["Resources"],
+            entry.get("Labels", {}).get(ENGINE_LABEL, ""),
         )
     return nodes
