@@ -25,7 +25,7 @@ from actors.rates import Rates
 from actors.residency import Residency
 from storage.card import AgentId
 from storage.codec import Tensors, count_rows
-from storage.spec import KVRows
+from storage.spec import KVRows, Part
 
 T = TypeVar("T")
 _LOOP_S = 30.0  # for the loop to take a block
@@ -85,7 +85,7 @@ class Preloader:
             return Fetched(0, 0, 0, speed)
         branch, rows = memory.branches[0], self._memory.rows
         preload, begin = self._on_loop(partial(self._begin, agent, branch))
-        n_bytes, at, loads = rows.away_bytes(memory, branch), begin, True
+        n_bytes, at, loads = self._away_bytes(agent, branch), begin, True
         for full, sliding in rows.read(memory, branch, branch.rows, begin):
             if loads:
                 loadable = self._loadable(full, sliding)
@@ -93,6 +93,18 @@ class Preloader:
             at += count_rows(full)
         loaded = self._on_loop(partial(self._loaded, preload))
         return Fetched(at, loaded, n_bytes, speed)
+
+    def _away_bytes(self, agent: AgentId, branch: Branch) -> int:
+        """Of the branch's stored rows that are not on this node."""
+        pool, local = self._memory.tiers.pool, self._memory.tiers.local
+        parts: tuple[Part, ...] = ("full", "sliding")
+        total = 0
+        for ref in (run.stored("shared") for run in branch.runs):
+            for part in (part for part in parts if part in ref.parts):
+                here = local is not None and local.has(agent.tenant, ref, part)
+                if not here and not pool.size_of((ref.id, part)):
+                    total += ref.parts[part].size
+        return total
 
     def _on_loop(self, function: Callable[[], T]) -> T:
         try:

@@ -297,18 +297,6 @@ class Rows:
         needed = (run for at, run in positions(branch) if begin < at + run.rows and at < stop)
         return all(self._tiers.pool.size_of((run.id, "full")) for run in needed)
 
-    def away_bytes(self, memory: AgentMemory, branch: Branch) -> int:
-        """Bytes of the branch's stored rows that are not on this node."""
-        pool, local, tenant = self._tiers.pool, self._tiers.local, memory.agent.tenant
-        parts: tuple[Part, ...] = ("full", "sliding")
-        total = 0
-        for ref in (run.stored("shared") for run in branch.runs):
-            for part in (part for part in parts if part in ref.parts):
-                here = local is not None and local.has(tenant, ref, part)
-                if not here and not pool.size_of((ref.id, part)):
-                    total += ref.parts[part].size
-        return total
-
     def ram_bytes(self, branches: Sequence[Branch]) -> int:
         """Bytes of the branches' rows in the pool, shared ones counted once."""
         ids = {run.id for b in branches for run in b.runs}

@@ -194,7 +194,8 @@ def migrate(
     done = _request("POST", url, f"/v1/agents/{agent}/migrate", api_key, {"target": target})
     console.print(
         f"{done['id']}: {done['source'] or 'store'} -> {done['target']}, epoch {done['epoch']}, "
-        f"frozen for {1000 * done['freeze_s']:.0f} ms"
+        f"frozen for {1000 * done['freeze_s']:.0f} of {1000 * done['total_s']:.0f} ms, "
+        f"{done['rows']} rows and {size(done['bytes'])} shipped in rounds: {done['rounds']}"
     )
 
 

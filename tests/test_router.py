@@ -254,6 +254,21 @@ def test_an_operator_moves_an_agent_whose_turn_runs(cluster: Cluster) -> None:
     assert cluster.asked == MOVED
 
 
+def test_migrations_are_counted_by_reason(cluster: Cluster) -> None:
+    cluster.migrate("b")
+    cluster.now += 60.0
+    cluster.busy(b=30.0)
+    assert cluster.place() == "a"
+    cluster.b.fault = lost()
+    with pytest.raises(MigrationFailed):
+        cluster.migrate("b")
+    told = cluster._runner.run(cluster.router.cluster())
+    assert told["migrations"] == 2
+    assert told["moves"]["by_reason"] == {"operator": 1, "placement": 1}
+    assert told["moves"]["failed"] == {"operator": 1}
+    assert told["moves"]["freeze_buckets"][-1] == ("+Inf", 2)
+
+
 def test_a_migration_that_failed_holds_nobody(cluster: Cluster) -> None:
     cluster.b.fault = lost()
     with pytest.raises(MigrationFailed):
