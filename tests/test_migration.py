@@ -3,13 +3,16 @@
 import asyncio
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import actors.replica as replica_module
+from actors.branches import AgentMemory, Branch
 from actors.config import ReplicaConfig
+from actors.coverage import missing
 from actors.engines.fake_engine import FakeEngine
 from actors.errors import AgentMoved, EngineFault
 from actors.handoff import Copied
@@ -19,8 +22,10 @@ from actors.turn import Resume, TurnFinished, TurnMoved
 from cluster import migration
 from cluster.errors import MigrationFailed
 from cluster.migration import Migration, migrate
-from storage.card import AgentId
+from storage.card import AgentId, BlockRef, BranchCard, OpenTurn, Owner, Reply
 from storage.errors import Fenced, StoreUnavailable
+from storage.spec import CompatibilityKey
+from storage.store import new_card
 from tests.fake_cluster import Handle, lost
 from tests.loops import (
     WAIT,
@@ -676,3 +681,81 @@ def test_others_decode_while_rows_are_loaded(pair_of: MakePair) -> None:
     assert len(steps) >= 4
     assert all(steps[:-1])
     stream.result()
+
+
+def test_what_a_frozen_source_still_commits_is_not_its_end(pair_of: MakePair) -> None:
+    """The target has claimed meanwhile: the release frees the cells, as it always does."""
+    pair = pair_of(fake())
+    loop = real(pair.a)._loop
+    talk(loop, [], LONG, n=5)
+    settle(loop)
+    memory = memory_of(loop)
+    loop.call(lambda: loop.handoff.freeze(AGENT)).result(WAIT).result(WAIT)
+    asyncio.run(real(pair.b).adopt(AGENT))
+    loop.memory.commit_later(memory)
+    loop.memory.settle(memory).result(WAIT)
+    assert (memory.state, state(pair.a)) == ("frozen", "frozen")
+    assert idle_cells(pair.a) == (1, 0)
+    asyncio.run(real(pair.a).release(AGENT))
+    assert idle_cells(pair.a) == (0, 0)
+    assert state(pair.a) is None
+    assert not loop.memory.faults
+
+
+# ---- what the shared store's last card lacks
+
+
+def remembered(key: CompatibilityKey) -> AgentMemory:
+    """Forty tokens, the last ten a reply, all of them in the card."""
+    branch = Branch(3, list(range(40)), [Reply(30, 40, "")], exported=39)
+    tail = (BlockRef("x", 39, {}),)
+    card = BranchCard(3, tuple(range(40)), (), tail, (Reply(30, 40, ""),), (20, 39))
+    shared = new_card(AGENT, key, "f16", Owner("a", "life"))
+    return AgentMemory(AGENT, None, "warm", [branch], shared=replace(shared, branches=(card,)))
+
+
+def speak(branch: Branch) -> None:
+    """A turn is under way: a question of five tokens, and twenty of its reply."""
+    branch.turn = OpenTurn("turn", 45)
+    branch.tokens += range(100, 125)
+
+
+HISTORY: list[Callable[[Branch], None]] = [
+    lambda branch: branch.tokens.append(7),
+    lambda branch: setattr(branch, "exported", 40),
+    lambda branch: branch.replies.append(Reply(39, 40, "")),
+    lambda branch: setattr(branch, "id", 4),
+    lambda branch: branch.tokens.__setitem__(0, 7),
+]
+
+
+def test_nothing_is_missing_of_what_a_card_says() -> None:
+    memory = remembered(FakeEngine().key)
+    assert missing(memory, {}, windows=False) == 0
+    assert missing(memory, {}, windows=True) == 0
+
+
+@pytest.mark.parametrize("change", HISTORY)
+def test_a_turn_that_is_over_is_in_the_card_or_missing(change: Callable[[Branch], None]) -> None:
+    memory = remembered(FakeEngine().key)
+    change(memory.branches[0])
+    assert missing(memory, {}, windows=False) is None
+
+
+def test_of_a_turn_under_way_rows_are_missing() -> None:
+    memory = remembered(FakeEngine().key)
+    branch = memory.branches[0]
+    speak(branch)
+    assert missing(memory, {3: 64}, windows=False) == 64 - 39
+    branch.tokens[25] = 7  # the reply before is said again
+    branch.replies = []
+    assert missing(memory, {3: 64}, windows=False) == 64 - 25
+    assert missing(memory, {3: 64}, windows=True) == 64 - 20
+    branch.replies = [Reply(29, 41, "")]
+    assert missing(memory, {3: 64}, windows=False) is None
+
+
+def test_without_a_card_all_is_missing() -> None:
+    memory = remembered(FakeEngine().key)
+    memory.shared = None
+    assert missing(memory, {}, windows=False) is None
