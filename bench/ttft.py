@@ -109,13 +109,13 @@ def _measure(
         probes = _probes(engine, lengths, runs, text)
         raw = _raw_rates(engine, probes)
         row_bytes = engine.f16_row_bytes
-    with _cluster(settings, store) as cluster:
+    with running_cluster(settings, store) as cluster:
         for number, probe in enumerate(probes):
             _progress(f"{probe.length} tokens: agent {number % runs + 1} of {runs}")
             _first_turns(cluster, probe)
     _progress("restarting the cluster")
     drop_pages(store)
-    with _cluster(settings, store) as cluster:
+    with running_cluster(settings, store) as cluster:
         for probe in probes:
             _turn(cluster, probe, "restarted", {"warm", "remote"})
     with RawEngine(settings.replica) as engine:
@@ -172,7 +172,8 @@ def _raw_rates(engine: RawEngine, probes: list[Probe]) -> dict[int, list[float]]
 
 
 @contextmanager
-def _cluster(settings: ClusterConfig, store: Path) -> Iterator[Cluster]:
+def running_cluster(settings: ClusterConfig, store: Path) -> Iterator[Cluster]:
+    """A local one on a port of its own, ready. Raises BenchFailed, ConfigError."""
     http = replace(settings.http, host="127.0.0.1", port=_free_port())
     with LocalCluster(replace(settings, http=http)) as local:
         local.serve()

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from actors.errors import ModelUnavailable
 from actors.models import is_fake, open_store, parse_lora, resolve, served_name
-from cluster import bundle_cli, place_cli, store_cli, tune_cli
+from cluster import bench_cli, bundle_cli, place_cli, store_cli, tune_cli
 from cluster.config import ClusterConfig, load_config
 from cluster.console import console, fail, size
 from cluster.endpoint import DEFAULT_URL, Key, Url
@@ -217,6 +217,7 @@ store_cli.register(app)
 tune_cli.register(app)
 bench = typer.Typer(help="Measure what the README claims.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+bench.command("migrate")(bench_cli.migrate)
 
 
 @bench.command()
@@ -229,7 +230,7 @@ def ttft(
 ) -> None:
     """Time to first token: cold, hot, warm, after a migration, after a restart; on a cluster of its
     own."""
-    lengths = _lengths(contexts)
+    lengths = bench_cli.lengths(contexts)
     try:
         settings = load_config(None, os.environ, {"model": model, "nodes": nodes})
         code = importlib.import_module("bench.ttft").run(settings, lengths, runs, text)
@@ -262,7 +263,7 @@ def residency(
     runs: Annotated[int, typer.Option(min=1, help="Runs of each measurement.")] = 3,
 ) -> None:
     """Cells of float16 against cells of q4_1 (kv_type): memory, speed, restore, KL."""
-    lengths = _lengths(contexts)
+    lengths = bench_cli.lengths(contexts)
     try:
         settings = load_config(None, os.environ, {"model": model})
         code = importlib.import_module("bench.residency").run(settings, lengths, runs)
@@ -286,13 +287,6 @@ def bench_place(
     except ConfigError as error:
         fail(str(error))
     raise typer.Exit(code)
-
-
-def _lengths(text: str) -> list[int]:
-    try:
-        return [int(length) for length in text.split(",")]
-    except ValueError:
-        fail(f"--contexts {text!r}: wants whole numbers with commas between them")
 
 
 def main() -> None:
