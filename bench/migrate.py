@@ -39,7 +39,7 @@ _GROWTH_S = 0.02  # by which a freeze may differ between contexts, for noise
 
 @dataclass(frozen=True)
 class Moved:
-    """One migration; seconds. `floor_s`: of its bytes over the link, 0 where that is not limited"""
+    """One migration; seconds. `floor_s`: of its bytes over the link; 0: no limit."""
 
     context: int  # tokens of the prompt
     freeze_s: float

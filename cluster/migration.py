@@ -29,7 +29,6 @@ from storage.errors import StorageError
 
 logger = logging.getLogger(__name__)
 _MAX_ROUNDS = 5
-_PRECOPY_S = 30.0  # for all rounds; what they miss the target reads after its claim
 _MOST_ROWS = 256  # computed again rather than stored in the freeze
 
 
@@ -67,17 +66,17 @@ async def migrate(
     target: tuple[str, Any],
     timeout: float = 10.0,
     *,
-    prefetch: bool = True,
+    prefetch_s: float = 30.0,
 ) -> Migration:
-    """(node, handle) of both; without a source the target claims what the store has. `prefetch`:
-    unless the target is to prefill.
+    """(node, handle) of both; without a source the target claims what the store has. `prefetch_s`:
+    for all rounds of pre-copy, whose rest the target reads after its claim; 0 if it is to prefill.
 
     Raises MigrationFailed; the agent is then served where its next claim succeeds.
     """
     began = time.monotonic()
     shipped = _Shipped()
-    if prefetch:
-        await _precopy(agent, source, target, timeout, shipped)
+    if prefetch_s:
+        await _precopy(agent, source, target, timeout, prefetch_s, shipped)
     froze = time.monotonic()
     frozen = source is not None and await _freeze(agent, source, shipped.most, timeout)
     try:
@@ -120,16 +119,19 @@ async def _precopy(
     source: tuple[str, Any] | None,
     target: tuple[str, Any],
     timeout: float,
+    prefetch_s: float,
     shipped: _Shipped,
 ) -> None:
     """Rounds until one has shipped few rows, or no fewer than the one before. What fails is read,
     or computed, after the claim. Raises MigrationFailed when the source is silent."""
-    deadline, before = time.monotonic() + _PRECOPY_S, None
-    while shipped.rounds < _MAX_ROUNDS and (left := deadline - time.monotonic()) > 0:
+    deadline, before = time.monotonic() + prefetch_s, None
+    while shipped.rounds < _MAX_ROUNDS and time.monotonic() < deadline:
         began = time.monotonic()
         copied = await _copied(agent, source, timeout) if source is not None else None
         store_s = time.monotonic() - began
-        fetched: Fetched | None = await _quietly(call(target[1].prefetch.remote(agent), left))
+        fetched: Fetched | None = await _quietly(
+            call(target[1].prefetch.remote(agent), deadline - time.monotonic())
+        )
         if fetched is None:
             return
         shipped.rounds += 1

@@ -37,6 +37,7 @@ ROUTER_NAME = "router"
 _CALL_TIMEOUT_S = 15.0
 _PLACE_TIMEOUT_S = 30.0  # to wait for a replica, when none is ready
 _STAY_S = 60.0  # after an operator's migration
+_WAITED_S, _UNNOTICED_S = 10.0, 30.0  # to copy ahead: while a turn waits; while the agent speaks
 
 
 @dataclass(frozen=True)
@@ -96,10 +97,10 @@ class PlacementRouter:
             choice = self._dispatch.decide(ask, replicas, stays=self._stays(agent, replicas, avoid))
             owner, target = choice.location.node, choice.node
             if persist and owner is not None and owner != target and owner in replicas:
-                prefetch = choice.placement.restore_tokens is None
+                prefetch_s = _WAITED_S if choice.placement.restore_tokens is None else 0.0
                 pair = replicas[owner], replicas[target]
                 try:
-                    await self._move(agent, *pair, "placement", prefetch=prefetch)
+                    await self._move(agent, *pair, "placement", prefetch_s)
                 except MigrationFailed as error:
                     logger.warning("agent %s stays on %s: %s", agent, owner, error)
                     choice.node, choice.move_failed = owner, str(error)
@@ -175,7 +176,7 @@ class PlacementRouter:
             if source is replica:
                 done = Migration(target, target, record.epoch, 0.0)
             else:
-                done = await self._move(agent, source, replica, "operator")
+                done = await self._move(agent, source, replica, "operator", _UNNOTICED_S)
             self._registry.settled(agent, time.monotonic() + _STAY_S)
             return done
 
@@ -185,12 +186,12 @@ class PlacementRouter:
         source: Replica | None,
         target: Replica,
         reason: Reason,
-        *,
-        prefetch: bool = True,
+        prefetch_s: float,
     ) -> Migration:
         pair = (source.node.id, source.actor) if source is not None else None
         try:
-            done = await migrate(agent, pair, (target.node.id, target.actor), prefetch=prefetch)
+            to = target.node.id, target.actor
+            done = await migrate(agent, pair, to, prefetch_s=prefetch_s)
         except MigrationFailed:
             self._moves.failed(reason)
             raise

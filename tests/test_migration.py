@@ -19,7 +19,6 @@ from actors.handoff import Copied
 from actors.preload import Fetched
 from actors.replica import ModelReplica
 from actors.turn import Resume, TurnFinished, TurnMoved
-from cluster import migration
 from cluster.errors import MigrationFailed
 from cluster.migration import Migration, migrate
 from storage.card import AgentId, BlockRef, BranchCard, OpenTurn, Owner, Reply
@@ -110,12 +109,12 @@ class Pair:
             for node, replica in zip("ab", real or (None, None), strict=True)
         )
 
-    def migrate(self, *, source: bool = True, prefetch: bool = True) -> Migration:
+    def migrate(self, *, source: bool = True, prefetch_s: float = WAIT) -> Migration:
         async def go() -> Migration:
             pair = ("a", Handle(self.a)) if source else None
             try:
                 target = ("b", Handle(self.b))
-                return await migrate(AGENT, pair, target, self.timeout_s, prefetch=prefetch)
+                return await migrate(AGENT, pair, target, self.timeout_s, prefetch_s=prefetch_s)
             finally:
                 # Calls that nobody waits for.
                 others = asyncio.all_tasks() - {asyncio.current_task()}
@@ -372,11 +371,10 @@ def test_rounds_are_bounded(lacked: list[int | None], rounds: int) -> None:
     assert pair.calls.count("b prefetch") == rounds
 
 
-def test_no_more_rounds_when_their_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(migration, "_PRECOPY_S", 0.05)
+def test_no_more_rounds_when_their_time_is_over() -> None:
     pair = Pair()
     pair.b.instead["prefetch"] = Silence()
-    assert pair.migrate().rounds == 0
+    assert pair.migrate(prefetch_s=0.05).rounds == 0
     assert pair.calls == ["a precopy", "b prefetch", "a freeze", "b adopt", "a release"]
 
 
@@ -546,7 +544,7 @@ def test_a_freeze_waits_for_the_store_where_much_is_missing(pair_of: MakePair) -
     pair = pair_of(fake())
     stream = start(real(pair.a)._loop, [user(LONG)], n=400)
     stream.take(5)
-    done = pair.migrate(prefetch=False)
+    done = pair.migrate(prefetch_s=0.0)
     assert done.rounds == 0
     moved = stream.result()
     rows = memory_of(real(pair.b)._loop).branches[0].rows
