@@ -95,7 +95,8 @@ class Branch:
 
 @dataclass(eq=False)
 class AgentMemory:
-    """`card` is the last claim or commit; None for a one-off agent, which has no claim."""
+    """`card` is the last claim or commit; None for a one-off agent, which has no claim. `shared` is
+    the last one that the shared store has."""
 
     agent: AgentId
     card: CacheCard | None
@@ -106,6 +107,7 @@ class AgentMemory:
     changed: float = field(default_factory=time.time)  # tokens, rows or card, for reports
     commits_queued: int = 0
     unsaved: bool = False  # the last commit failed
+    shared: CacheCard | None = None
 
 
 @dataclass(frozen=True)

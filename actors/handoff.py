@@ -1,7 +1,8 @@
-"""The source's side of a migration: freeze, then release or thaw. See cluster.migration.
+"""The source's side of a migration: pre-copy, freeze, then release or thaw. See cluster.migration.
 
 Runs on the loop's thread, between two steps. A frozen agent takes no step until this replica has
-itself claimed the next epoch; if the target was faster, it is released.
+itself claimed the next epoch; if the target was faster, it is released. What was copied while the
+agent ran is not copied again: a freeze waits for the store only where too much is missing there.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any
 
-from actors.book import Book
+from actors.book import Book, Turn
 from actors.branches import AgentMemory
+from actors.coverage import missing
 from actors.errors import AgentMoved
 from actors.exporter import Exporter
 from actors.memory import Memory
@@ -22,6 +25,16 @@ from storage.card import AgentId
 from storage.errors import Fenced, StorageError
 
 logger = logging.getLogger(__name__)
+FEW_ROWS = 8  # computed again sooner than stored and read
+
+
+@dataclass(frozen=True)
+class Copied:
+    """A round of pre-copy: rows of turns under way that the shared store lacked before it, and
+    after it. None: something of turns that are over, which a migration must not lose."""
+
+    lacked: int | None
+    lacks: int | None
 
 
 class Handoff:
@@ -42,19 +55,55 @@ class Handoff:
         self._timeout_s = timeout_s
         self._deadlines: dict[AgentId, float] = {}
 
-    def freeze(self, agent: AgentId) -> Future[None]:
-        """Stop the agent at this token boundary; the future is done when its card is committed.
+    def precopy(self, agent: AgentId) -> tuple[int | None, Future[None]]:
+        """While the agent runs on: hand over what the shared store lacks of it. (What that was, as
+        `missing` says; done when it has been tried). Raises AgentMoved."""
+        memory = self._owned(agent)
+        lacked = self._missing(memory)
+        return lacked, _done() if lacked == 0 else self._hand_over(memory)
+
+    def missing(self, agent: AgentId) -> int | None:
+        """Rows of turns under way that the shared store lacks; None: of turns that are over."""
+        memory = self._memory.get(agent)
+        return self._missing(memory) if memory is not None else None
+
+    def freeze(self, agent: AgentId, most: int = FEW_ROWS) -> Future[None]:
+        """Stop the agent at this token boundary. The future is done at once where the shared store
+        lacks at most so many rows, of turns under way, else when they have been handed over.
 
         Raises AgentMoved when the agent is not owned here.
         """
-        memory = self._memory.get(agent)
-        if memory is None or memory.state != "owned":
-            raise AgentMoved(f"agent {agent} is not owned here")
+        memory = self._owned(agent)
         memory.state = "frozen"
         self._deadlines[agent] = time.monotonic() + self._timeout_s
         turn = self._book.active.get(agent)
         if turn is not None and turn.sequence is not None:
             turn.sequence.paused = True
+        lacks = self._missing(memory)
+        return _done() if lacks is not None and lacks <= most else self._hand_over(memory)
+
+    def _owned(self, agent: AgentId) -> AgentMemory:
+        memory = self._memory.get(agent)
+        if memory is None or memory.state != "owned":
+            raise AgentMoved(f"agent {agent} is not owned here")
+        return memory
+
+    def _running(self, memory: AgentMemory) -> Turn | None:
+        """The agent's turn with a sequence, whose rows are kept."""
+        turn = self._book.active.get(memory.agent)
+        begun = turn is not None and turn.sequence is not None
+        return turn if turn is not None and begun and turn.ready.memory is memory else None
+
+    def _missing(self, memory: AgentMemory) -> int | None:
+        turn = self._running(memory)
+        n_rows = {}
+        if turn is not None and turn.sequence is not None:
+            n_rows[turn.ready.match.branch.id] = turn.sequence.n_rows
+        return missing(memory, n_rows, windows=self._memory.rows.windows.size > 0)
+
+    def _hand_over(self, memory: AgentMemory) -> Future[None]:
+        turn = self._running(memory)
+        if turn is not None and turn.sequence is not None:
             self._exporter.export(turn, turn.sequence.n_rows, wait=False)
             self._exporter.checkpoint(turn)
         self._memory.commit_later(memory)
@@ -107,3 +156,9 @@ class Handoff:
         turn = self._book.active.get(memory.agent)
         if turn is not None and turn.sequence is not None:
             turn.sequence.paused = False
+
+
+def _done() -> Future[None]:
+    done: Future[None] = Future()
+    done.set_result(None)
+    return done

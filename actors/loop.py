@@ -29,6 +29,7 @@ from actors.errors import AgentMoved, EngineFault
 from actors.exporter import Exporter
 from actors.handoff import Handoff
 from actors.memory import Memory
+from actors.preload import Preloader
 from actors.prepare import Preparer
 from actors.prompt import ChatTemplate
 from actors.rates import Overhead, Rates
@@ -51,6 +52,7 @@ class LoopConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     default_max_tokens: int = 1024
     freeze_timeout_s: float = 15.0  # a frozen agent then claims itself back
+    preload_timeout_s: float = 30.0  # until a preloaded agent is claimed; then it is dropped
     restore_timeout_s: float = 60.0
     step_timeout_s: float = 120.0  # a round of the loop; then it is stuck
     turn_timeout_s: float = 600.0  # a turn here, waiting included; then it fails
@@ -111,6 +113,10 @@ class ReplicaLoop:
         self.handoff = Handoff(
             memory, self._book, self.residency, self._exporter,
             self._ends.move, self.call, config.freeze_timeout_s,
+        )  # fmt: skip
+        self.preloader = Preloader(
+            engine, memory, self.residency, self._book, self.rates, self._restorer.loadable,
+            self.call, config.preload_timeout_s,
         )  # fmt: skip
         self._thread.start()
 
@@ -236,6 +242,7 @@ class ReplicaLoop:
             self._tended = now
             self._ends.tend()
             self.handoff.thaw_overdue()
+            self.preloader.drop_overdue()
 
     def _admit(self) -> bool:
         admitted = False

@@ -29,8 +29,9 @@ from actors.matching import Match
 from actors.persister import Persister
 from actors.replicator import Replicator, Snapshot
 from actors.rows import Rows
+from actors.turn import CacheState
 from storage.card import AgentId, BranchCard, CacheCard, OpenTurn, Owner
-from storage.codec import Codec, codec_parameters, count_rows
+from storage.codec import Codec, codec_parameters
 from storage.errors import Fenced, StorageError, StoreUnavailable
 from storage.local import LocalTier
 from storage.spec import CompatibilityKey
@@ -122,7 +123,8 @@ class Memory:
             note_shared(branches, card)
             card = replace(card, generation=ahead.generation, branches=ahead.branches)
         self.rows.know(branches)
-        memory = AgentMemory(agent, card, "warm" if here else "remote", branches)
+        origin: CacheState = "warm" if here else "remote"
+        memory = AgentMemory(agent, card, origin, branches, shared=claim.card)
         with self._lock:
             self._agents[agent] = memory
             self._drop_idle_records()
@@ -168,7 +170,7 @@ class Memory:
         assert memory.card is not None, "a one-off agent is never frozen"
         claim = self.store.claim(self.template(memory.agent), after=memory.card.epoch)
         with self._lock:
-            memory.card = claim.card
+            memory.card = memory.shared = claim.card
             memory.state = "owned"
 
     def one_off(self, agent: AgentId) -> AgentMemory:
@@ -251,14 +253,15 @@ class Memory:
         try:
             if self.replicator is None:
                 complete = snapshot.complete("shared", self.key.spec.window)
-                memory.card = self.store.commit(complete).card
+                memory.card = memory.shared = self.store.commit(complete).card
                 note_committed(states, memory.card)
             else:
                 memory.card = self.replicator.commit(snapshot)
             memory.unsaved = False
         except Fenced as error:
-            self.faults.count("fenced", error)
-            self.forget(memory)
+            if memory.state != "frozen":  # else its release, or its own claim, follows
+                self.faults.count("fenced", error)
+                self.forget(memory)
         except StoreUnavailable as error:
             self.faults.count("store_unavailable", error)
             memory.unsaved = True
@@ -293,17 +296,17 @@ class Memory:
         if self.replicator is not None:
             self.replicator.close(timeout)
 
-    def prefetch(self, agent: AgentId) -> int:
-        """Bring the rows of the agent's last branch into RAM, without owning it; returns how many.
-        Raises StoreUnavailable."""
+    def stored(self, agent: AgentId) -> AgentMemory | None:
+        """The agent's last branch, as the shared store has it, without owning it; None when it has
+        none, or it is owned here. Raises StoreUnavailable."""
         loaded = self.store.latest(agent, self.key)
         cards = loaded.card.branches if loaded is not None else ()
         latest = max(cards, key=lambda b: b.last_used, default=None)
         if loaded is None or latest is None or self.get(agent) is not None:
-            return 0
-        branch = branch_of(latest, "shared")
-        memory = AgentMemory(agent, loaded.card, "remote", [branch])
-        return sum(count_rows(full) for full, _ in self.rows.read(memory, branch, branch.rows))
+            return None
+        if loaded.card.codec != self.codec.name:
+            return None
+        return AgentMemory(agent, loaded.card, "remote", [branch_of(latest, "shared")])
 
     def delete(self, agent: AgentId) -> None:
         """Forget the agent here and bury it in the store. Raises Fenced, StoreUnavailable."""

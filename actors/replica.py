@@ -22,10 +22,12 @@ import storage
 from actors.branches import AgentMemory, durable_rows
 from actors.config import ReplicaConfig
 from actors.errors import ActorError, EngineFault, ModelUnavailable
+from actors.handoff import FEW_ROWS, Copied
 from actors.loop import LoopConfig, ReplicaLoop
 from actors.memory import Memory, MemoryConfig
 from actors.models import open_draft, open_local, open_profiled, open_store, speculation_of
 from actors.outbox import Outbox
+from actors.preload import Fetched
 from actors.report import (
     AgentReport,
     HeldPrefixes,
@@ -169,15 +171,35 @@ class ModelReplica:
     # ---- ownership
 
     async def adopt(self, agent: AgentId) -> int:
-        """Claim the agent; returns the epoch. Raises Fenced, StoreUnavailable."""
-        return await self._in_thread(lambda: self._memory.adopt(agent))
+        """Claim the agent; returns the epoch. What was prefetched is its, or dropped. Raises
+        Fenced, StoreUnavailable."""
+        preloader = self._loop.preloader
+        try:
+            epoch = await self._in_thread(lambda: self._memory.adopt(agent))
+        except StorageError:
+            await self._on_loop(lambda: preloader.drop(agent))
+            raise
+        await self._on_loop(lambda: preloader.claimed(agent))
+        return epoch
 
-    async def freeze(self, agent: AgentId) -> None:
-        """Stop the agent at a token boundary and commit its card. Raises AgentMoved, and
-        StoreUnavailable when the store does not have all of it: it is frozen all the same."""
-        committed = await self._on_loop(lambda: self._loop.handoff.freeze(agent))
-        await asyncio.wait_for(asyncio.wrap_future(committed), _CALL_TIMEOUT_S)
-        if not self._memory.is_stored(agent):
+    async def precopy(self, agent: AgentId) -> Copied:
+        """Store what the shared store lacks of an agent that runs on. Raises AgentMoved."""
+        handoff = self._loop.handoff
+        lacked, tried = await self._on_loop(lambda: handoff.precopy(agent))
+        await asyncio.wait_for(asyncio.wrap_future(tried), _CALL_TIMEOUT_S)
+        return Copied(lacked, await self._on_loop(lambda: handoff.missing(agent)))
+
+    async def freeze(self, agent: AgentId, most: int = FEW_ROWS) -> None:
+        """Stop the agent at a token boundary; commit its card where the shared store lacks more
+        than `most` rows of a turn under way. Raises AgentMoved, and StoreUnavailable when the
+        store does not have all the others: it is frozen all the same."""
+        handoff = self._loop.handoff
+        tried = await self._on_loop(lambda: handoff.freeze(agent, most))
+        await asyncio.wait_for(asyncio.wrap_future(tried), _CALL_TIMEOUT_S)
+        if self._memory.is_stored(agent):
+            return
+        lacks = await self._on_loop(lambda: handoff.missing(agent))
+        if lacks is None or lacks > most:
             raise StoreUnavailable(self._config.store, f"it lacks rows of agent {agent}")
 
     async def thaw(self, agent: AgentId) -> None:
@@ -188,10 +210,10 @@ class ModelReplica:
         """The agent is another replica's now."""
         await self._on_loop(lambda: self._loop.handoff.release(agent))
 
-    async def prefetch(self, agent: AgentId) -> int:
-        """Bring an agent's rows into RAM before it is adopted; returns how many. Raises
-        StoreUnavailable."""
-        return await self._in_thread(lambda: self._memory.prefetch(agent))
+    async def prefetch(self, agent: AgentId) -> Fetched:
+        """Bring an agent's rows into RAM and engine before it is adopted. Raises StoreUnavailable,
+        EngineFault."""
+        return await self._in_thread(lambda: self._loop.preloader.fetch(agent))
 
     async def delete(self, agent: AgentId) -> None:
         """Forget the agent for good. Raises AgentMoved while a turn runs, Fenced."""

@@ -174,6 +174,7 @@ class Replicator:
             pass
         committed = self._shared.commit(snapshot.complete("shared", self._window)).card
         note_committed(snapshot.states, committed)
+        memory.shared = committed
         with self._changed:
             if self._pending.get(memory.agent) is snapshot:
                 del self._pending[memory.agent]

@@ -121,6 +121,11 @@ class Residency:
         self._idle[seq_id] = branch
         self.changes += 1
 
+    def give(self, seq_id: int, branch: Branch) -> None:
+        """An idle sequence's rows are this branch's now."""
+        self._idle[seq_id] = branch
+        self.changes += 1
+
     def free(self, seq_id: int) -> None:
         """Empty a sequence, idle or busy."""
         self._idle.pop(seq_id, None)

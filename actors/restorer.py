@@ -109,14 +109,14 @@ class Restorer:
             for full, sliding in memory.rows.read(ready.memory, branch, keep, begin):
                 if not self._has_room(restore):
                     return
-                restore.rows.put(self._loadable(full, sliding))
+                restore.rows.put(self.loadable(full, sliding))
                 self._wake()
         except Exception:
             logger.exception("restoring %s failed; the rest is prefilled", ready.memory.agent)
         restore.rows.put(None)
         self._wake()
 
-    def _loadable(self, full: Tensors, sliding: Tensors | None) -> KVRows | Tensors:
+    def loadable(self, full: Tensors, sliding: Tensors | None) -> KVRows | Tensors:
         """A run's rows in the form that the engine takes."""
         spec, codec = self._memory.key.spec, self._memory.codec
         if self._engine.loads_encoded == codec.name:

@@ -46,6 +46,11 @@ def router(context: Context) -> APIRouter:
             "target": done.target,
             "epoch": done.epoch,
             "freeze_s": round(done.freeze_s, 4),
+            "total_s": round(done.total_s, 4),
+            "rounds": done.rounds,
+            "rows": done.rows,
+            "loaded_rows": done.loaded,
+            "bytes": done.n_bytes,
         }
 
     @routes.get("/{agent_id:path}")

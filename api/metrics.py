@@ -6,7 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 
 _TTFT_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
 
@@ -52,7 +57,7 @@ class _Cluster:
     def collect(self) -> Iterator[Metric]:
         report = self._cluster
         yield GaugeMetricFamily("kvferry_agents", "Agents known.", report["agents"])
-        yield CounterMetricFamily("kvferry_migrations", "Agents moved.", report["migrations"])
+        yield from _moves(report["moves"])
         yield CounterMetricFamily(
             "kvferry_replica_losses", "Replicas that died or left.", report["replica_losses"]
         )
@@ -94,3 +99,19 @@ class _Cluster:
             for reason, count in node["faults"].items():
                 faults.add_metric([name, reason], count)
         yield from (up, size, lag, written, queued, running, drafted, accepted, faults)
+
+
+def _moves(moves: dict[str, Any]) -> Iterator[Metric]:
+    """Of cluster.moves."""
+    moved = CounterMetricFamily("kvferry_migrations", "Agents moved.", labels=["reason"])
+    failed = CounterMetricFamily(
+        "kvferry_migrations_failed", "Agents that stayed where they were.", labels=["reason"]
+    )
+    for family, counts in ((moved, moves["by_reason"]), (failed, moves["failed"])):
+        for reason in ("operator", "placement"):
+            family.add_metric([reason], counts.get(reason, 0))
+    freeze = HistogramMetricFamily(
+        "kvferry_migration_freeze_seconds", "From the freeze of an agent to its release."
+    )
+    freeze.add_metric([], moves["freeze_buckets"], moves["freeze_s"])
+    yield from (moved, failed, freeze)

@@ -78,8 +78,10 @@ class Endpoint:
         session: str | None,
         max_tokens: int,
         on_delta: Callable[[Reply], None] | None = None,
+        **more: Any,
     ) -> Reply:
-        """A greedy streamed turn; on_delta is called after every non-empty delta."""
+        """A greedy streamed turn; on_delta is called after every non-empty delta. `more`: further
+        fields of the request."""
         headers = {"x-session-id": session} if session else {}
         body = {
             "messages": messages,
@@ -87,6 +89,7 @@ class Endpoint:
             "temperature": 0,
             "stream": True,
             "stream_options": {"include_usage": True},
+            **more,
         }
         path, began = "/v1/chat/completions", time.perf_counter()
         try:

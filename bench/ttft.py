@@ -173,6 +173,7 @@ def _raw_rates(engine: RawEngine, probes: list[Probe]) -> dict[int, list[float]]
 
 @contextmanager
 def running_cluster(settings: ClusterConfig, store: Path) -> Iterator[Cluster]:
+    """A local one on a port of its own, ready. Raises BenchFailed, ConfigError."""
     http = replace(settings.http, host="127.0.0.1", port=_free_port())
     with LocalCluster(replace(settings, http=http)) as local:
         local.serve()

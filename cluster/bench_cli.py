@@ -1,4 +1,5 @@
-"""kvferry bench serve: the command; what it measures is in bench.serve."""
+"""kvferry bench serve | migrate. Registered by cluster.cli; the benchmarks are started by import
+string."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ import typer
 from actors.errors import ModelUnavailable
 from cluster.config import load_config
 from cluster.console import fail
+from cluster.endpoint import Key
 from cluster.errors import ConfigError
 
 
@@ -34,3 +36,36 @@ def serve(
     except (ConfigError, ModelUnavailable) as error:
         fail(str(error))
     raise typer.Exit(code)
+
+
+def migrate(
+    model: Annotated[str | None, typer.Option(help="Path to a GGUF, pkg:// or fake://.")] = None,
+    contexts: Annotated[str, typer.Option(help="Context lengths in tokens.")] = "1024,4096,7680",
+    runs: Annotated[int, typer.Option(min=1, help="Migrations per context length.")] = 5,
+    url: Annotated[str | None, typer.Option(help="A running cluster, else one of its own.")] = None,
+    mbit: Annotated[
+        float | None, typer.Option(min=0.001, help="To what that cluster's links are limited.")
+    ] = None,
+    api_key: Key = "",
+) -> None:
+    """Agents that move in the middle of a reply: freeze, the client's largest gap, total time."""
+    if url is not None and model is not None:
+        fail("--model and --url: a running cluster has its model")
+    if mbit is not None and url is None:
+        fail("--mbit: the links of a cluster of its own are not limited; name one with --url")
+    chosen = lengths(contexts)
+    try:
+        settings = load_config(None, os.environ, {"model": model, "nodes": 2})
+        bench = importlib.import_module("bench.migrate")
+        code = bench.run(settings, chosen, runs, url, api_key, mbit)
+    except (ConfigError, ModelUnavailable) as error:
+        fail(str(error))
+    raise typer.Exit(code)
+
+
+def lengths(text: str) -> list[int]:
+    """Numbers with commas between them; else the command ends."""
+    try:
+        return [int(length) for length in text.split(",")]
+    except ValueError:
+        fail(f"--contexts {text!r}: wants whole numbers with commas between them")

@@ -198,7 +198,8 @@ def migrate(
     done = _request("POST", url, f"/v1/agents/{agent}/migrate", api_key, {"target": target})
     console.print(
         f"{done['id']}: {done['source'] or 'store'} -> {done['target']}, epoch {done['epoch']}, "
-        f"frozen for {1000 * done['freeze_s']:.0f} ms"
+        f"frozen for {1000 * done['freeze_s']:.0f} of {1000 * done['total_s']:.0f} ms, "
+        f"{done['rows']} rows and {size(done['bytes'])} shipped in rounds: {done['rounds']}"
     )
 
 
@@ -213,6 +214,7 @@ demo_cli.register(app)
 bench = typer.Typer(help="Measure what the README claims.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 bench.command()(bench_cli.serve)
+bench.command("migrate")(bench_cli.migrate)
 mlx_cli.register(bench)
 
 
@@ -226,7 +228,7 @@ def ttft(
 ) -> None:
     """Time to first token: cold, hot, warm, after a migration, after a restart; on a cluster of its
     own."""
-    lengths = _lengths(contexts)
+    lengths = bench_cli.lengths(contexts)
     try:
         settings = load_config(None, os.environ, {"model": model, "nodes": nodes})
         code = importlib.import_module("bench.ttft").run(settings, lengths, runs, text)
@@ -259,7 +261,7 @@ def residency(
     runs: Annotated[int, typer.Option(min=1, help="Runs of each measurement.")] = 3,
 ) -> None:
     """Cells of float16 against cells of q4_1 (kv_type): memory, speed, restore, KL."""
-    lengths = _lengths(contexts)
+    lengths = bench_cli.lengths(contexts)
     try:
         settings = load_config(None, os.environ, {"model": model})
         code = importlib.import_module("bench.residency").run(settings, lengths, runs)
@@ -283,13 +285,6 @@ def bench_place(
     except ConfigError as error:
         fail(str(error))
     raise typer.Exit(code)
-
-
-def _lengths(text: str) -> list[int]:
-    try:
-        return [int(length) for length in text.split(",")]
-    except ValueError:
-        fail(f"--contexts {text!r}: wants whole numbers with commas between them")
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ from cluster.decisions import Choice, Outcome, to_json
 from cluster.dispatch import Ask, Dispatch
 from cluster.errors import AgentBusy, MigrationFailed, NoReplica, UnknownAgent, UnknownNode
 from cluster.migration import Migration, migrate
+from cluster.moves import Moves, Reason
 from cluster.placement import Placement
 from cluster.pool import Replica, ReplicaPool, candidate
 from cluster.registry import AgentRecord
@@ -36,6 +37,7 @@ ROUTER_NAME = "router"
 _CALL_TIMEOUT_S = 15.0
 _PLACE_TIMEOUT_S = 30.0  # to wait for a replica, when none is ready
 _STAY_S = 60.0  # after an operator's migration
+_WAITED_S, _UNNOTICED_S = 10.0, 30.0  # to copy ahead: while a turn waits; while the agent speaks
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class PlacementRouter:
         )
         self._key: CompatibilityKey | None = None
         self._scanned = asyncio.Event()
-        self._migrations = 0
+        self._moves = Moves()
         self._tasks = [asyncio.create_task(self._pool.run())]
 
     # ---- placement
@@ -95,9 +97,10 @@ class PlacementRouter:
             choice = self._dispatch.decide(ask, replicas, stays=self._stays(agent, replicas, avoid))
             owner, target = choice.location.node, choice.node
             if persist and owner is not None and owner != target and owner in replicas:
-                prefetch = choice.placement.restore_tokens is None
+                prefetch_s = _WAITED_S if choice.placement.restore_tokens is None else 0.0
+                pair = replicas[owner], replicas[target]
                 try:
-                    await self._move(agent, replicas[owner], replicas[target], prefetch=prefetch)
+                    await self._move(agent, *pair, "placement", prefetch_s)
                 except MigrationFailed as error:
                     logger.warning("agent %s stays on %s: %s", agent, owner, error)
                     choice.node, choice.move_failed = owner, str(error)
@@ -173,17 +176,27 @@ class PlacementRouter:
             if source is replica:
                 done = Migration(target, target, record.epoch, 0.0)
             else:
-                done = await self._move(agent, source, replica)
+                done = await self._move(agent, source, replica, "operator", _UNNOTICED_S)
             self._registry.settled(agent, time.monotonic() + _STAY_S)
             return done
 
     async def _move(
-        self, agent: AgentId, source: Replica | None, target: Replica, *, prefetch: bool = True
+        self,
+        agent: AgentId,
+        source: Replica | None,
+        target: Replica,
+        reason: Reason,
+        prefetch_s: float,
     ) -> Migration:
         pair = (source.node.id, source.actor) if source is not None else None
-        done = await migrate(agent, pair, (target.node.id, target.actor), prefetch=prefetch)
+        try:
+            to = target.node.id, target.actor
+            done = await migrate(agent, pair, to, prefetch_s=prefetch_s)
+        except MigrationFailed:
+            self._moves.failed(reason)
+            raise
         self._registry.assign(agent, target.node.id)
-        self._migrations += 1
+        self._moves.done(reason, done)
         logger.info("agent %s moved: %s", agent, done)
         return done
 
@@ -237,7 +250,8 @@ class PlacementRouter:
             "store": self._config.replica.store,
             "codec": self._config.replica.codec,
             "agents": len(self._registry),
-            "migrations": self._migrations,
+            "migrations": self._moves.total,
+            "moves": self._moves.to_json(),
             "replica_losses": self._pool.restarts,
             "nodes": [
                 node_json(node.id, node.address, node.has_device, self._pool.replicas.get(node.id))

@@ -135,6 +135,11 @@ class LocalTier:
                 if kept != path:  # encrypted: our bytes are others
                     self._same[path] = BlockRef(ref.id, ref.rows, {part: stored})
 
+    def has(self, tenant: str, ref: BlockRef, part: str) -> bool:
+        path = self.store.block_path(tenant, ref, part)
+        with self._lock:
+            return path in self._sizes or path in self._same
+
     def get(self, tenant: str, ref: BlockRef, part: Part) -> bytes | None:
         """The verified bytes; None when they are not here. Raises CorruptData: the file is then
         forgotten here, so that a sound copy can take its place."""

@@ -18,6 +18,7 @@ from cluster.decisions import Outcome
 from cluster.dispatch import Ask
 from cluster.errors import AgentBusy, UnknownAgent, UnknownNode
 from cluster.migration import Migration
+from cluster.moves import Moves
 from cluster.placement import Placement
 from cluster.router import Decision
 from storage.card import AgentId
@@ -178,6 +179,7 @@ class FakeRouter:
         self.over: list[str] = []  # ids of turns that ended, answered or not
         self.fail: dict[str, list[Exception]] = {}  # method -> what its next calls raise
         self.state: dict[str, Any] = {"ready": True, "replicas": 2, "errors": {}}
+        self.moves = Moves()
 
     def _may_fail(self, method: str) -> None:
         if self.fail.get(method):
@@ -262,7 +264,9 @@ class FakeRouter:
         if target not in self.replicas:
             raise UnknownNode(f"no node {target!r} with a replica")
         self.owners[agent] = target
-        return Migration(source, target, 2, 0.0123456)
+        done = Migration(source, target, 2, 0.0123456, 0.5, 2, 900, 800, 7000)
+        self.moves.done("operator", done)
+        return done
 
     def ready(self) -> dict[str, Any]:
         self._may_fail("ready")
@@ -285,7 +289,8 @@ class FakeRouter:
             for node in self.replicas
         ]
         nodes.append({"id": "head", "pid": None, "replica": "none"})
-        return {"agents": 7, "migrations": 4, "replica_losses": 2, "nodes": nodes}
+        moves = self.moves.to_json()
+        return {"agents": 7, "migrations": 4, "moves": moves, "replica_losses": 2, "nodes": nodes}
 
 
 def lost() -> Exception:

@@ -652,7 +652,8 @@ def test_agents_are_seen_moved_and_deleted(http: Http) -> None:
     assert http.get("/v1/agents/s/x").json() == {"id": "s/x", "node": "a"}
     moved = http.request("POST", "/v1/agents/s/x/migrate", json={"target": "b"})
     assert moved.json() == {
-        "id": "s/x", "source": "a", "target": "b", "epoch": 2, "freeze_s": 0.0123
+        "id": "s/x", "source": "a", "target": "b", "epoch": 2, "freeze_s": 0.0123,
+        "total_s": 0.5, "rounds": 2, "rows": 900, "loaded_rows": 800, "bytes": 7000,
     }  # fmt: skip
     http.request("POST", "/v1/agents/s/x/migrate", json={"target": "a"})
     assert http.request("DELETE", "/v1/agents/s/x").json() == {"id": "s/x", "deleted": True}
@@ -949,6 +950,8 @@ def test_metrics_parse_and_count(http: Http) -> None:
     http.chat(headers=SESSION)
     http.chat(stream=True)
     http.chat(model="gpt-4")
+    http.request("POST", "/v1/agents/s/migrate", json={"target": "b"})
+    http.router.moves.failed("placement")
     text = http.get("/metrics")
     assert text.headers["content-type"].startswith("text/plain")
     names = [family.name for family in text_string_to_metric_families(text.text)]
@@ -969,6 +972,11 @@ def test_metrics_parse_and_count(http: Http) -> None:
     assert http.metric("kvferry_draft_tokens_total", node="a") == 50
     assert http.metric("kvferry_draft_tokens_accepted_total", node="a") == 20
     assert http.metric("kvferry_replica_losses_total") == 2
+    assert http.metric("kvferry_migrations_total", reason="operator") == 1
+    assert http.metric("kvferry_migrations_failed_total", reason="placement") == 1
+    assert http.metric("kvferry_migration_freeze_seconds_bucket", le="0.01") == 0
+    assert http.metric("kvferry_migration_freeze_seconds_bucket", le="0.02") == 1
+    assert http.metric("kvferry_migration_freeze_seconds_count") == 1
     assert http.metric("kvferry_turns_waiting", node="a") == 3
 
 

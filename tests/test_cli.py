@@ -132,8 +132,13 @@ def test_up_refuses_a_signing_key_it_cannot_read(monkeypatch: pytest.MonkeyPatch
 
 
 def test_bench_refuses_contexts_that_are_no_numbers() -> None:
-    for bench in ("ttft", "residency"):
+    for bench in ("ttft", "residency", "migrate"):
         assert "--contexts" in failing(["bench", bench, "--contexts", "1k,2k"], 2)
+
+
+def test_bench_migrate_refuses_what_it_would_ignore() -> None:
+    assert "--url" in failing(["bench", "migrate", "--mbit", "100"], 2)
+    assert "--url" in failing(["bench", "migrate", "--model", "fake://", "--url", "http://h"], 2)
 
 
 def test_a_refusal_as_a_shell_sees_it() -> None:

@@ -28,6 +28,23 @@ def test_an_agent_moves_between_hosts(hosts: Hosts) -> None:
     assert two.cached == one.usage.prompt + one.usage.completion - 1
 
 
+def test_a_stream_goes_on_while_its_agent_moves_between_hosts(hosts: Hosts) -> None:
+    question = recital("Lamp")
+    quiet = hosts.chat(question, "still", max_tokens=120)
+    with hosts.stream(question, "mover", max_tokens=120) as stream:
+        stream.take(10)
+        moved = hosts.migrate("mover", hosts.other(stream.node))
+        text = stream.rest()
+    assert moved.status_code == 200
+    assert text == quiet.text
+    done = moved.json()
+    assert done["loaded_rows"] == done["rows"] > 0
+    assert done["total_s"] > done["freeze_s"] > 0
+    record = hosts.agent("mover")
+    assert record is not None
+    assert record["epoch"] == 2
+
+
 def test_a_stream_outlives_the_host_that_speaks(hosts: Hosts) -> None:
     """The host is cut off: its processes live on, its words reach nobody."""
     question = recital("Tree")

@@ -2,22 +2,43 @@
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import actors.replica as replica_module
+from actors.branches import AgentMemory, Branch
 from actors.config import ReplicaConfig
+from actors.coverage import missing
+from actors.engines.fake_engine import FakeEngine
 from actors.errors import AgentMoved, EngineFault
+from actors.handoff import Copied
+from actors.preload import Fetched
 from actors.replica import ModelReplica
-from actors.turn import TurnFinished, TurnMoved
+from actors.turn import Resume, TurnFinished, TurnMoved
 from cluster.errors import MigrationFailed
 from cluster.migration import Migration, migrate
-from storage.card import AgentId
+from storage.card import AgentId, BlockRef, BranchCard, OpenTurn, Owner, Reply
 from storage.errors import Fenced, StoreUnavailable
+from storage.spec import CompatibilityKey
+from storage.store import new_card
 from tests.fake_cluster import Handle, lost
-from tests.loops import WAIT, Stream, agent_id, run, settle, start, user
+from tests.loops import (
+    WAIT,
+    Answer,
+    Stream,
+    agent_id,
+    evict,
+    memory_of,
+    run,
+    settle,
+    start,
+    talk,
+    user,
+)
 
 AGENT = agent_id()
 N = 400  # tokens of a reply that is under way for a second or more
@@ -35,11 +56,18 @@ class Side:
         self.node, self.calls, self.real = node, calls, real
         self.instead: dict[str, Exception] = {}
         self.after: dict[str, Exception] = {}
+        # Without a real one: its answers, the last of them for ever.
+        self.told: dict[str, list[Any]] = {
+            "precopy": [Copied(0, 0)],
+            "prefetch": [Fetched(100, 90, 80, 0.0)],
+        }
 
-    async def _call(self, method: str, agent: AgentId) -> Any:
+    async def _call(self, method: str, agent: AgentId, *more: Any) -> Any:
         self.calls.append(f"{self.node} {method}")
         await self._fail(self.instead.get(method))
-        result = await getattr(self.real, method)(agent) if self.real else 7
+        told = self.told.get(method, [7])
+        answer = told[0] if len(told) == 1 else told.pop(0)
+        result = await getattr(self.real, method)(agent, *more) if self.real else answer
         await self._fail(self.after.get(method))
         return result
 
@@ -49,11 +77,15 @@ class Side:
         if error is not None:
             raise error
 
+    def precopy(self, agent: AgentId) -> Any:
+        return self._call("precopy", agent)
+
     def prefetch(self, agent: AgentId) -> Any:
         return self._call("prefetch", agent)
 
-    def freeze(self, agent: AgentId) -> Any:
-        return self._call("freeze", agent)
+    def freeze(self, agent: AgentId, most: int) -> Any:
+        self.most = most
+        return self._call("freeze", agent, most)
 
     def adopt(self, agent: AgentId) -> Any:
         return self._call("adopt", agent)
@@ -77,11 +109,12 @@ class Pair:
             for node, replica in zip("ab", real or (None, None), strict=True)
         )
 
-    def migrate(self, *, source: bool = True) -> Migration:
+    def migrate(self, *, source: bool = True, prefetch_s: float = WAIT) -> Migration:
         async def go() -> Migration:
             pair = ("a", Handle(self.a)) if source else None
             try:
-                return await migrate(AGENT, pair, ("b", Handle(self.b)), self.timeout_s)
+                target = ("b", Handle(self.b))
+                return await migrate(AGENT, pair, target, self.timeout_s, prefetch_s=prefetch_s)
             finally:
                 # Calls that nobody waits for.
                 others = asyncio.all_tasks() - {asyncio.current_task()}
@@ -100,7 +133,7 @@ class Pair:
 def test_the_source_freezes_the_target_adopts_the_source_releases() -> None:
     pair = Pair()
     done = pair.migrate()
-    assert pair.calls == ["b prefetch", "a freeze", "b adopt", "a release"]
+    assert pair.calls == ["a precopy", "b prefetch", "a freeze", "b adopt", "a release"]
     assert (done.source, done.target, done.epoch) == ("a", "b", 7)
     assert 0 <= done.freeze_s < WAIT
 
@@ -109,14 +142,14 @@ def test_rows_that_cannot_be_fetched_ahead_are_read_later() -> None:
     pair = Pair()
     pair.b.instead["prefetch"] = StoreUnavailable("file:///s", "gone")
     assert pair.migrate().epoch == 7
-    assert pair.calls == ["b prefetch", "a freeze", "b adopt", "a release"]
+    assert pair.calls == ["a precopy", "b prefetch", "a freeze", "b adopt", "a release"]
 
 
 def test_a_source_whose_engine_died_is_asked_no_more() -> None:
     pair = Pair()
     pair.a.instead["freeze"] = EngineFault("the replica's loop has ended")
     assert pair.migrate().epoch == 7
-    assert pair.calls == ["b prefetch", "a freeze", "b adopt"]
+    assert pair.calls == ["a precopy", "b prefetch", "a freeze", "b adopt"]
 
 
 def test_without_a_source_the_target_takes_what_the_store_has() -> None:
@@ -132,7 +165,7 @@ def test_a_source_that_is_silent_is_thawed_and_the_target_not_asked() -> None:
     pair.a.instead["freeze"] = Silence()
     pair.timeout_s = 0.05
     pair.fails(r"^a does not answer: no answer in 0\.05 s$")
-    assert pair.calls == ["b prefetch", "a freeze", "a thaw"]
+    assert pair.calls == ["a precopy", "b prefetch", "a freeze", "a thaw"]
 
 
 @pytest.mark.parametrize("error", [lost(), AgentMoved("not owned here")])
@@ -140,7 +173,7 @@ def test_a_source_that_is_dead_or_not_the_owner_is_asked_no_more(error: Exceptio
     pair = Pair()
     pair.a.instead["freeze"] = error
     assert pair.migrate().epoch == 7
-    assert pair.calls == ["b prefetch", "a freeze", "b adopt"]
+    assert pair.calls == ["a precopy", "b prefetch", "a freeze", "b adopt"]
 
 
 @pytest.mark.parametrize(
@@ -158,7 +191,7 @@ def test_the_source_is_thawed_when_the_target_cannot_adopt(error: Exception) -> 
     pair.b.instead["adopt"] = error
     pair.timeout_s = 0.3
     pair.fails(f"^b could not take agent {AGENT}: ")
-    assert pair.calls == ["b prefetch", "a freeze", "b adopt", "a thaw"]
+    assert pair.calls == ["a precopy", "b prefetch", "a freeze", "b adopt", "a thaw"]
 
 
 def test_a_source_that_did_not_freeze_is_not_thawed() -> None:
@@ -166,7 +199,7 @@ def test_a_source_that_did_not_freeze_is_not_thawed() -> None:
     pair.a.instead["freeze"] = lost()
     pair.b.instead["adopt"] = lost()
     pair.fails("^b could not take agent")
-    assert pair.calls == ["b prefetch", "a freeze", "b adopt"]
+    assert pair.calls == ["a precopy", "b prefetch", "a freeze", "b adopt"]
 
 
 def test_the_operator_hears_of_the_target_when_the_thaw_fails_too() -> None:
@@ -182,7 +215,7 @@ def test_a_release_that_is_lost_does_not_undo_the_move(error: Exception) -> None
     pair.a.instead["release"] = error
     pair.timeout_s = 0.3
     assert pair.migrate().epoch == 7
-    assert pair.calls == ["b prefetch", "a freeze", "b adopt", "a release"]
+    assert pair.calls == ["a precopy", "b prefetch", "a freeze", "b adopt", "a release"]
 
 
 # ---- the owner, on real replicas that run a turn
@@ -214,6 +247,13 @@ def real(side: Side) -> ModelReplica:
 def state(side: Side) -> str | None:
     memory = real(side)._memory.get(AGENT)
     return memory.state if memory is not None else None
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def speaking(side: Side) -> Stream:
@@ -299,3 +339,421 @@ def test_the_target_owns_the_agent_of_a_source_that_never_heard_the_release(pair
     assert (state(pair.a), state(pair.b)) == ("frozen", "owned")
     real(pair.a)._loop.handoff._deadlines[AGENT] = 0.0
     has_moved(pair, stream)
+
+
+# ---- pre-copy: rounds
+
+
+def test_rounds_go_on_until_one_ships_few_rows() -> None:
+    pair = Pair()
+    pair.a.told["precopy"] = [Copied(400, 30), Copied(30, 9), Copied(8, 0)]
+    done = pair.migrate()
+    assert pair.calls[:6] == ["a precopy", "b prefetch"] * 3
+    assert pair.calls[6:] == ["a freeze", "b adopt", "a release"]
+    assert (done.rounds, done.rows, done.loaded, done.n_bytes) == (3, 100, 90, 240)
+    assert done.total_s >= done.freeze_s
+
+
+@pytest.mark.parametrize(
+    ("lacked", "rounds"),
+    [
+        ([0], 1),
+        ([30, 30], 2),  # no fewer than before
+        ([None, None, 20, 4], 4),  # something of earlier turns has to be stored first
+        ([None] * 9, 5),
+        ([90, 80, 70, 60, 50, 40], 5),
+    ],
+)
+def test_rounds_are_bounded(lacked: list[int | None], rounds: int) -> None:
+    pair = Pair()
+    pair.a.told["precopy"] = [Copied(n, 0) for n in lacked]
+    assert pair.migrate().rounds == rounds
+    assert pair.calls.count("b prefetch") == rounds
+
+
+def test_no_more_rounds_when_their_time_is_over() -> None:
+    pair = Pair()
+    pair.b.instead["prefetch"] = Silence()
+    assert pair.migrate(prefetch_s=0.05).rounds == 0
+    assert pair.calls == ["a precopy", "b prefetch", "a freeze", "b adopt", "a release"]
+
+
+def test_a_source_that_is_silent_in_the_rounds_is_not_frozen() -> None:
+    pair = Pair()
+    pair.a.instead["precopy"] = Silence()
+    pair.timeout_s = 0.05
+    pair.fails(r"^a does not answer: no answer in 0\.05 s$")
+    assert pair.calls == ["a precopy"]
+
+
+def test_rows_that_the_target_computes_sooner_than_they_are_stored_need_not_be() -> None:
+    pair = Pair()
+    pair.migrate()
+    assert pair.a.most == 8
+    pair.b.told["prefetch"] = [Fetched(100, 90, 80, 1e9)]
+    pair.migrate()
+    assert pair.a.most == 256
+
+
+# ---- pre-copy, on real replicas
+
+LONG = "Tell me about the sea, the wind and the old harbour of the town. " * 12
+MakePair = Callable[..., Pair]
+
+
+def slowly(engine: Any, seconds: float) -> Any:
+    """An engine whose steps take some time, and whose replies are as long as they may be."""
+    step = engine.step
+
+    def slow(chunks: Any) -> Any:
+        time.sleep(seconds)
+        return step(chunks)
+
+    engine.step = slow
+    engine.vocab.eog = frozenset()
+    return engine
+
+
+@pytest.fixture
+def pair_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakePair]:
+    replicas: list[ModelReplica] = []
+
+    def make(engine: Callable[[], Any], folder: str = "store", **options: Any) -> Pair:
+        monkeypatch.setattr(replica_module, "open_profiled", lambda _: (engine(), None))
+        settings: dict[str, Any] = {"pool_bytes": 1 << 26, **options}
+        if settings.pop("local", False):
+            settings |= {"local": str(tmp_path / folder / "disk")}
+        config = ReplicaConfig(
+            model="fake://", store=(tmp_path / folder).as_uri(), codec="f16", **settings
+        )
+        made = [ModelReplica(config, node) for node in "ab"]
+        replicas.extend(made)
+        return Pair(*made)
+
+    yield make
+    for replica in replicas:
+        if replica._loop.alive:
+            replica._loop.close()
+
+
+def fake(window: int = 0, step_s: float = 0.004, n_seq_max: int = 4) -> Callable[[], Any]:
+    return lambda: slowly(FakeEngine(n_seq_max, n_ctx=4096, window=window), step_s)
+
+
+@pytest.fixture(params=["fake", "fake window", "llama", "gemma3"])
+def engine(request: pytest.FixtureRequest) -> Callable[[], Any]:
+    name = request.param
+    if name.startswith("fake"):
+        return fake(40 if name.endswith("window") else 0)
+    from actors.engines.llama_engine import LlamaEngine
+
+    path = request.getfixturevalue("tiny_models")[name]
+
+    def opened() -> Any:
+        made = LlamaEngine(path, n_seq_max=4, n_ctx=2048, n_cells=4096, n_threads=1)
+        return slowly(made, 0.004)
+
+    return opened
+
+
+def rest_of(pair: Pair, stream: Stream, n: int) -> Answer:
+    """The turn's next attempt, on b."""
+    before = stream.answer
+    resume = Resume(tuple(before.prompt), tuple(before.ids))
+    messages = [dict(m) for m in stream.request.messages]
+    return start(real(pair.b)._loop, messages, n=n, attempt=1, resume=resume).result()
+
+
+def idle_cells(side: Side) -> tuple[int, int]:
+    loop = real(side)._loop
+    return loop.residency.n_idle, loop.preloader.n_preloads
+
+
+def test_a_stream_that_moves_says_what_it_would_have_said(
+    pair_of: MakePair, engine: Callable[[], Any]
+) -> None:
+    quiet = run(real(pair_of(engine, "quiet").a)._loop, [user(LONG)], n=120)
+    pair = pair_of(engine)
+    stream = start(real(pair.a)._loop, [user(LONG)], n=120)
+    stream.take(20)
+    done = pair.migrate()
+    moved = stream.result()
+    assert isinstance(moved.last, TurnMoved)
+    assert 20 <= len(moved.ids) < 120
+    assert done.rounds >= 2
+    assert done.n_bytes > 0
+    assert done.loaded == done.rows > len(moved.prompt)
+    stored = memory_of(real(pair.b)._loop).branches[0].rows
+    missing = len(moved.prompt) + len(moved.ids) - 1 - stored
+    assert missing <= pair.a.most
+    assert idle_cells(pair.b) == (1, 0)
+    answer = rest_of(pair, stream, 120)
+    assert moved.ids + answer.ids == quiet.ids
+    assert answer.cached == len(moved.prompt)
+    assert not real(pair.b)._memory.faults
+    assert not real(pair.a)._memory.faults
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_an_idle_agent_moves_with_every_row(
+    pair_of: MakePair, engine: Callable[[], Any], local: bool
+) -> None:
+    pair = pair_of(engine, local=local)
+    messages: list[dict[str, str]] = []
+    for question in (LONG, "And the ships?"):
+        talk(real(pair.a)._loop, messages, question, n=30)
+    done = pair.migrate()
+    assert state(pair.a) is None
+    rows = memory_of(real(pair.b)._loop).branches[0].rows
+    assert done.loaded == done.rows == rows
+    assert idle_cells(pair.b) == (1, 0)
+
+    def refuse(*_: Any) -> None:
+        raise EngineFault("nothing is left to load")
+
+    real(pair.b)._loop.engine.load = refuse  # type: ignore[method-assign]
+    answer = talk(real(pair.b)._loop, messages, "And now?", n=5)
+    assert (answer.cached, answer.cache) == (rows, "hot")
+
+
+def slow_blocks(replica: ModelReplica, seconds: float) -> None:
+    """Its shared store takes that long for every block."""
+    put = replica._memory.store.put_block
+
+    def slow(*block: Any) -> Any:
+        time.sleep(seconds)
+        return put(*block)
+
+    replica._memory.store.put_block = slow  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_a_freeze_does_not_wait_for_the_store(pair_of: MakePair, local: bool) -> None:
+    pair = pair_of(fake(step_s=0.02), local=local)
+    stream = start(real(pair.a)._loop, [user(LONG)], n=400)
+    stream.take(5)
+    slow_blocks(real(pair.a), 0.4)
+    done = pair.migrate()
+    assert done.total_s > 0.8
+    assert done.freeze_s < 0.3
+    assert isinstance(stream.result().last, TurnMoved)
+
+
+def test_a_freeze_waits_for_the_store_where_much_is_missing(pair_of: MakePair) -> None:
+    """Without pre-copy: what the turn has computed is stored, not computed again."""
+    pair = pair_of(fake())
+    stream = start(real(pair.a)._loop, [user(LONG)], n=400)
+    stream.take(5)
+    done = pair.migrate(prefetch_s=0.0)
+    assert done.rounds == 0
+    moved = stream.result()
+    rows = memory_of(real(pair.b)._loop).branches[0].rows
+    assert rows == len(moved.prompt) + len(moved.ids) - 1
+
+
+def test_what_earlier_turns_left_to_store_is_not_lost(pair_of: MakePair) -> None:
+    """While the shared store refuses blocks, an idle agent stays where its rows are."""
+    pair = pair_of(fake(), local=True)
+    source, messages = real(pair.a), list[dict[str, str]]()
+    put = source._memory.store.put_block
+
+    def refuse(*_: Any) -> Any:
+        raise StoreUnavailable("blocks", "the disk is full")
+
+    source._memory.store.put_block = refuse  # type: ignore[method-assign]
+    talk(source._loop, messages, LONG, n=5)
+    pair.fails(f"^a could not hand over {AGENT}: ")
+    assert idle_cells(pair.b) == (0, 0)
+    source._memory.store.put_block = put  # type: ignore[method-assign]
+    wait_until(lambda: state(pair.a) == "owned")
+    assert talk(source._loop, messages, "And now?", n=5).cached > 780
+    assert pair.migrate().rows == memory_of(real(pair.b)._loop).branches[0].rows
+
+
+# ---- what was preloaded
+
+
+def preloaded(pair: Pair, **options: Any) -> int:
+    """Rows in b's engine of an agent that a runs."""
+    stream = start(real(pair.a)._loop, [user(LONG)], n=10, **options)
+    stream.result()
+    settle(real(pair.a)._loop)
+    return real(pair.b)._loop.preloader.fetch(AGENT).loaded
+
+
+def test_a_target_that_fails_before_its_claim_keeps_nothing(pair_of: MakePair) -> None:
+    pair = pair_of(fake())
+    stream = start(real(pair.a)._loop, [user(LONG)], n=200)
+    stream.take(5)
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        assert idle_cells(pair.b) == (1, 1)
+        raise StoreUnavailable("cards", "the disk is full")
+
+    real(pair.b)._memory.store.claim = refuse  # type: ignore[method-assign]
+    pair.fails("the disk is full")
+    assert idle_cells(pair.b) == (0, 0)
+    assert real(pair.b)._loop.engine.n_rows(0) == 0
+    answer = stream.result()
+    assert len(answer.ids) == 200
+    assert (state(pair.a), state(pair.b)) == ("owned", None)
+
+
+def test_a_target_that_dies_before_its_claim_leaves_the_source_running(pair_of: MakePair) -> None:
+    pair = pair_of(fake())
+    stream = start(real(pair.a)._loop, [user(LONG)], n=200)
+    stream.take(5)
+    pair.b.instead["adopt"] = lost()
+    pair.fails("^b could not take agent")
+    assert len(stream.result().ids) == 200
+    assert state(pair.a) == "owned"
+    assert idle_cells(pair.b) == (1, 1)  # had it only been taken for dead: until the deadline
+
+
+def test_what_nobody_claims_is_dropped(pair_of: MakePair) -> None:
+    pair = pair_of(fake())
+    assert preloaded(pair) > 780
+    assert idle_cells(pair.b) == (1, 1)
+    loop = real(pair.b)._loop
+    loop.preloader._preloads[AGENT].deadline = 0.0
+    loop._wake.set()
+    wait_until(lambda: idle_cells(pair.b) == (0, 0))
+    assert loop.engine.n_rows(0) == 0
+    assert pair.migrate().loaded > 780  # it can come again
+
+
+def test_what_was_preloaded_leaves_for_a_turn(pair_of: MakePair) -> None:
+    pair = pair_of(fake(n_seq_max=1))
+    rows, loop = preloaded(pair), real(pair.b)._loop
+    assert run(loop, [user("Hello.")], session="other", n=5).reason == "length"
+    evict(loop)
+    assert loop.preloader.fetch(AGENT).loaded == 0  # RAM only: it was in the way
+    done = pair.migrate()
+    assert (done.rows, done.loaded) == (rows, 0)
+    answer = run(loop, [user(LONG)], n=10)
+    assert answer.cached == len(answer.prompt) - 1
+
+
+def test_no_turn_is_kept_from_running_by_preloads(pair_of: MakePair) -> None:
+    """The one sequence is busy: rows come to RAM only."""
+    pair = pair_of(fake(n_seq_max=1))
+    stream = start(real(pair.b)._loop, [user("Hello.")], session="other", n=300)
+    stream.take(5)
+    assert preloaded(pair) == 0
+    done = pair.migrate()
+    assert done.loaded == 0 < done.rows
+    assert stream.result().reason == "length"
+
+
+def test_what_was_preloaded_is_dropped_where_the_card_says_something_else(
+    pair_of: MakePair,
+) -> None:
+    pair = pair_of(fake())
+    assert preloaded(pair) > 0
+    real(pair.b)._loop.preloader._preloads[AGENT].branch.tokens[700] += 1
+    asyncio.run(real(pair.b).adopt(AGENT))
+    assert idle_cells(pair.b) == (0, 0)
+    answer = run(real(pair.b)._loop, [user(LONG)], n=10)
+    assert answer.cached == len(answer.prompt) - 1
+
+
+def test_others_decode_while_rows_are_loaded(pair_of: MakePair) -> None:
+    """A block per round of the loop: nobody stalls for the whole of it."""
+    pair = pair_of(fake(step_s=0.01))
+    stream = start(real(pair.b)._loop, [user("Hello.")], session="other", n=400)
+    stream.take(2)
+    engine, steps = real(pair.b)._loop.engine, list[int]()
+    load, step = engine.load, engine.step
+
+    def counting(*rows: Any) -> None:
+        steps.append(0)
+        load(*rows)
+
+    def stepping(chunks: Any) -> Any:
+        if steps:
+            steps[-1] += 1
+        return step(chunks)
+
+    engine.load, engine.step = counting, stepping  # type: ignore[method-assign]
+    assert preloaded(pair) > 780
+    assert len(steps) >= 4
+    assert all(steps[:-1])
+    stream.result()
+
+
+def test_what_a_frozen_source_still_commits_is_not_its_end(pair_of: MakePair) -> None:
+    """The target has claimed meanwhile: the release frees the cells, as it always does."""
+    pair = pair_of(fake())
+    loop = real(pair.a)._loop
+    talk(loop, [], LONG, n=5)
+    settle(loop)
+    memory = memory_of(loop)
+    loop.call(lambda: loop.handoff.freeze(AGENT)).result(WAIT).result(WAIT)
+    asyncio.run(real(pair.b).adopt(AGENT))
+    loop.memory.commit_later(memory)
+    loop.memory.settle(memory).result(WAIT)
+    assert (memory.state, state(pair.a)) == ("frozen", "frozen")
+    assert idle_cells(pair.a) == (1, 0)
+    asyncio.run(real(pair.a).release(AGENT))
+    assert idle_cells(pair.a) == (0, 0)
+    assert state(pair.a) is None
+    assert not loop.memory.faults
+
+
+# ---- what the shared store's last card lacks
+
+
+def remembered(key: CompatibilityKey) -> AgentMemory:
+    """Forty tokens, the last ten a reply, all of them in the card."""
+    branch = Branch(3, list(range(40)), [Reply(30, 40, "")], exported=39)
+    tail = (BlockRef("x", 39, {}),)
+    card = BranchCard(3, tuple(range(40)), (), tail, (Reply(30, 40, ""),), (20, 39))
+    shared = new_card(AGENT, key, "f16", Owner("a", "life"))
+    return AgentMemory(AGENT, None, "warm", [branch], shared=replace(shared, branches=(card,)))
+
+
+def speak(branch: Branch) -> None:
+    """A turn is under way: a question of five tokens, and twenty of its reply."""
+    branch.turn = OpenTurn("turn", 45)
+    branch.tokens += range(100, 125)
+
+
+HISTORY: list[Callable[[Branch], None]] = [
+    lambda branch: branch.tokens.append(7),
+    lambda branch: setattr(branch, "exported", 40),
+    lambda branch: branch.replies.append(Reply(39, 40, "")),
+    lambda branch: setattr(branch, "id", 4),
+    lambda branch: branch.tokens.__setitem__(0, 7),
+]
+
+
+def test_nothing_is_missing_of_what_a_card_says() -> None:
+    memory = remembered(FakeEngine().key)
+    assert missing(memory, {}, windows=False) == 0
+    assert missing(memory, {}, windows=True) == 0
+
+
+@pytest.mark.parametrize("change", HISTORY)
+def test_a_turn_that_is_over_is_in_the_card_or_missing(change: Callable[[Branch], None]) -> None:
+    memory = remembered(FakeEngine().key)
+    change(memory.branches[0])
+    assert missing(memory, {}, windows=False) is None
+
+
+def test_of_a_turn_under_way_rows_are_missing() -> None:
+    memory = remembered(FakeEngine().key)
+    branch = memory.branches[0]
+    speak(branch)
+    assert missing(memory, {3: 64}, windows=False) == 64 - 39
+    branch.tokens[25] = 7  # the reply before is said again
+    branch.replies = []
+    assert missing(memory, {3: 64}, windows=False) == 64 - 25
+    assert missing(memory, {3: 64}, windows=True) == 64 - 20
+    branch.replies = [Reply(29, 41, "")]
+    assert missing(memory, {3: 64}, windows=False) is None
+
+
+def test_without_a_card_all_is_missing() -> None:
+    memory = remembered(FakeEngine().key)
+    memory.shared = None
+    assert missing(memory, {}, windows=False) is None

@@ -9,6 +9,8 @@ import pytest
 
 from actors.config import ReplicaConfig
 from actors.engines.fake_engine import FakeEngine
+from actors.handoff import Copied
+from actors.preload import Fetched
 from actors.rates import Rates
 from actors.report import AgentReport, ReplicaInfo, ReplicaStatus
 from cluster import router as router_module
@@ -52,10 +54,13 @@ class Device:
         rates = Rates(200.0, 0.02, 10_000.0, 2.0)
         return ReplicaStatus(0.0, 0, 0, 0, self.queue_s, rates, 0, 0, len(reports), reports)
 
-    def prefetch(self, agent: AgentId) -> int:
-        return 0
+    def precopy(self, agent: AgentId) -> Copied:
+        return Copied(0, 0)
 
-    def freeze(self, agent: AgentId) -> None:
+    def prefetch(self, agent: AgentId) -> Fetched:
+        return Fetched(1000, 1000, 0, 200.0)
+
+    def freeze(self, agent: AgentId, most: int) -> None:
         self.asked.append("freeze")
 
     def adopt(self, agent: AgentId) -> int:
@@ -249,6 +254,21 @@ def test_an_operator_moves_an_agent_whose_turn_runs(cluster: Cluster) -> None:
     assert cluster.asked == MOVED
 
 
+def test_migrations_are_counted_by_reason(cluster: Cluster) -> None:
+    cluster.migrate("b")
+    cluster.now += 60.0
+    cluster.busy(b=30.0)
+    assert cluster.place() == "a"
+    cluster.b.fault = lost()
+    with pytest.raises(MigrationFailed):
+        cluster.migrate("b")
+    told = cluster._runner.run(cluster.router.cluster())
+    assert told["migrations"] == 2
+    assert told["moves"]["by_reason"] == {"operator": 1, "placement": 1}
+    assert told["moves"]["failed"] == {"operator": 1}
+    assert told["moves"]["freeze_buckets"][-1] == ("+Inf", 2)
+
+
 def test_a_migration_that_failed_holds_nobody(cluster: Cluster) -> None:
     cluster.b.fault = lost()
     with pytest.raises(MigrationFailed):
@@ -389,9 +409,9 @@ def test_decisions_of_different_agents_do_not_wait_for_each_other(cluster: Clust
     async def go() -> str:
         gate = asyncio.Event()
 
-        async def hang(agent: AgentId) -> int:
+        async def hang(agent: AgentId) -> Fetched:
             await gate.wait()
-            return 0
+            return Fetched(0, 0, 0, 1.0)
 
         cluster.b.prefetch = hang  # type: ignore[method-assign, assignment]
         moving = asyncio.create_task(cluster.router.place(AGENT, 40, 20))

@@ -1,0 +1,206 @@
+"""The target's side of a migration, before it owns the agent: what the shared store has of it comes
+into RAM and into an idle sequence of the engine, while others run.
+
+Between two blocks the sequence is idle as any other: it may be evicted, and then what is missing is
+restored when the agent's turn comes. It gets no step before its agent is claimed; nobody finds it
+by its branch until then. `fetch` runs on a worker, everything else on the loop's thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+from actors.book import Book
+from actors.branches import Branch
+from actors.engines.base import Engine
+from actors.engines.base import count_rows as count_loadable
+from actors.errors import EngineFault
+from actors.memory import Memory
+from actors.rates import Rates
+from actors.residency import Residency
+from storage.card import AgentId
+from storage.codec import Tensors, count_rows
+from storage.spec import KVRows, Part
+
+T = TypeVar("T")
+_LOOP_S = 30.0  # for the loop to take a block
+Loadable = Callable[[Tensors, Tensors | None], KVRows | Tensors]
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """Rows that are in RAM, those of them that are in the engine, and the bytes that came from the
+    shared store in this round. prefill_tokens_per_s: of this replica."""
+
+    rows: int
+    loaded: int
+    n_bytes: int
+    prefill_tokens_per_s: float
+
+
+@dataclass(eq=False)
+class _Preload:
+    branch: Branch  # the sequence's, until the agent is claimed; its tokens are the rows' ids
+    deadline: float
+    fails: bool = False  # evicted, refused by the engine, or no room: rows stay in RAM only
+
+
+class Preloader:
+    """`loadable` brings rows into the form the engine takes; `call` runs a function on the loop's
+    thread; what nobody claims is dropped `timeout_s` after its last block."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        memory: Memory,
+        residency: Residency,
+        book: Book,
+        rates: Rates,
+        loadable: Loadable,
+        call: Callable[[Callable[[], Any]], Future[Any]],
+        timeout_s: float,
+    ) -> None:
+        self._engine, self._memory, self._residency = engine, memory, residency
+        self._book, self._rates, self._loadable = book, rates, loadable
+        self._call, self._timeout_s = call, timeout_s
+        self._preloads: dict[AgentId, _Preload] = {}
+
+    @property
+    def n_preloads(self) -> int:
+        return len(self._preloads)
+
+    # ---- on a worker
+
+    def fetch(self, agent: AgentId) -> Fetched:
+        """Bring what the store has of the agent's last branch, and has not been brought before.
+        Raises StoreUnavailable, EngineFault."""
+        speed = self._rates.filled().prefill_tokens_per_s
+        memory = self._memory.stored(agent)
+        if memory is None:
+            return Fetched(0, 0, 0, speed)
+        branch, rows = memory.branches[0], self._memory.rows
+        preload, begin = self._on_loop(partial(self._begin, agent, branch))
+        n_bytes, at, loads = self._away_bytes(agent, branch), begin, True
+        for full, sliding in rows.read(memory, branch, branch.rows, begin):
+            if loads:
+                loadable = self._loadable(full, sliding)
+                loads = self._on_loop(partial(self._load, agent, preload, at, loadable))
+            at += count_rows(full)
+        loaded = self._on_loop(partial(self._loaded, preload))
+        return Fetched(at, loaded, n_bytes, speed)
+
+    def _away_bytes(self, agent: AgentId, branch: Branch) -> int:
+        """Of the branch's stored rows that are not on this node."""
+        pool, local = self._memory.tiers.pool, self._memory.tiers.local
+        parts: tuple[Part, ...] = ("full", "sliding")
+        total = 0
+        for ref in (run.stored("shared") for run in branch.runs):
+            for part in (part for part in parts if part in ref.parts):
+                here = local is not None and local.has(agent.tenant, ref, part)
+                if not here and not pool.size_of((ref.id, part)):
+                    total += ref.parts[part].size
+        return total
+
+    def _on_loop(self, function: Callable[[], T]) -> T:
+        try:
+            result: T = self._call(function).result(_LOOP_S)
+        except TimeoutError as error:
+            raise EngineFault("the replica's loop does not answer") from error
+        return result
+
+    # ---- on the loop's thread
+
+    def _begin(self, agent: AgentId, branch: Branch) -> tuple[_Preload, int]:
+        """(the agent's preload, rows that it has)."""
+        preload, deadline = self._preloads.get(agent), time.monotonic() + self._timeout_s
+        if preload is not None:
+            n = self._loaded(preload)
+            same = preload.branch.id == branch.id
+            if same and branch.tokens[:n] == preload.branch.tokens[:n] and n <= branch.rows:
+                preload.fails |= n < preload.branch.exported
+                preload.branch.tokens, preload.deadline = list(branch.tokens), deadline
+                return preload, n
+            self.drop(agent)
+        preload = _Preload(Branch(branch.id, list(branch.tokens)), deadline)
+        self._preloads[agent] = preload
+        return preload, 0
+
+    def _loaded(self, preload: _Preload) -> int:
+        seq_id = self._residency.find(preload.branch)
+        return self._engine.n_rows(seq_id) if seq_id is not None else 0
+
+    def _load(self, agent: AgentId, preload: _Preload, start: int, rows: KVRows | Tensors) -> bool:
+        """Append a block; False: no more of them."""
+        if self._preloads.get(agent) is not preload or preload.fails:
+            return False
+        n = count_rows(rows) if isinstance(rows, dict) else count_loadable(rows)
+        seq_id = self._sequence_for(preload, start, n)
+        if seq_id is None:
+            preload.fails = True
+            return False
+        try:
+            if isinstance(rows, dict):
+                self._engine.load_encoded(seq_id, start, rows)
+            else:
+                self._engine.load(seq_id, start, rows)
+        except EngineFault as error:
+            self._memory.faults.count("engine_refused", error)
+            self._residency.free(seq_id)
+            preload.fails = True
+            return False
+        self._residency.park(seq_id)
+        preload.branch.exported = self._engine.n_rows(seq_id)
+        preload.deadline = time.monotonic() + self._timeout_s
+        return True
+
+    def _sequence_for(self, preload: _Preload, start: int, n: int) -> int | None:
+        """The preload's sequence, of `start` rows, with room for n more; None: it is not there."""
+        seq_id = self._residency.find(preload.branch)
+        if self._loaded(preload) != start:
+            return None
+        if seq_id is None:
+            return self._residency.acquire(preload.branch, n)
+        return seq_id if self._residency.resume(seq_id, start + n) else None
+
+    def claimed(self, agent: AgentId) -> int:
+        """The agent is owned here: the preloaded rows become its branch's, if that begins with
+        them. Returns how many they are."""
+        preload = self._preloads.pop(agent, None)
+        seq_id = self._residency.find(preload.branch) if preload is not None else None
+        if preload is None or seq_id is None:
+            return 0
+        n, branch = self._engine.n_rows(seq_id), self._branch(agent, preload.branch.id)
+        if (
+            branch is None
+            or agent in self._book.active  # it brings its rows itself
+            or self._residency.find(branch) is not None
+            or n > branch.rows
+            or branch.tokens[:n] != preload.branch.tokens[:n]
+            or not self._engine.can_truncate(seq_id, n)
+        ):
+            self._residency.free(seq_id)
+            return 0
+        self._residency.give(seq_id, branch)
+        return n
+
+    def _branch(self, agent: AgentId, branch_id: int) -> Branch | None:
+        memory = self._memory.get(agent)
+        branches = memory.branches if memory is not None else ()
+        return next((b for b in branches if b.id == branch_id), None)
+
+    def drop(self, agent: AgentId) -> None:
+        """The claim failed, or is none: free the cells."""
+        preload = self._preloads.pop(agent, None)
+        if preload is not None:
+            self._residency.drop(preload.branch)
+
+    def drop_overdue(self) -> None:
+        """Preloads that nobody has claimed."""
+        now = time.monotonic()
+        for agent in [a for a, preload in self._preloads.items() if now > preload.deadline]:
+            self.drop(agent)
