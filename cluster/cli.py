@@ -1,5 +1,5 @@
-"""kvferry up | status | agents | migrate | place | export | import | verify | gc | tune | demo
-| bench.
+"""kvferry up | status | agents | migrate | place | drain | undrain | restart | export | import
+| verify | gc | tune | demo | bench.
 
 `up` owns a local cluster; `export`, `import`, `verify`, `gc` and `agents --bytes` work on a store
 (see `bundle_cli`, `store_cli`); everything else speaks HTTP to a running cluster. What a command
@@ -23,7 +23,7 @@ from rich.table import Table
 
 from actors.errors import ModelUnavailable
 from actors.models import is_fake, open_store, parse_lora, resolve, served_name
-from cluster import bundle_cli, place_cli, store_cli, tune_cli
+from cluster import bundle_cli, drain_cli, place_cli, store_cli, tune_cli
 from cluster.config import ClusterConfig, load_config
 from cluster.console import console, fail, size
 from cluster.endpoint import DEFAULT_URL, Key, Url
@@ -212,6 +212,7 @@ app.command("export")(bundle_cli.export)
 app.command("import")(bundle_cli.import_)
 app.command("place")(place_cli.place)
 
+drain_cli.register(app)
 store_cli.register(app)
 tune_cli.register(app)
 bench = typer.Typer(help="Measure what the README claims.", no_args_is_help=True)
