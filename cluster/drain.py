@@ -170,6 +170,7 @@ class Drains:
             if drain.failed:
                 drain.state, drain.error = "stuck", f"{len(drain.failed)} agents cannot leave"
                 return
+            self._check_wanted(drain)
             if drain.release:
                 await self._pool.release(drain.node)
             drain.state = "drained"
@@ -188,6 +189,7 @@ class Drains:
                 await self._leave(drain, agent)
 
         while (replica := self._pool.replicas.get(drain.node)) is not None:
+            self._check_wanted(drain)
             if replica.healthy:
                 await asyncio.gather(self._pool.refresh(replica), return_exceptions=True)
             agents = [a for a in self._agents(drain.node) if a not in drain.failed]
@@ -201,6 +203,12 @@ class Drains:
             else:
                 await asyncio.sleep(_POLL_S)
         drain.left = drain.running = 0
+
+    def _check_wanted(self, drain: Drain) -> None:
+        """Raises CancelledError for a drain that was taken back: where a call ends just when its
+        task is cancelled, asyncio.wait_for forgets the cancellation (Python 3.11)."""
+        if self._drains.get(drain.node) is not drain:
+            raise asyncio.CancelledError
 
     def _agents(self, node: str) -> list[AgentId]:
         return [record.agent for record in self._dispatch.registry.on(node)]
