@@ -65,6 +65,10 @@ class Replica:
     ready_at: float | None = None
     watcher: asyncio.Task[None] | None = None
 
+    @property
+    def incarnation(self) -> str:
+        return self.info.incarnation if self.info is not None else ""
+
 
 @dataclass
 class _Backoff:

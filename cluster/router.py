@@ -124,7 +124,7 @@ class PlacementRouter:
 
     def _stays(self, agent: AgentId, replicas: dict[str, Replica], avoid: frozenset[str]) -> bool:
         owner = replicas.get(self._registry.location(agent).node or "")
-        able = owner is not None and _incarnation(owner) not in avoid
+        able = owner is not None and owner.incarnation not in avoid
         return able and self._registry.stays(agent, time.monotonic())
 
     def _candidates(self, avoid: frozenset[str], bound: AgentId | None) -> dict[str, Replica]:
@@ -134,7 +134,7 @@ class PlacementRouter:
         leaves = self._drains.source(owner) is not None
         if owner is not None and owner in self._pool.replicas and not leaves:
             return {owner: healthy[owner]} if owner in healthy else {}
-        fresh = {n: r for n, r in healthy.items() if _incarnation(r) not in avoid}
+        fresh = {n: r for n, r in healthy.items() if r.incarnation not in avoid}
         return fresh or healthy
 
     async def _ready(
@@ -303,8 +303,4 @@ class PlacementRouter:
 def _decision(choice: Choice, replica: Replica) -> Decision:
     placement = choice.placement
     limit = placement.restore_tokens if choice.node == placement.node else None
-    return Decision(choice.node, _incarnation(replica), replica.actor, placement, limit)
-
-
-def _incarnation(replica: Replica) -> str:
-    return replica.info.incarnation if replica.info is not None else ""
+    return Decision(choice.node, replica.incarnation, replica.actor, placement, limit)
