@@ -34,6 +34,7 @@ from actors.report import (
     ReplicaInfo,
     ReplicaStatus,
     local_status,
+    versions,
 )
 from actors.scheduler import SchedulerConfig
 from actors.turn import Alive, StreamItem, TurnFailed, TurnFinished, TurnMoved, TurnRequest
@@ -112,6 +113,7 @@ class ModelReplica:
             key=engine.key,
             kv_bytes=engine.kv_bytes,
             row_bytes=row_bytes(engine.key.spec, get_codec(self._config.codec)),
+            versions=versions(),
         )
 
     def _recover(self) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import platform
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from itertools import takewhile
 
 from actors.memory import Memory
@@ -32,6 +34,7 @@ class ReplicaInfo:
     key: CompatibilityKey
     kv_bytes: int  # allocated for the engine's cells
     row_bytes: int = 0  # of one token, encoded
+    versions: Mapping[str, str] = field(default_factory=dict)  # of what must be alike everywhere
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,17 @@ class ReplicaStatus:
     served: dict[str, int] = field(default_factory=dict)
     links: Mapping[str, LinkRate] = field(default_factory=dict)  # "store", "disk", "peer"
     prefixes: Mapping[str, int] = field(default_factory=dict)  # digest -> tokens in RAM
+
+
+def versions() -> dict[str, str]:
+    """Of Python, Ray and kvferry in this process; "none" for what is not installed."""
+    found = {"python": ".".join(platform.python_version_tuple()[:2])}
+    for name in ("ray", "kvferry"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "none"
+    return found
 
 
 def local_status(memory: Memory) -> LocalStatus | None:

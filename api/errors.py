@@ -15,7 +15,14 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from actors.errors import AgentMoved, EngineFault, InvalidRequest, Overloaded, TurnTimeout
-from cluster.errors import AgentBusy, MigrationFailed, NoReplica, UnknownAgent, UnknownNode
+from cluster.errors import (
+    AgentBusy,
+    LastNode,
+    MigrationFailed,
+    NoReplica,
+    UnknownAgent,
+    UnknownNode,
+)
 from cluster.remote import ReplicaLost
 from storage.errors import StorageError
 
@@ -58,6 +65,8 @@ def api_error(error: Exception) -> ApiError:
             return ApiError(404, text, param="agent", code="agent_not_found")
         case UnknownNode():
             return ApiError(404, text, param="target", code="node_not_found")
+        case LastNode():
+            return ApiError(409, text, param="node", code="last_node")
         case AgentBusy():
             return ApiError(409, text, param="agent", code="agent_busy", retry_after=1)
         case NoReplica():

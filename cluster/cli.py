@@ -1,5 +1,5 @@
-"""kvferry up | status | agents | migrate | place | export | import | verify | gc | tune | doctor
-| demo | bench.
+"""kvferry up | status | agents | migrate | place | drain | undrain | restart | export | import
+| verify | gc | tune | doctor | demo | bench.
 
 `up` owns a local cluster; `export`, `import`, `verify`, `gc` and `agents --bytes` work on a store
 (see `bundle_cli`, `store_cli`); everything else speaks HTTP to a running cluster. What a command
@@ -24,7 +24,17 @@ from rich.table import Table
 from actors.engine_settings import is_fake
 from actors.errors import ModelUnavailable
 from actors.models import open_store, parse_lora, resolve, served_name
-from cluster import bench_cli, bundle_cli, demo_cli, doctor, mlx_cli, place_cli, store_cli, tune_cli
+from cluster import (
+    bench_cli,
+    bundle_cli,
+    demo_cli,
+    doctor,
+    drain_cli,
+    mlx_cli,
+    place_cli,
+    store_cli,
+    tune_cli,
+)
 from cluster.config import ClusterConfig, load_config
 from cluster.console import console, fail, size
 from cluster.endpoint import DEFAULT_URL, Key, Url
@@ -207,6 +217,7 @@ app.command("export")(bundle_cli.export)
 app.command("import")(bundle_cli.import_)
 app.command("place")(place_cli.place)
 
+drain_cli.register(app)
 store_cli.register(app)
 tune_cli.register(app)
 doctor.register(app)

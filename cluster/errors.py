@@ -4,6 +4,7 @@ ClusterError
 ├── ConfigError        a setting that is unknown or has a wrong value (exit code 2)
 ├── NoReplica          no replica can take the turn now; try again after `retry_after` s (503)
 ├── UnknownNode        a node id that is not in the cluster (404)
+├── LastNode           no other node could take this node's agents (409)
 ├── UnknownAgent       an agent nobody has a memory of (404)
 ├── AgentBusy          the agent has a turn under way (409)
 └── MigrationFailed    the agent stays, or is left, where it can be served (502)
@@ -31,6 +32,10 @@ class NoReplica(ClusterError):
 
 
 class UnknownNode(ClusterError):
+    pass
+
+
+class LastNode(ClusterError):
     pass
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from cluster.migration import Migration
 
-Reason = Literal["operator", "placement"]
+Reason = Literal["operator", "placement", "drain"]
 BUCKETS_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 

@@ -1,5 +1,6 @@
 """One replica per device: starts a ModelReplica on every node that carries a device, follows nodes
-as they join and leave, watches every replica, and replaces the dead with growing delays.
+as they join and leave, watches every replica, and replaces the dead with growing delays. One whose
+model or versions are not the pool's is refused; where replicas keep dying, that is said.
 
 Lives in the router actor. A replica is a detached, named actor pinned to its node, so that it
 survives the router and is found again by the next one.
@@ -10,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +22,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from actors.config import ReplicaConfig
 from actors.errors import ActorError
 from actors.replica import ModelReplica
-from actors.report import ReplicaInfo, ReplicaStatus
+from actors.report import ReplicaInfo, ReplicaStatus, versions
+from cluster.errors import ClusterError
 from cluster.placement import Candidate, link_cost
 from cluster.remote import ReplicaLost, call
 from storage.errors import StorageError
@@ -32,8 +35,12 @@ NODE_LABEL = "kvferry.io/node"  # optional Ray label: the node's name, else its 
 ENGINE_LABEL = "kvferry.io/engine"  # optional Ray label: the node's engine, else the configured one
 _LOAD_TIMEOUT_S = 300.0
 _STATUS_TIMEOUT_S = 3.0
+_SHOWN = 3  # differences of a model that is refused
 _TICK_S = 0.5
 _MAX_BACKOFF_S = 30.0
+_SHORT_LIFE_S = 15.0  # a replica that was ready for less has failed
+_LOOP_FAILURES, _LOOP_S = 5, 600.0  # so many within so long: it is crash looping
+_FLUSH_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,12 @@ class Replica:
     status: ReplicaStatus | None = None
     healthy: bool = False
     seen: float = 0.0  # its clock at that report, less a margin
+    ready_at: float | None = None
     watcher: asyncio.Task[None] | None = None
+
+    @property
+    def incarnation(self) -> str:
+        return self.info.incarnation if self.info is not None else ""
 
 
 @dataclass
@@ -65,6 +77,15 @@ class _Backoff:
     failures: int = 0
     not_before: float = 0.0
     error: str = ""
+    died: deque[float] = field(default_factory=lambda: deque(maxlen=_LOOP_FAILURES))
+
+    def looping(self, now: float) -> bool:
+        """Whether short lives have followed one another."""
+        return len(self.died) == _LOOP_FAILURES and now - self.died[0] < _LOOP_S
+
+
+class Refused(ClusterError):
+    """A replica that does not fit to the others."""
 
 
 @dataclass
@@ -77,6 +98,9 @@ class ReplicaPool:
     nodes: dict[str, Node] = field(default_factory=dict)  # by kvferry id
     replicas: dict[str, Replica] = field(default_factory=dict)  # by kvferry node id
     restarts: int = 0
+    held: set[str] = field(default_factory=set)  # nodes that get no replica
+    versions: Mapping[str, str] = field(default_factory=versions)
+    clock: Callable[[], float] = time.monotonic
     _backoff: dict[str, _Backoff] = field(default_factory=dict)
 
     async def run(self) -> None:
@@ -93,8 +117,13 @@ class ReplicaPool:
 
     def errors(self) -> dict[str, str]:
         """Node id -> why its last replica died, while it has none that is ready."""
-        ready = {replica.node.id for replica in self.healthy()}
-        return {n: b.error for n, b in self._backoff.items() if b.error and n not in ready}
+        quiet = {replica.node.id for replica in self.healthy()} | self.held
+        return {n: self._error(b) for n, b in self._backoff.items() if b.error and n not in quiet}
+
+    def _error(self, backoff: _Backoff) -> str:
+        if not backoff.looping(self.clock()):
+            return backoff.error
+        return f"crash looping, {_LOOP_FAILURES} times in {_LOOP_S / 60:g} min: {backoff.error}"
 
     def suspect(self, incarnation: str) -> None:
         """Somebody could not reach a replica: it gets no turns until it answers again."""
@@ -110,7 +139,7 @@ class ReplicaPool:
                 self._remove(replica, "its node left")
         for node in self.nodes.values():
             backoff = self._backoff.setdefault(node.id, _Backoff())
-            waits = time.monotonic() < backoff.not_before
+            waits = self.clock() < backoff.not_before or node.id in self.held
             if node.has_device and node.id not in self.replicas and not waits:
                 replica = Replica(node, self._start(node))
                 self.replicas[node.id] = replica
@@ -134,9 +163,10 @@ class ReplicaPool:
         """Ask for a report twice a second, until the replica is gone."""
         name = replica.node.id
         try:
-            replica.info = await call(replica.actor.info.remote(), _LOAD_TIMEOUT_S)
-            assert replica.info is not None
-            logger.info("replica on %s is ready (pid %d)", name, replica.info.pid)
+            info = await call(replica.actor.info.remote(), _LOAD_TIMEOUT_S)
+            self.check(info)
+            replica.info, replica.ready_at = info, self.clock()
+            logger.info("replica on %s is ready (pid %d)", name, info.pid)
             silent_since: float | None = None
             while self.replicas.get(name) is replica:
                 try:
@@ -148,14 +178,36 @@ class ReplicaPool:
                         raise
                 else:
                     silent_since = None
-                    self._backoff[name] = _Backoff()
+                    known = self._backoff.setdefault(name, _Backoff())
+                    self._backoff[name] = _Backoff(died=known.died)
                 await asyncio.sleep(_TICK_S)
-        except (ReplicaLost, ActorError, StorageError, ValueError) as error:
+        except (ReplicaLost, Refused, ActorError, StorageError, ValueError) as error:
             self._remove(replica, str(error))
+
+    def check(self, info: ReplicaInfo) -> None:
+        """A replica may join if its versions are ours, and its model that of the replicas that are
+        here. Raises Refused."""
+        theirs = info.versions
+        differ = [
+            f"{name} {theirs.get(name, 'unknown')} there, {ours} here"
+            for name, ours in self.versions.items()
+            if theirs.get(name) != ours
+        ]
+        others = (r.info for r in self.replicas.values() if r.info and r.node.id != info.node)
+        first = next(others, None)
+        if first is not None:
+            model = info.key.mismatches(first.key)
+            differ += [f"{line} (that of {first.node})" for line in model[:_SHOWN]]
+            if first.codec != info.codec:
+                differ.append(f"codec: {info.codec} != {first.codec}")
+        if differ:
+            raise Refused(f"refused: {'; '.join(differ)}")
 
     async def refresh(self, replica: Replica) -> None:
         """Take a new report. Raises ReplicaLost, EngineFault."""
         status = await call(replica.actor.status.remote(replica.seen), _STATUS_TIMEOUT_S)
+        if self.replicas.get(replica.node.id) is not replica:
+            return  # released meanwhile
         replica.status, replica.seen = status, status.at - 2 * _TICK_S
         replica.healthy = True
         self.on_status(replica)
@@ -165,6 +217,37 @@ class ReplicaPool:
         pending = [self.refresh(replica) for replica in self.healthy()]
         await asyncio.gather(*pending, return_exceptions=True)
 
+    def hold(self, node: str) -> None:
+        """No replica is started there, should this one die."""
+        self.held.add(node)
+
+    def rejoin(self, node: str) -> None:
+        """The node may have a replica again, at once."""
+        self.held.discard(node)
+        self._backoff.pop(node, None)
+
+    async def release(self, node: str) -> None:
+        """Close a node's replica, once it has stored what it holds; no new one is started until
+        `rejoin`. Raises ReplicaLost, StorageError: then it is not closed."""
+        self.hold(node)
+        replica = self.replicas.get(node)
+        if replica is None:
+            return
+        try:
+            await call(replica.actor.flush.remote(), _FLUSH_TIMEOUT_S)
+        except ReplicaLost as error:
+            if not error.dead:
+                raise
+        if self.replicas.get(node) is replica:
+            del self.replicas[node]
+            replica.healthy = False
+            logger.info("replica on %s is released", node)
+            self._kill(replica)
+            self.on_lost(node)
+
+    def _kill(self, replica: Replica) -> None:
+        ray.kill(replica.actor, no_restart=True)
+
     def _remove(self, replica: Replica, reason: str) -> None:
         name = replica.node.id
         if self.replicas.get(name) is not replica:
@@ -173,11 +256,16 @@ class ReplicaPool:
         replica.healthy = False
         backoff = self._backoff.setdefault(name, _Backoff())
         backoff.failures += 1
-        delay = min(_MAX_BACKOFF_S, 0.25 * 2**backoff.failures)
-        backoff.not_before, backoff.error = time.monotonic() + delay, reason
+        now = self.clock()
+        if replica.ready_at is None or now - replica.ready_at < _SHORT_LIFE_S:
+            backoff.died.append(now)
+        delay = min(_MAX_BACKOFF_S, 0.25 * 2 ** min(16, backoff.failures))
+        if backoff.looping(now):
+            delay = _MAX_BACKOFF_S
+        backoff.not_before, backoff.error = now + delay, reason
         self.restarts += 1
         logger.warning("replica on %s is gone (%s); next try in %.1f s", name, reason, delay)
-        ray.kill(replica.actor, no_restart=True)
+        self._kill(replica)
         self.on_lost(name)
 
 

@@ -71,6 +71,10 @@ class Registry:
         found = [r for r in self._records.values() if r.agent.tenant == tenant]
         return sorted(found, key=lambda record: -record.last_used)
 
+    def on(self, node: str) -> list[AgentRecord]:
+        """The agents that a node owns, of all tenants."""
+        return [record for record in self._records.values() if record.node == node]
+
     def count(self, node: str) -> int:
         """Agents that a node owns."""
         return self._per_node[node]

@@ -15,21 +15,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.errors import AgentMoved
-from actors.models import open_store
 from actors.turn import Affinity
 from cluster.config import ClusterConfig
 from cluster.decisions import Choice, Outcome, to_json
 from cluster.dispatch import Ask, Dispatch
+from cluster.drain import Drains, Level
 from cluster.errors import AgentBusy, MigrationFailed, NoReplica, UnknownAgent, UnknownNode
 from cluster.migration import Migration, migrate
 from cluster.moves import Moves, Reason
 from cluster.placement import Placement
 from cluster.pool import Replica, ReplicaPool, candidate
+from cluster.recall import stored_agents
 from cluster.registry import AgentRecord
 from cluster.remote import ReplicaLost, call
-from cluster.views import agent_json, node_json
+from cluster.views import agent_json, nodes_json
 from storage.card import AgentId
-from storage.errors import StorageError
 from storage.spec import CompatibilityKey
 
 logger = logging.getLogger(__name__)
@@ -63,6 +63,7 @@ class PlacementRouter:
         self._locks: weakref.WeakValueDictionary[AgentId, asyncio.Lock] = (
             weakref.WeakValueDictionary()
         )
+        self._drains = Drains(self._pool, self._dispatch, self._lock, self._evacuate)
         self._key: CompatibilityKey | None = None
         self._scanned = asyncio.Event()
         self._moves = Moves()
@@ -96,14 +97,15 @@ class PlacementRouter:
                 self._dispatch.lost(owner)
             choice = self._dispatch.decide(ask, replicas, stays=self._stays(agent, replicas, avoid))
             owner, target = choice.location.node, choice.node
-            if persist and owner is not None and owner != target and owner in replicas:
+            source = replicas.get(owner or "") or self._drains.source(owner)
+            if persist and source is not None and source.node.id != target:
                 prefetch_s = _WAITED_S if choice.placement.restore_tokens is None else 0.0
-                pair = replicas[owner], replicas[target]
                 try:
-                    await self._move(agent, *pair, "placement", prefetch_s)
+                    await self._move(agent, source, replicas[target], "placement", prefetch_s)
                 except MigrationFailed as error:
-                    logger.warning("agent %s stays on %s: %s", agent, owner, error)
-                    choice.node, choice.move_failed = owner, str(error)
+                    logger.warning("agent %s stays on %s: %s", agent, source.node.id, error)
+                    choice.node, choice.move_failed = source.node.id, str(error)
+                    replicas[source.node.id] = source
             self._dispatch.began(ask, choice, time.monotonic() + self._turn_s)
             return _decision(choice, replicas[choice.node])
 
@@ -124,16 +126,17 @@ class PlacementRouter:
 
     def _stays(self, agent: AgentId, replicas: dict[str, Replica], avoid: frozenset[str]) -> bool:
         owner = replicas.get(self._registry.location(agent).node or "")
-        able = owner is not None and _incarnation(owner) not in avoid
+        able = owner is not None and owner.incarnation not in avoid
         return able and self._registry.stays(agent, time.monotonic())
 
     def _candidates(self, avoid: frozenset[str], bound: AgentId | None) -> dict[str, Replica]:
         """Replicas that can take a turn; only its owner for an agent that is `bound` to it."""
         owner = self._registry.location(bound).node if bound is not None else None
-        healthy = {r.node.id: r for r in self._pool.healthy()}
-        if owner is not None and owner in self._pool.replicas:
+        healthy = self._drains.candidates()
+        leaves = self._drains.source(owner) is not None
+        if owner is not None and owner in self._pool.replicas and not leaves:
             return {owner: healthy[owner]} if owner in healthy else {}
-        fresh = {n: r for n, r in healthy.items() if _incarnation(r) not in avoid}
+        fresh = {n: r for n, r in healthy.items() if r.incarnation not in avoid}
         return fresh or healthy
 
     async def _ready(
@@ -172,6 +175,7 @@ class PlacementRouter:
                 raise UnknownNode(f"no node {target!r} with a replica; there are: {known}")
             if not replica.healthy:
                 raise NoReplica(f"the replica on {target} is not ready")
+            self._drains.check_open(target)
             source = self._pool.replicas.get(record.node) if record.node else None
             if source is replica:
                 done = Migration(target, target, record.epoch, 0.0)
@@ -199,6 +203,9 @@ class PlacementRouter:
         self._moves.done(reason, done)
         logger.info("agent %s moved: %s", agent, done)
         return done
+
+    async def _evacuate(self, agent: AgentId, source: Replica, target: Replica) -> Migration:
+        return await self._move(agent, source, target, "drain", _UNNOTICED_S)
 
     async def delete(self, agent: AgentId) -> None:
         """Raises UnknownAgent, AgentBusy, NoReplica."""
@@ -244,7 +251,6 @@ class PlacementRouter:
     async def cluster(self) -> dict[str, Any]:
         """Every node of the cluster, and what its replica says."""
         await self._pool.refresh_all()
-        errors = self._pool.errors()
         return {
             "model": self._config.replica.model,
             "store": self._config.replica.store,
@@ -253,11 +259,7 @@ class PlacementRouter:
             "migrations": self._moves.total,
             "moves": self._moves.to_json(),
             "replica_losses": self._pool.restarts,
-            "nodes": [
-                node_json(node.id, node.address, node.has_device, self._pool.replicas.get(node.id))
-                | ({"error": errors[node.id]} if node.id in errors else {})
-                for node in sorted(self._pool.nodes.values(), key=lambda n: n.id)
-            ],
+            "nodes": nodes_json(self._pool, self._drains),
         }
 
     async def ready(self) -> dict[str, Any]:
@@ -278,26 +280,35 @@ class PlacementRouter:
         freed: int = await call(replica.actor.evict.remote(), _CALL_TIMEOUT_S)
         return freed
 
+    # ---- nodes: see cluster.drain
+
+    def drain(self, node: str) -> dict[str, Any]:
+        return self._drains.drain(node)
+
+    def undrain(self, node: str) -> dict[str, Any]:
+        return self._drains.undrain(node)
+
+    def drain_progress(self, node: str) -> dict[str, Any]:
+        return self._drains.progress(node)
+
+    def pressed(self, node: str, level: Level) -> dict[str, Any]:
+        return self._drains.pressed(node, level)
+
     def _on_status(self, replica: Replica) -> None:
         assert replica.status is not None
         assert replica.info is not None
         self._registry.reported(replica.node.id, replica.status.agents)
         told = candidate(replica)
         if told is not None:
-            self._dispatch.reported(*told, replica.info.slots)
-        if self._key is None:
+            cells = self._drains.fullness(replica.node.id, told[1])
+            self._dispatch.reported(told[0], cells, replica.info.slots)
+        if self._key != replica.info.key:
             self._key = replica.info.key
             self._tasks.append(asyncio.create_task(self._scan(self._key)))
 
     async def _scan(self, key: CompatibilityKey) -> None:
-        """Once, after a start: learn of the agents that the store remembers."""
-        try:
-            store = open_store(self._config.replica)
-            cards = await asyncio.to_thread(lambda: list(store.cards(store.tenants(), key)))
-        except StorageError as error:
-            logger.warning("cannot read the store's agents: %s", error)
-            cards = []
-        for loaded in cards:
+        """After a start: learn of the agents that the store remembers."""
+        for loaded in await asyncio.to_thread(stored_agents, self._config.replica, key):
             self._registry.found_in_store(loaded)
         self._scanned.set()
 
@@ -308,8 +319,4 @@ class PlacementRouter:
 def _decision(choice: Choice, replica: Replica) -> Decision:
     placement = choice.placement
     limit = placement.restore_tokens if choice.node == placement.node else None
-    return Decision(choice.node, _incarnation(replica), replica.actor, placement, limit)
-
-
-def _incarnation(replica: Replica) -> str:
-    return replica.info.incarnation if replica.info is not None else ""
+    return Decision(choice.node, replica.incarnation, replica.actor, placement, limit)

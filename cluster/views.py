@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from cluster.pool import Replica
+from cluster.drain import Drains
+from cluster.pool import Replica, ReplicaPool
 from cluster.registry import AgentRecord
 
 
@@ -24,6 +25,17 @@ def agent_json(record: AgentRecord) -> dict[str, Any]:
     }
 
 
+def nodes_json(pool: ReplicaPool, drains: Drains) -> list[dict[str, Any]]:
+    """Every node of the cluster, and what its replica says."""
+    errors = pool.errors()
+    return [
+        node_json(node.id, node.address, node.has_device, pool.replicas.get(node.id))
+        | ({"error": errors[node.id]} if node.id in errors else {})
+        | drains.report(node.id)
+        for node in sorted(pool.nodes.values(), key=lambda n: n.id)
+    ]
+
+
 def node_json(node: str, address: str, has_device: bool, replica: Replica | None) -> dict[str, Any]:
     info = replica.info if replica else None
     status = replica.status if replica else None
@@ -36,6 +48,7 @@ def node_json(node: str, address: str, has_device: bool, replica: Replica | None
         "pid": info.pid if info else None,
         "raylet_pid": info.raylet_pid if info else None,
         "engine": info.engine if info else None,
+        "versions": dict(info.versions) if info else {},
         "device": info.device if info else None,
         "slots": info.slots if info else 0,
         "agents": status.n_agents if status else 0,

@@ -1,0 +1,248 @@
+"""Emptying a node while it serves: every agent moves to another replica, live, then it is let go.
+
+    draining -> drained      no new turns; agents leave, a few at a time; its replica is closed
+             -> stuck        some agent cannot leave: nothing is closed, nobody new comes
+
+Under critical pressure (battery, memory) a node is emptied likewise, but its replica stays, and
+comes back into use when the pressure falls. Lives in the router and is forgotten with it: the next
+router starts a replica wherever none is. Knows replicas by the pool, decisions by dispatch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from cluster.dispatch import Ask, Dispatch
+from cluster.errors import LastNode, MigrationFailed, NoReplica, UnknownNode
+from cluster.pool import Replica, ReplicaPool
+from cluster.remote import ReplicaLost
+from storage.card import AgentId
+
+logger = logging.getLogger(__name__)
+Level = Literal["none", "warn", "critical"]
+PARALLEL = 4  # agents that leave a node at a time
+_ATTEMPTS = 3  # to move one agent
+_POLL_S = 0.1
+_DEADLINE_S = 900.0  # longer than a turn may take
+
+Lock = Callable[[AgentId], asyncio.Lock]
+Move = Callable[[AgentId, Replica, Replica], Coroutine[Any, Any, Any]]
+
+
+@dataclass
+class Drain:
+    """What became of a node's agents. `release`: its replica is closed in the end."""
+
+    node: str
+    release: bool
+    state: Literal["draining", "drained", "stuck"] = "draining"
+    moved: int = 0
+    left: int = 0  # agents still there
+    running: int = 0  # turns still there
+    failed: dict[AgentId, str] = field(default_factory=dict)
+    error: str = ""
+    task: asyncio.Task[None] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "node": self.node,
+            "state": self.state,
+            "release": self.release,
+            "moved": self.moved,
+            "left": self.left,
+            "running": self.running,
+            "failed": [{"agent": str(a), "error": e} for a, e in self.failed.items()],
+            "error": self.error or None,
+        }
+
+
+class Drains:
+    """All nodes that are being emptied or have been, and the pressure that nodes report."""
+
+    def __init__(
+        self,
+        pool: ReplicaPool,
+        dispatch: Dispatch,
+        lock: Lock,
+        move: Move,
+        deadline_s: float = _DEADLINE_S,
+    ) -> None:
+        """`lock`: under which an agent is moved; `move` may raise MigrationFailed."""
+        self._pool, self._dispatch, self._lock, self._move = pool, dispatch, lock, move
+        self._deadline_s = deadline_s
+        self._drains: dict[str, Drain] = {}
+        self._pressure: dict[str, Level] = {}
+
+    # ---- for placement
+
+    def candidates(self) -> dict[str, Replica]:
+        """Healthy replicas that may take turns, by node; where there is no other, those that are
+        being emptied."""
+        return {r.node.id: r for r in self._open() or self._pool.healthy()}
+
+    def _open(self) -> list[Replica]:
+        return [r for r in self._pool.healthy() if r.node.id not in self._drains]
+
+    def source(self, node: str | None) -> Replica | None:
+        """A replica that agents are to leave, if it can hand them over."""
+        replica = self._pool.replicas.get(node) if node is not None else None
+        return replica if node in self._drains and replica and replica.healthy else None
+
+    def check_open(self, node: str) -> None:
+        """Raises NoReplica for a node that is being emptied."""
+        if node in self._drains:
+            raise NoReplica(f"{node} is {self._drains[node].state}: it takes no agents")
+
+    def fullness(self, node: str, cells: float) -> float:
+        """Under pressure a replica counts as full."""
+        return cells if self._pressure.get(node, "none") == "none" else 1.0
+
+    # ---- for operators
+
+    def drain(self, node: str, *, release: bool = True) -> dict[str, Any]:
+        """Begin, or try again the agents that could not leave; the state so far. Raises
+        UnknownNode, LastNode."""
+        self._device(node)
+        known = self._drains.get(node)
+        if known is not None and known.state != "stuck" and (known.release or not release):
+            return known.to_json()
+        if not any(replica.node.id != node for replica in self._open()):
+            raise LastNode(f"no other node could take the agents of {node}")
+        self._cancel(known)
+        drain = self._drains[node] = Drain(node, release)
+        if release:
+            self._pool.hold(node)
+        drain.task = asyncio.create_task(self._run(drain))
+        return drain.to_json()
+
+    def undrain(self, node: str) -> dict[str, Any]:
+        """Back into use: whoever has not left stays, a closed replica is started again. Raises
+        UnknownNode."""
+        self._device(node)
+        self._cancel(self._drains.pop(node, None))
+        self._pool.rejoin(node)
+        return {"node": node, "state": "open"}
+
+    def progress(self, node: str) -> dict[str, Any]:
+        """Raises UnknownNode."""
+        self._device(node)
+        drain = self._drains.get(node)
+        return drain.to_json() if drain is not None else {"node": node, "state": "open"}
+
+    def pressed(self, node: str, level: Level) -> dict[str, Any]:
+        """A node says how it is doing. Raises UnknownNode, LastNode."""
+        self._device(node)
+        drain = self._drains.get(node)
+        if level == "critical":
+            self.drain(node, release=False)
+        elif drain is not None and not drain.release:  # an operator's drain goes on
+            self.undrain(node)
+        self._pressure[node] = level
+        return self.progress(node) | {"pressure": level}
+
+    def report(self, node: str) -> dict[str, Any]:
+        """For the cluster's report."""
+        drain = self._drains.get(node)
+        state = {"replica": drain.state} if drain is not None else {}
+        level = self._pressure.get(node, "none")
+        return state | {"pressure": level, "drain": drain.to_json() if drain else None}
+
+    def _device(self, node: str) -> None:
+        devices = sorted({n.id for n in self._pool.nodes.values() if n.has_device})
+        if node not in {*devices, *self._pool.replicas, *self._drains}:
+            known = ", ".join(devices or sorted(self._pool.replicas)) or "none"
+            raise UnknownNode(f"no node {node!r} with a device; there are: {known}")
+
+    def _cancel(self, drain: Drain | None) -> None:
+        if drain is not None and drain.task is not None:
+            drain.task.cancel()
+
+    # ---- the work
+
+    async def _run(self, drain: Drain) -> None:
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                await self._empty(drain)
+            if drain.failed:
+                drain.state, drain.error = "stuck", f"{len(drain.failed)} agents cannot leave"
+                return
+            self._check_wanted(drain)
+            if drain.release:
+                await self._pool.release(drain.node)
+            drain.state = "drained"
+        except TimeoutError:
+            drain.state, drain.error = "stuck", f"not empty after {self._deadline_s:g} s"
+        except Exception as error:
+            logger.exception("draining %s failed", drain.node)
+            drain.state, drain.error = "stuck", f"{type(error).__name__}: {error}"
+
+    async def _empty(self, drain: Drain) -> None:
+        """Until the node has neither agents, but those that cannot leave, nor turns."""
+        free = asyncio.Semaphore(PARALLEL)
+
+        async def leave(agent: AgentId) -> None:
+            async with free:
+                await self._leave(drain, agent)
+
+        while (replica := self._pool.replicas.get(drain.node)) is not None:
+            self._check_wanted(drain)
+            if replica.healthy:
+                await asyncio.gather(self._pool.refresh(replica), return_exceptions=True)
+            agents = [a for a in self._agents(drain.node) if a not in drain.failed]
+            drain.left = len(agents)
+            status = replica.status
+            drain.running = status.running + status.waiting if status is not None else 0
+            if agents and replica.healthy:
+                await asyncio.gather(*(leave(agent) for agent in agents))
+            elif not agents and not drain.running:
+                return
+            else:
+                await asyncio.sleep(_POLL_S)
+        drain.left = drain.running = 0
+
+    def _check_wanted(self, drain: Drain) -> None:
+        """Raises CancelledError for a drain that was taken back: where a call ends just when its
+        task is cancelled, asyncio.wait_for forgets the cancellation (Python 3.11)."""
+        if self._drains.get(drain.node) is not drain:
+            raise asyncio.CancelledError
+
+    def _agents(self, node: str) -> list[AgentId]:
+        return [record.agent for record in self._dispatch.registry.on(node)]
+
+    async def _leave(self, drain: Drain, agent: AgentId) -> None:
+        error: Exception | None = None
+        for attempt in range(_ATTEMPTS):
+            source = self._pool.replicas.get(drain.node)
+            if source is None or not source.healthy:
+                return  # it is dead or silent: whoever takes its turns claims its agents
+            try:
+                moved = await self._bring_away(agent, source)
+            except (MigrationFailed, NoReplica, ReplicaLost) as failure:
+                logger.warning("agent %s cannot leave %s: %s", agent, drain.node, failure)
+                error = failure
+                await asyncio.sleep(_POLL_S * 2**attempt)
+            else:
+                drain.moved += moved
+                drain.left -= 1
+                return
+        drain.failed[agent] = str(error)
+
+    async def _bring_away(self, agent: AgentId, source: Replica) -> bool:
+        """False when it has left already."""
+        async with self._lock(agent):
+            record = self._dispatch.registry.get(agent)
+            if record is None or record.node != source.node.id:
+                return False
+            await self._move(agent, source, self._target(agent))
+            return True
+
+    def _target(self, agent: AgentId) -> Replica:
+        """The cheapest for its next turn, of which nothing is known. Raises NoReplica."""
+        able = {replica.node.id: replica for replica in self._open()}
+        if not able:
+            raise NoReplica("no other node is ready")
+        return able[self._dispatch.decide(Ask(agent, 0, 1), able).node]
