@@ -27,7 +27,7 @@ from storage.store import CacheStore
 
 PREFIX = "KVFERRY_"
 # Variables with the prefix that are not settings: where the file is, and the tests' switches.
-_NOT_SETTINGS = {"CONFIG", "DATA", "LLAMA_SERVER", "REQUIRE", "URL"}
+_NOT_SETTINGS = {"CHAOS", "CONFIG", "DATA", "LLAMA_SERVER", "REQUIRE", "SEED", "URL"}
 _SECRET = {"api_keys", "encryption_keys"}
 
 
