@@ -80,7 +80,7 @@ def run(
     sizes = QUICK if quick else Sizes()
     sizes = sizes if runs is None else replace(sizes, runs=runs)
     replica = config.replica
-    if replica.kv_type != "f16":
+    if replica.kv_type not in ("auto", "f16"):
         raise ConfigError(f"kv_type = {replica.kv_type}: this compares float16 cells")
     # as in a replica of `kvferry up`, before the library is loaded
     os.environ["OMP_WAIT_POLICY"] = "passive"
