@@ -43,7 +43,7 @@ _LAST_QUESTION = "Thank you. Who was it about?"
 
 _CAPTION = """\
 TTFT: from the POST to the first text. cold: TTFT of the same messages, sent once more after the
-turn, without a session id, so that everything is prefilled."""
+turn, without a session id and with another beginning, so that everything is prefilled."""
 
 _ALL_FIT = "all fit, nobody is pushed out (kvferry up --slots 1 shows it)"
 
@@ -90,7 +90,10 @@ class Demo:
         )
         settle()
         if agent.held:
-            cold = self.endpoint.chat(agent.messages, session=None, max_tokens=1)
+            # With a beginning of its own: prompts that begin alike share that.
+            first, *others = agent.messages
+            alone = {**first, "content": f"{secrets.token_hex(8)}: {first['content']}"}
+            cold = self.endpoint.chat([alone, *others], session=None, max_tokens=1)
             cost = _seconds(cold.ttft_s)
             if cold.cached_tokens:
                 self.failures.append(f"{title}: the comparison was not cold")

@@ -109,7 +109,8 @@ def test_damaged_memory_is_prefilled(
     target, path = damage_and_take_over(cluster, session, one.node, damage)
     two = cluster.chat(question, session, max_tokens=12)
     assert two.node == target
-    assert two.cached < 64  # what other agents' prompts begin with, too
+    # What other agents' prompts begin with, too; and a sound block that no sound card names.
+    assert two.cached <= (256 if damage is foreign_cards else 63)
     assert two.text == one.text
     assert cluster.metric(faults, node=target, reason=reason) >= before + 1
     lines = [line for line in cluster.logged().splitlines() if path.name in line]

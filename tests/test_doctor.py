@@ -140,7 +140,7 @@ def test_more_cells_than_memory(
 ) -> None:
     monkeypatch.setenv("KVFERRY_SLOTS", "255")
     monkeypatch.setenv("KVFERRY_N_CTX", str(1 << 20))
-    assert "KV 1" in failing("memory", "--model", str(tiny_models["llama64"]))
+    assert " GB (267386880 cells)" in failing("memory", "--model", str(tiny_models["llama64"]))
 
 
 def test_a_port_in_use(monkeypatch: pytest.MonkeyPatch) -> None:

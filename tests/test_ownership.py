@@ -227,6 +227,10 @@ class Turn:
     branch: Branch
     sequence: SimpleNamespace
 
+    @property
+    def ready(self) -> SimpleNamespace:
+        return SimpleNamespace(memory=self.memory, match=SimpleNamespace(branch=self.branch))
+
 
 class Replica:
     """One life of a replica: its memory, its handoff, and the calls that are under way."""
