@@ -23,6 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from actors.engines.options import WAITING
 from actors.tuning import Profile, from_json
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ def machine() -> dict[str, Any]:
         "cpu": _cpu(),
         "cores": os.cpu_count() or 1,
         # how threads wait, which is told to OpenMP before it starts
-        "waiting": os.environ.get("OMP_WAIT_POLICY", "").lower(),
+        "waiting": [os.environ.get(name, "").lower() for name in WAITING],
     }
 
 

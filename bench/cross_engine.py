@@ -31,6 +31,7 @@ from rich.table import Table
 from actors.config import ReplicaConfig
 from actors.engine_settings import is_fake, is_mlx
 from actors.engines.base import Chunk, Engine
+from actors.engines.options import WAITING
 from actors.errors import ModelUnavailable
 from actors.models import open_engine, open_store, resolve, served_name
 from bench.client import EndpointError, Message
@@ -87,7 +88,7 @@ class Cost:
 def run(settings: ClusterConfig, n_turns: int, as_json: bool) -> int:
     """Returns the exit code. Raises ConfigError, ModelUnavailable."""
     _check(settings.replica)
-    os.environ["OMP_WAIT_POLICY"] = "passive"  # as in a replica, before the library is loaded
+    os.environ.update(WAITING)  # as in a replica, before the library is loaded
     # Wide, so that a pipe gets whole lines.
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
     with tempfile.TemporaryDirectory(prefix="kvferry-demo-") as directory:

@@ -21,6 +21,7 @@ from typing import Any
 
 import httpx
 
+from actors.engines.options import WAITING
 from bench.client import Message
 from bench.serve_figures import Answer
 
@@ -207,7 +208,7 @@ class LlamaServer(Side):
             "--flash-attn", "on", "--cache-type-k", "f16", "--cache-type-v", "f16",
             "--no-webui", *options,
         ]  # fmt: skip
-        env = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}  # replicas'
+        env = {k: v for k, v in os.environ.items() if k not in WAITING}  # replicas'
         super().__init__(command, env, folder / "log", port)
 
     def _ready(self) -> bool:

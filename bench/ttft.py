@@ -22,6 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from actors.engines.options import WAITING
 from bench.client import Endpoint, EndpointError, Message
 from bench.raw import RawEngine
 from bench.report import Figures, print_report
@@ -86,7 +87,7 @@ class Cluster:
 
 def run(settings: ClusterConfig, lengths: list[int], runs: int, text: Path | None) -> int:
     """Returns the exit code. Raises ConfigError, ModelUnavailable."""
-    os.environ["OMP_WAIT_POLICY"] = "passive"  # as in a replica, before the library is loaded
+    os.environ.update(WAITING)  # as in a replica, before the library is loaded
     settings = divided(replace(settings, http=replace(settings.http, api_keys={})))
     placement = replace(settings.placement, hysteresis_s=_STAY_S)
     settings = replace(settings, placement=placement)

@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from actors.engines.options import WAITING
 from cluster.config import ClusterConfig
 from cluster.errors import ConfigError
 
@@ -29,7 +30,7 @@ _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",  # macOS: more than one node
     "RAY_BACKEND_LOG_LEVEL": "error",  # a node that dies is news of one line, and it is ours
-    "OMP_WAIT_POLICY": "passive",
+    **WAITING,
     "RAY_health_check_period_ms": "1000",  # a dead node is noticed in 5 s; the default takes 15
 }
 

@@ -29,6 +29,7 @@ from typing import Any
 import httpx
 import psutil
 
+from actors.engines.options import WAITING
 from tests.clusters import ROOT, START, WAIT, Endpoint, alive, until
 from tests.require import require
 from tests.s3_proxy import Faults
@@ -294,7 +295,7 @@ def _environment(hosts: dict[str, Host], folder: Path, settings: dict[str, Any])
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_health_check_period_ms": "1000",
         "RAY_health_check_timeout_ms": "2000",
-        "OMP_WAIT_POLICY": "passive",
+        **WAITING,
         "PYTHONPATH": str(ROOT),
     }
 
