@@ -1,8 +1,8 @@
 """A local cluster: a head and several device nodes on one machine, one raylet each.
 
 What `kvferry up` and the tests start. The cores are divided over the replicas, and llama.cpp's
-threads sleep while they wait: replicas that share a machine fight otherwise. A device node that
-dies is started again under its name.
+threads spin no longer than a moment while they wait: replicas that share a machine fight otherwise.
+A device node that dies is started again under its name.
 """
 
 from __future__ import annotations

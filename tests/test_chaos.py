@@ -2,8 +2,8 @@
 run, no token lost or doubled, one owner, and everybody is served afterwards.
 
 The hosts, links and processes are real, the store is an S3 endpoint that holds a request where the
-test wants the fault to happen. Run all cells with `make soak`; `make test` runs some, chosen by
-KVFERRY_SEED or by the day.
+test wants the fault to happen. `make test` runs some of the cells, chosen by KVFERRY_SEED or by
+the day; KVFERRY_CHAOS=all runs all of them.
 """
 
 from __future__ import annotations
