@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
+from typing import cast
 
 from actors.config import ReplicaConfig
 from actors.engines.options import KV_TYPES, MAX_UBATCH, EngineOptions
 from actors.errors import ModelUnavailable
+from actors.speculation import Kind, SpeculationConfig
 
 ENGINES = ("llama.cpp", "mlx")
 _CODES = {"q4_1": "llama.cpp", "q4": "mlx"}  # cells of the q4 codec's codes, and whose they are
@@ -89,3 +92,42 @@ def default_options(config: ReplicaConfig) -> EngineOptions:
         kv_type="f16" if config.kv_type == "auto" else config.kv_type,
         ubatch=config.ubatch or MAX_UBATCH,
     )
+
+
+def parse_lora(text: str) -> tuple[str, float]:
+    """(reference of the adapter's file, scale) of `reference[:scale]`. Raises ValueError."""
+    reference, _, last = text.rpartition(":")
+    try:
+        scale = float(last)
+    except ValueError:
+        return text, 1.0
+    if not reference or not math.isfinite(scale) or not scale:
+        raise ValueError(f"lora = {text!r}: a file, and perhaps :scale, a number that is not 0")
+    return reference, scale
+
+
+def check_lora(config: ReplicaConfig) -> None:
+    """Raises ValueError for an adapter that the rest of the configuration does not allow."""
+    if config.lora:
+        parse_lora(config.lora)
+        if is_fake(config.model):
+            raise ValueError("lora: the fake engine takes no adapter")
+
+
+def speculation_of(config: ReplicaConfig) -> SpeculationConfig:
+    """Raises ValueError for a setting that cannot be kept."""
+    kind, draft = config.speculation, config.draft_model
+    if kind == "mtp":
+        raise ValueError(
+            "speculation = mtp: this build cannot test a model's own multi-token-prediction head, "
+            "and does not use one; set auto, ngram, draft or off"
+        )
+    if kind not in ("auto", "off", "ngram", "draft"):
+        raise ValueError(f"speculation = {kind!r}: auto, off, ngram or draft")
+    if kind == "draft" and not draft:
+        raise ValueError("speculation = draft: wants a draft_model")
+    if kind in ("off", "ngram") and draft:
+        raise ValueError(f"draft_model: is not used with speculation = {kind}")
+    if kind == "auto":
+        kind = "draft" if draft else "ngram"
+    return SpeculationConfig(cast(Kind, kind), config.draft_tokens)

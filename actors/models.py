@@ -14,21 +14,27 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import math
 import re
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import cast
 from urllib.parse import parse_qsl
 
 from actors.config import ReplicaConfig
 from actors.draft_model import check_draft
-from actors.engine_settings import check_engine, default_options, engine_of, is_fake, is_mlx
+from actors.engine_settings import (
+    check_engine,
+    check_lora,
+    default_options,
+    engine_of,
+    is_fake,
+    is_mlx,
+    parse_lora,
+    speculation_of,
+)
 from actors.engines.base import Engine
 from actors.engines.options import EngineOptions
 from actors.errors import ModelUnavailable
-from actors.speculation import Kind, SpeculationConfig
 from actors.tuned import Source, Tunable, open_tuned
 from actors.tuning import Profile
 from storage.crypto import Cipher, parse_keys, read_keys
@@ -101,45 +107,6 @@ def _from_hub(model: str) -> Path:
     except Exception as error:  # the hub's errors, the network's, and the cache's
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ModelUnavailable(f"{model}: cannot be fetched ({reason})") from error
-
-
-def parse_lora(text: str) -> tuple[str, float]:
-    """(reference of the adapter's file, scale) of `reference[:scale]`. Raises ValueError."""
-    reference, _, last = text.rpartition(":")
-    try:
-        scale = float(last)
-    except ValueError:
-        return text, 1.0
-    if not reference or not math.isfinite(scale) or not scale:
-        raise ValueError(f"lora = {text!r}: a file, and perhaps :scale, a number that is not 0")
-    return reference, scale
-
-
-def check_lora(config: ReplicaConfig) -> None:
-    """Raises ValueError for an adapter that the rest of the configuration does not allow."""
-    if config.lora:
-        parse_lora(config.lora)
-        if is_fake(config.model):
-            raise ValueError("lora: the fake engine takes no adapter")
-
-
-def speculation_of(config: ReplicaConfig) -> SpeculationConfig:
-    """Raises ValueError for a setting that cannot be kept."""
-    kind, draft = config.speculation, config.draft_model
-    if kind == "mtp":
-        raise ValueError(
-            "speculation = mtp: this build cannot test a model's own multi-token-prediction head, "
-            "and does not use one; set auto, ngram, draft or off"
-        )
-    if kind not in ("auto", "off", "ngram", "draft"):
-        raise ValueError(f"speculation = {kind!r}: auto, off, ngram or draft")
-    if kind == "draft" and not draft:
-        raise ValueError("speculation = draft: wants a draft_model")
-    if kind in ("off", "ngram") and draft:
-        raise ValueError(f"draft_model: is not used with speculation = {kind}")
-    if kind == "auto":
-        kind = "draft" if draft else "ngram"
-    return SpeculationConfig(cast(Kind, kind), config.draft_tokens)
 
 
 def open_draft(config: ReplicaConfig, engine: Engine) -> Engine | None:

@@ -21,11 +21,12 @@ import actors
 import storage
 from actors.branches import AgentMemory, durable_rows
 from actors.config import ReplicaConfig
+from actors.engine_settings import speculation_of
 from actors.errors import ActorError, EngineFault, ModelUnavailable
 from actors.handoff import FEW_ROWS, Copied
 from actors.loop import LoopConfig, ReplicaLoop
 from actors.memory import Memory, MemoryConfig
-from actors.models import open_draft, open_local, open_profiled, open_store, speculation_of
+from actors.models import open_draft, open_local, open_profiled, open_store
 from actors.outbox import Outbox
 from actors.preload import Fetched
 from actors.report import (

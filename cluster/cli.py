@@ -21,9 +21,9 @@ import httpx
 import typer
 from rich.table import Table
 
-from actors.engine_settings import is_fake
+from actors.engine_settings import is_fake, parse_lora
 from actors.errors import ModelUnavailable
-from actors.models import open_store, parse_lora, resolve, served_name
+from actors.models import open_store, resolve, served_name
 from cluster import (
     bench_cli,
     bundle_cli,

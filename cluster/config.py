@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.config import ReplicaConfig
-from actors.engine_settings import check_engine
-from actors.models import check_lora, speculation_of
+from actors.engine_settings import check_engine, check_lora, speculation_of
 from cluster.errors import ConfigError
 from cluster.placement import PlacementConfig
 from storage.card import TENANT_PATTERN

@@ -14,9 +14,10 @@ pytest.importorskip("llama_cpp", reason="no llama-cpp-python")
 from gguf import GGUFWriter
 
 from actors.config import ReplicaConfig
+from actors.engine_settings import parse_lora
 from actors.engines.base import Engine
 from actors.errors import ModelUnavailable
-from actors.models import open_engine, parse_lora
+from actors.models import open_engine
 from cluster.config import ConfigError, load_config
 from tests.engine_contract import feed
 from tests.loops import make_loop, run, settle, user

@@ -17,12 +17,13 @@ from actors.cells import Cells
 from actors.config import ReplicaConfig
 from actors.draft_model import DraftModel, check_draft
 from actors.drafts import NGrams
+from actors.engine_settings import speculation_of
 from actors.engines.base import Chunk, Engine, Logits
 from actors.engines.fake_engine import FakeEngine, FakeVocab
 from actors.errors import EngineFault, ModelUnavailable
 from actors.grammar import GrammarCompiler
 from actors.loop import LoopConfig, ReplicaLoop
-from actors.models import open_draft, open_engine, speculation_of
+from actors.models import open_draft, open_engine
 from actors.payoff import Offer, Payoff
 from actors.residency import Residency
 from actors.sampling import Sampler
