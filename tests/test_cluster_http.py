@@ -251,7 +251,8 @@ def test_an_unknown_target_or_agent_is_refused(cluster: Up) -> None:
 
 
 def test_a_deleted_agent_starts_cold(cluster: Up) -> None:
-    question = recital("Tree", 12)
+    system = {"role": "system", "content": "Forget."}  # a beginning shared with no other agent
+    question = [system, *recital("Tree", 12)]
     cluster.chat(question, "forgotten", max_tokens=4)
     path = f"{cluster.url}/v1/agents/forgotten"
     assert httpx.delete(path, timeout=WAIT).json() == {"id": "forgotten", "deleted": True}

@@ -254,7 +254,7 @@ def test_agents_that_share_few_cells_leave_and_come_back_the_same(
 def test_rows_in_the_engine_are_those_of_the_tokens_between_any_two_steps(
     loop_on: MakeLoop,
 ) -> None:
-    loop = loop_on(FakeEngine(), draft=Half())
+    loop = loop_on(FakeEngine(step_delay=0.002), draft=Half())
     streams = [start(loop, ASKED, session=f"s{i}", turn_id=f"t{i}", n=150, temperature=float(i),
                      ignore_eos=True) for i in range(2)]  # fmt: skip
 
