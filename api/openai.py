@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -90,7 +90,7 @@ def _turn(context: Context, request: Request, body: ChatCompletionRequest) -> Tu
 async def _chat(context: Context, request: Request, body: ChatCompletionRequest) -> Response:
     turn = _turn(context, request, body)
     events = context.turns.run(turn)
-    started = await anext(events)
+    [started] = await anext(events)
     assert isinstance(started, Started)
     reply = _Reply(context, turn, started)
     headers = {
@@ -116,7 +116,7 @@ class _EventStream(StreamingResponse):
     def __init__(
         self,
         content: AsyncGenerator[str, None],
-        events: AsyncGenerator[Event, None],
+        events: AsyncGenerator[list[Event], None],
         headers: dict[str, str],
     ) -> None:
         super().__init__(content, media_type="text/event-stream", headers=headers)
@@ -145,17 +145,18 @@ class _Reply:
         self._completion_tokens = 0
         self._said = Said(turn.id, started.call_format)
 
-    async def whole(self, events: AsyncIterator[Event]) -> dict[str, Any]:
+    async def whole(self, events: AsyncIterator[list[Event]]) -> dict[str, Any]:
         reason = "stop"
         logprobs: list[TokenLogprob] = []
-        async for event in events:
-            if isinstance(event, Text):
-                self._said.push(event.text)
-                logprobs += event.logprobs
-                self._completion_tokens += event.n_tokens
-            elif isinstance(event, Done):
-                self._said.finish()
-                reason = self._said.reason(event.reason)
+        async for batch in events:
+            for event in batch:
+                if isinstance(event, Text):
+                    self._said.push(event.text)
+                    logprobs += event.logprobs
+                    self._completion_tokens += event.n_tokens
+                elif isinstance(event, Done):
+                    self._said.finish()
+                    reason = self._said.reason(event.reason)
         choice = {
             "index": 0,
             "message": self._said.message(),
@@ -169,34 +170,37 @@ class _Reply:
         }
 
     async def stream(
-        self, events: AsyncIterator[Event], *, include_usage: bool
+        self, events: AsyncIterator[list[Event]], *, include_usage: bool
     ) -> AsyncGenerator[str, None]:
-        """Server-sent events; a failure after the first token ends the stream with an error."""
+        """Server-sent events, those of one list written at once; a failure after the first token
+        ends the stream with an error."""
         yield self._chunk({"role": "assistant", "content": ""})
         try:
-            async for event in events:
-                if isinstance(event, Text):
-                    self._completion_tokens += event.n_tokens
-                    told = event.logprobs  # with the first of its deltas, if there is one
-                    deltas = self._said.push(event.text)
-                    if told and not deltas:
-                        deltas = [{"content": ""}]
-                    for delta in deltas:
-                        yield self._chunk(delta, logprobs=told)
-                        told = ()
-                elif isinstance(event, Done):
-                    for delta in self._said.finish():
-                        yield self._chunk(delta)
-                    yield self._chunk({}, self._said.reason(event.reason))
+            async for batch in events:
+                chunks = "".join(chunk for event in batch for chunk in self._chunks(event))
+                if chunks:
+                    yield chunks
         except Exception as error:
             yield _sse(api_error(error).body)
             return
         usage = self._usage()
-        if include_usage:
-            yield _sse(
-                self._base | {"object": "chat.completion.chunk", "choices": [], "usage": usage}
-            )
-        yield "data: [DONE]\n\n"
+        last = self._base | {"object": "chat.completion.chunk", "choices": [], "usage": usage}
+        yield (_sse(last) if include_usage else "") + "data: [DONE]\n\n"
+
+    def _chunks(self, event: Event) -> Iterator[str]:
+        if isinstance(event, Text):
+            self._completion_tokens += event.n_tokens
+            told = event.logprobs  # with the first of its deltas, if there is one
+            deltas = self._said.push(event.text)
+            if told and not deltas:
+                deltas = [{"content": ""}]
+            for delta in deltas:
+                yield self._chunk(delta, logprobs=told)
+                told = ()
+        elif isinstance(event, Done):
+            for delta in self._said.finish():
+                yield self._chunk(delta)
+            yield self._chunk({}, self._said.reason(event.reason))
 
     def _chunk(
         self,

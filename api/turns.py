@@ -83,8 +83,8 @@ class Turns:
     def __init__(self, router: Any, config: HttpConfig, metrics: Metrics) -> None:
         self._router, self._config, self._metrics = router, config, metrics
 
-    async def run(self, request: TurnRequest) -> AsyncGenerator[Event, None]:
-        """Started, then Text as it comes, then Done.
+    async def run(self, request: TurnRequest) -> AsyncGenerator[list[Event], None]:
+        """Started by itself, then Text as it comes, then Done; what comes together in one list.
 
         Raises InvalidRequest, Overloaded, NoReplica, TurnTimeout, and what made the last of
         several attempts fail.
@@ -93,16 +93,17 @@ class Turns:
         chars: list[int] = []
         try:
             async with aclosing(self._run(log, chars)) as events:
-                async for event in events:
-                    clock.note(event)
-                    yield event
+                async for batch in events:
+                    for event in batch:
+                        clock.note(event)
+                    yield batch
         finally:
             if request.persist:
                 n_chars = chars[0] if chars else None
                 outcome = clock.outcome(length(request.messages, request.tools))
                 self._router.ended.remote(request.agent, request.id, n_chars, outcome)
 
-    async def _run(self, log: TurnLog, chars: list[int]) -> AsyncGenerator[Event, None]:
+    async def _run(self, log: TurnLog, chars: list[int]) -> AsyncGenerator[list[Event], None]:
         """`chars` gets the length of the conversation when the turn was answered."""
         request = log.request
         began = time.monotonic()
@@ -113,21 +114,17 @@ class Turns:
             decision = await self._place(log, frozenset(avoid))
             attempt = replace(log.next_request(), restore_tokens=decision.restore_tokens)
             try:
-                async for item in self._items(decision, attempt, deadline):
-                    if isinstance(item, TurnMoved):
-                        raise AgentMoved(f"agent {request.agent} moved")
-                    if isinstance(item, TurnFailed):
-                        raise item.error
-                    for event in self._events(log, item):
+                async for batch in self._batches(log, decision, attempt, deadline):
+                    for event in batch:
                         if isinstance(event, Text):
                             n_chars += len(event.text)
                             if len(log.ids) == event.n_tokens > 0:
                                 self._metrics.first_token.observe(time.monotonic() - began)
                         elif isinstance(event, Done):
                             chars.append(n_chars)
-                        yield event
-                        if isinstance(event, Done):
-                            return
+                    yield batch
+                    if isinstance(batch[-1], Done):
+                        return
                 raise ReplicaLost(f"the replica on {decision.node} ended the stream early")
             except AgentMoved as moved:
                 log.moves += 1
@@ -168,15 +165,36 @@ class Turns:
                     raise NoReplica(f"the router does not answer: {error}") from error
                 await asyncio.sleep(0.5)
 
+    async def _batches(
+        self, log: TurnLog, decision: Decision, attempt: TurnRequest, deadline: float
+    ) -> AsyncIterator[list[Event]]:
+        """What the log accepts of an attempt. Raises what ended it before the turn was done."""
+        async for items in self._items(decision, attempt, deadline):
+            events: list[Event] = []
+            ended: Exception | None = None
+            for item in items:
+                if isinstance(item, TurnMoved):
+                    ended = AgentMoved(f"agent {log.request.agent} moved")
+                elif isinstance(item, TurnFailed):
+                    ended = item.error
+                else:
+                    events += self._events(log, item)
+            if events and isinstance(events[0], Started):
+                yield events[:1]
+                del events[:1]
+            if events:
+                yield events
+            if ended is not None:
+                raise ended
+
     async def _items(
         self, decision: Decision, attempt: TurnRequest, deadline: float
-    ) -> AsyncIterator[StreamItem]:
+    ) -> AsyncIterator[list[StreamItem]]:
         generator = decision.actor.run_turn.options(num_returns="streaming").remote(attempt)
         try:
             wait = min(self._config.item_timeout_s, max(0.0, deadline - time.monotonic()))
-            async for batch in stream(generator, wait):
-                for item in batch:
-                    yield item
+            async for items in stream(generator, wait):
+                yield items
                 self._check(deadline)
         except ReplicaLost:
             self._check(deadline)  # silence until the turn's own deadline is no loss

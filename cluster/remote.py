@@ -30,7 +30,8 @@ class ReplicaLost(ClusterError):
 async def call(reference: Awaitable[Any], timeout: float) -> Any:
     """Await an actor call. Raises ReplicaLost, or what the actor raised."""
     try:
-        return await asyncio.wait_for(_awaited(reference), timeout)
+        async with asyncio.timeout(timeout):  # wait_for would lose a cancellation in Python 3.11
+            return await reference
     except TimeoutError as error:
         raise ReplicaLost(f"no answer in {timeout:g} s") from error
     except RayTaskError as error:
@@ -39,16 +40,13 @@ async def call(reference: Awaitable[Any], timeout: float) -> Any:
         raise _lost(error) from error
 
 
-async def _awaited(reference: Awaitable[Any]) -> Any:
-    return await reference
-
-
 async def stream(generator: Any, item_timeout: float) -> AsyncIterator[Any]:
     """Items of a streaming call; the deadline runs from item to item. Raises as `call`."""
     items = aiter(generator)
     while True:
         try:
-            reference = await asyncio.wait_for(anext(items), item_timeout)
+            async with asyncio.timeout(item_timeout):
+                reference = await anext(items)
         except StopAsyncIteration:
             return
         except TimeoutError as error:

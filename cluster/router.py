@@ -242,7 +242,8 @@ class PlacementRouter:
         long."""
         await self._pool.refresh_all()
         try:
-            await asyncio.wait_for(self._scanned.wait(), _CALL_TIMEOUT_S)
+            async with asyncio.timeout(_CALL_TIMEOUT_S):
+                await self._scanned.wait()
         except TimeoutError:
             logger.warning("answering before the store has been read")
 
