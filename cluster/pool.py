@@ -9,10 +9,11 @@ survives the router and is found again by the next one.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -212,10 +213,15 @@ class ReplicaPool:
         replica.healthy = True
         self.on_status(replica)
 
-    async def refresh_all(self) -> None:
-        """As `refresh`, for all that are healthy; a silent one keeps its last report."""
-        pending = [self.refresh(replica) for replica in self.healthy()]
-        await asyncio.gather(*pending, return_exceptions=True)
+    async def refresh_all(
+        self, replicas: Iterable[Replica] | None = None, timeout: float = _STATUS_TIMEOUT_S
+    ) -> None:
+        """As `refresh`, for these, or all that are healthy; a silent one keeps its last report."""
+        asked = self.healthy() if replicas is None else replicas
+        reports = asyncio.gather(*map(self.refresh, asked), return_exceptions=True)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                await reports
 
     def hold(self, node: str) -> None:
         """No replica is started there, should this one die."""

@@ -35,6 +35,7 @@ from storage.spec import CompatibilityKey
 logger = logging.getLogger(__name__)
 ROUTER_NAME = "router"
 _CALL_TIMEOUT_S = 15.0
+_FRESH_TIMEOUT_S = 0.25  # of reports asked for before an agent moves
 _PLACE_TIMEOUT_S = 30.0  # to wait for a replica, when none is ready
 _STAY_S = 60.0  # after an operator's migration
 _WAITED_S, _UNNOTICED_S = 10.0, 30.0  # to copy ahead: while a turn waits; while the agent speaks
@@ -95,7 +96,7 @@ class PlacementRouter:
             owner = self._registry.location(agent).node
             if owner is not None and owner not in self._pool.replicas:
                 self._dispatch.lost(owner)
-            choice = self._dispatch.decide(ask, replicas, stays=self._stays(agent, replicas, avoid))
+            choice = await self._decide(ask, replicas, avoid)
             owner, target = choice.location.node, choice.node
             source = replicas.get(owner or "") or self._drains.source(owner)
             if persist and source is not None and source.node.id != target:
@@ -108,6 +109,19 @@ class PlacementRouter:
                     replicas[source.node.id] = source
             self._dispatch.began(ask, choice, time.monotonic() + self._turn_s)
             return _decision(choice, replicas[choice.node])
+
+    async def _decide(
+        self, ask: Ask, replicas: dict[str, Replica], avoid: frozenset[str]
+    ) -> Choice:
+        """By the reports there are, which may be half a second old; before an agent leaves its
+        owner, by new ones: the turn that kept the owner busy may have ended."""
+        stays = self._stays(ask.agent, replicas, avoid)
+        choice = self._dispatch.decide(ask, replicas, stays=stays)
+        owner = replicas.get(choice.location.node or "")
+        if ask.persist and owner is not None and owner.node.id != choice.node:
+            await self._pool.refresh_all([owner, replicas[choice.node]], _FRESH_TIMEOUT_S)
+            choice = self._dispatch.decide(ask, replicas, stays=stays)
+        return choice
 
     def explain(self, ask: Ask) -> dict[str, Any]:
         """What `place` would decide, with every replica's estimate. Changes nothing, waits for

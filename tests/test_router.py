@@ -1,6 +1,7 @@
 """The router without Ray: who moves and when, on replicas that only say how busy they are."""
 
 import asyncio
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -151,6 +152,28 @@ def test_an_idle_agent_moves_for_a_large_gain_only(
     cluster.busy(a=wait)
     assert cluster.place() == node
     assert cluster.asked == (MOVED if node == "b" else UNTOUCHED)
+
+
+def test_nobody_moves_for_a_turn_that_has_just_ended(cluster: Cluster) -> None:
+    cluster.busy(a=30.0)
+    cluster.a.queue_s = 0.0  # since its report
+    assert cluster.place() == "a"
+    assert cluster.asked == UNTOUCHED
+
+
+def test_a_silent_owner_delays_its_agents_turn_by_little(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster.busy(a=30.0)
+
+    async def silent(since: float) -> ReplicaStatus:
+        await asyncio.sleep(60)
+        raise AssertionError
+
+    monkeypatch.setattr(cluster.a, "status", silent)
+    began = time.monotonic()
+    assert cluster.place() == "b"
+    assert time.monotonic() - began < 5
 
 
 def test_an_agent_that_moved_is_at_home_there(cluster: Cluster) -> None:
