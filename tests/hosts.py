@@ -114,6 +114,10 @@ class Host:
         """The one whose command begins with `name`, such as ray::ModelReplica."""
         return next(p for p in self.processes() if "".join(p.cmdline()[:1]).startswith(name))
 
+    @property
+    def raylet(self) -> psutil.Process:
+        return next(p for p in self.processes() if p.name() == "raylet")
+
     # ---- what can happen to it
 
     def cut(self) -> None:
@@ -311,7 +315,7 @@ def cluster(
                 running.join(name)
             with _relay(running) as running.url:
                 until(running.answers, "the ingress", START)
-                running.wait_ready(len(devices))
+                running.restore()  # on a busy machine `ray start` may give up
                 yield running
     finally:
         shutil.rmtree(folder, ignore_errors=True)

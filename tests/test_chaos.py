@@ -106,7 +106,7 @@ def replica_killed(scene: Scene, host: str) -> None:
 
 
 def raylet_killed(scene: Scene, host: str) -> None:
-    scene.hosts[host].process("raylet").kill()
+    scene.hosts[host].raylet.kill()
 
 
 def host_cut(scene: Scene, host: str) -> None:
