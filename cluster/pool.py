@@ -184,6 +184,9 @@ class ReplicaPool:
                 await asyncio.sleep(_TICK_S)
         except (ReplicaLost, Refused, ActorError, StorageError, ValueError) as error:
             self._remove(replica, str(error))
+        except Exception as error:  # unwatched, it would seem healthy for ever
+            logger.exception("watching the replica on %s failed", name)
+            self._remove(replica, f"{type(error).__name__}: {error}")
 
     def check(self, info: ReplicaInfo) -> None:
         """A replica may join if its versions are ours, and its model that of the replicas that are

@@ -21,7 +21,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ import httpx
 import psutil
 
 from actors.engines.options import WAITING
+from storage.card import CacheCard, decode_card
 from tests.clusters import ROOT, START, WAIT, Endpoint, alive, until
 from tests.require import require
 from tests.s3_proxy import Faults
@@ -113,6 +114,10 @@ class Host:
         """The one whose command begins with `name`, such as ray::ModelReplica."""
         return next(p for p in self.processes() if "".join(p.cmdline()[:1]).startswith(name))
 
+    @property
+    def raylet(self) -> psutil.Process:
+        return next(p for p in self.processes() if p.name() == "raylet")
+
     # ---- what can happen to it
 
     def cut(self) -> None:
@@ -160,6 +165,7 @@ class Hosts(Endpoint):
     hosts: dict[str, Host]
     environment: dict[str, str]
     folder: Path
+    devices: list[str] = field(default_factory=list)  # hosts that have joined
 
     def __getitem__(self, name: str) -> Host:
         return self.hosts[name]
@@ -178,11 +184,20 @@ class Hosts(Endpoint):
     def join(self, name: str) -> None:
         """Start the device node of a host, or start it again."""
         host = self.hosts[name]
+        if name not in self.devices:
+            self.devices.append(name)
         resources = json.dumps({"kvferry_device": 1})
         labels = f"kvferry.io/node={name}"
         address = f"{self.hosts['head'].address}:{_GCS}"
         ray = [*_ray(host), f"--address={address}", f"--resources={resources}"]
         host.start([*ray, f"--labels={labels}", "--num-cpus=1"], self.environment)
+
+    def rejoin(self, name: str) -> None:
+        """Start a host's device node again if its raylet is dead, whatever of it is left."""
+        host = self.hosts[name]
+        if host.started[-1].poll() is not None:  # `ray start` ends with its raylet
+            host.kill()
+            self.join(name)
 
     def restore(self) -> None:
         """All is well again: links, processes, the store, a ready replica on every device."""
@@ -194,10 +209,7 @@ class Hosts(Endpoint):
 
         def whole() -> bool:
             for name in self.devices:
-                host = self.hosts[name]
-                if host.started[-1].poll() is not None:  # `ray start` ends with its raylet
-                    host.kill()
-                    self.join(name)
+                self.rejoin(name)
             return self.answers() and all(
                 name in self.nodes() and self.nodes()[name]["replica"] == "ready"
                 for name in self.devices
@@ -205,13 +217,35 @@ class Hosts(Endpoint):
 
         until(whole, "a ready replica on every host", START)
 
-    @property
-    def devices(self) -> list[str]:
-        return [name for name in self.hosts if name not in ("store", "head")]
-
     def device_of(self, node: str) -> psutil.Process:
         """The replica's process on a host."""
         return self.hosts[node].process("ray::ModelReplica")
+
+    # ---- what the store holds
+
+    def cards(self, session: str) -> list[tuple[str, CacheCard]]:
+        """(the agent's folder, card) of each in the store, oldest first."""
+        found = []
+        for path, raw in sorted(self.faults.objects(r"agents/agents/.*\.safetensors$").items()):
+            card = decode_card(raw, path)
+            if card.agent.session == session:
+                found.append((path.split("/")[-2], card))
+        return found
+
+    def check_owner(self, session: str, node: str) -> None:
+        """The one that answered is the one that the store and the registry name; nobody else has
+        written in an epoch."""
+        record = self.agent(session)
+        assert record is not None
+        assert record["node"] == node
+        by_epoch: dict[int, set[tuple[str, str, str]]] = {}
+        for _, card in self.cards(session):
+            writer = (card.owner.node, card.owner.incarnation, card.nonce)
+            by_epoch.setdefault(card.epoch, set()).add(writer)
+        assert all(len(writers) == 1 for writers in by_epoch.values()), by_epoch
+        newest = max(by_epoch)
+        assert newest == record["epoch"]
+        assert {owner for owner, _, _ in by_epoch[newest]} == {node}
 
 
 def _ray(host: Host) -> list[str]:
@@ -262,20 +296,26 @@ def network(names: list[str], folder: Path) -> Iterator[dict[str, Host]]:
 
 
 @contextlib.contextmanager
-def cluster(devices: list[str], **settings: Any) -> Iterator[Hosts]:
-    """A head with the ingress, an S3 store on a host of its own, and a device node per name."""
+def cluster(
+    devices: list[str],
+    spares: Sequence[str] = (),
+    ingresses: int = 1,
+    **settings: Any,
+) -> Iterator[Hosts]:
+    """A head with the ingress, an S3 store on a host of its own, and a device node per name.
+    `spares`: hosts that can join later."""
     # Not pytest's tmp_path: the path of a Unix socket has at most 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="kvh"))
     try:
-        with network(["store", "head", *devices], folder) as hosts:
+        with network(["store", "head", *devices, *spares], folder) as hosts:
             running = Hosts("", hosts, _environment(hosts, folder, settings), folder)
             _start_store(running)
-            _start_head(running)
+            _start_head(running, ingresses)
             for name in devices:
                 running.join(name)
             with _relay(running) as running.url:
                 until(running.answers, "the ingress", START)
-                running.wait_ready(len(devices))
+                running.restore()  # on a busy machine `ray start` may give up
                 yield running
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -310,7 +350,7 @@ def _start_store(running: Hosts) -> None:
     assert host.start([sys.executable, "-c", bucket], running.environment).wait(WAIT) == 0
 
 
-def _start_head(running: Hosts) -> None:
+def _start_head(running: Hosts, ingresses: int) -> None:
     host = running["head"]
     ray = [*_ray(host), "--head", f"--port={_GCS}", "--num-cpus=0", "--include-dashboard=false"]
     environment = {k: v for k, v in running.environment.items() if k != "RAY_ADDRESS"}
@@ -324,7 +364,12 @@ def _start_head(running: Hosts) -> None:
                 "proxy_location": "HeadOnly",
                 "http_options": {"host": host.address, "port": _HTTP},
                 "applications": [
-                    {"name": "kvferry", "import_path": "serve_app:app", "route_prefix": "/"}
+                    {
+                        "name": "kvferry",
+                        "import_path": "serve_app:app",
+                        "route_prefix": "/",
+                        "deployments": [{"name": "ingress", "num_replicas": ingresses}],
+                    }
                 ],
             }
         )

@@ -2,24 +2,43 @@
 
     python -m tests.s3_proxy ADDRESS PORT CONTROL
 
-Requests can be held at the door by method and path, then let through, refused, or carried out with
-the answer lost; a share of all can be refused. Told over a Unix socket, a JSON object per line.
+Requests can be held at the door by method, path and host, then let through, refused, or carried out
+with the answer lost; a share of all can be refused; what is stored can be looked at behind the
+agents' backs. Told over a Unix socket, a JSON object per line.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import random
 import re
 import socket
 import sys
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import unquote
+
+from tests.servers import BUCKET
 
 Verdict = Literal["pass", "refuse", "lose"]
 _REFUSED = b"HTTP/1.1 503 Slow Down\r\ncontent-length: 0\r\nretry-after: 1\r\n\r\n"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which requests stay at the door: those of a method whose path matches (what it lists, too, as
+    `?list-type=2&...prefix=agents/...`). `host`: only from this address. `row`: only the last of
+    so many in a row from one host, among its requests that match `among`."""
+
+    method: str
+    path: str
+    host: str = ""
+    row: int = 1
+    among: str = ""
 
 
 class Faults:
@@ -35,9 +54,9 @@ class Faults:
             there.sendall(json.dumps(command).encode() + b"\n")
             return json.loads(there.makefile().readline())
 
-    def hold(self, method: str, path: str) -> None:
-        """The next requests of this method whose path matches stay at the door."""
-        self._ask(do="hold", method=method, path=path)
+    def hold(self, rule: Rule) -> None:
+        """The next requests that match stay at the door."""
+        self._ask(do="hold", rule=asdict(rule))
 
     def held(self, timeout: float = 30.0) -> str:
         """Wait until one is held; its path."""
@@ -45,19 +64,30 @@ class Faults:
         assert path is not None, f"nothing was held within {timeout:g} s"
         return str(path)
 
-    def release(self, verdict: Verdict = "pass") -> None:
-        """What is held goes on, and nothing more is held."""
-        self._ask(do="release", verdict=verdict)
+    def release(self, verdict: Verdict = "pass", then: Rule | None = None) -> None:
+        """What is held goes on, and nothing more is held but what `then` says."""
+        self._ask(do="release", verdict=verdict, then=asdict(then) if then else None)
 
     def refuse(self, share: float, seed: int = 0) -> None:
         """So many of all requests are answered 503; 0: none."""
         self._ask(do="refuse", share=share, seed=seed)
 
+    def refused(self) -> int:
+        """Requests that were answered 503 since the start."""
+        return int(self._ask(do="refused"))
+
+    def objects(self, pattern: str) -> dict[str, bytes]:
+        """What the bucket holds under paths that match."""
+        found = self._ask(do="objects", pattern=pattern)
+        return {path: base64.b64decode(raw) for path, raw in found.items()}
+
 
 @dataclass
 class _Proxy:
     moto: tuple[str, int]
-    rule: tuple[str, re.Pattern[str]] | None = None
+    rule: Rule | None = None
+    in_a_row: Counter[str] = field(default_factory=Counter)  # by host
+    n_refused: int = 0
     held: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
     opened: asyncio.Event = field(default_factory=asyncio.Event)
     verdict: Verdict = "pass"
@@ -80,8 +110,9 @@ class _Proxy:
             writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = await reader.readexactly(_length(head))
         method, path, _ = head.split(b"\r\n", 1)[0].decode().split(" ", 2)
-        verdict = await self._judged(method, path)
+        verdict = await self._judged(method, path, writer.get_extra_info("peername")[0])
         if verdict == "refuse":
+            self.n_refused += 1
             writer.write(_REFUSED)
             return
         answer = await self._forward(head, body, method)
@@ -91,13 +122,28 @@ class _Proxy:
         writer.write(answer)
         await writer.drain()
 
-    async def _judged(self, method: str, path: str) -> Verdict:
-        if self.rule and method == self.rule[0] and self.rule[1].search(path):
+    async def _judged(self, method: str, path: str, host: str) -> Verdict:
+        if self.rule and self._matches(self.rule, method, unquote(path), host):
             opened = self.opened
             self.held.put_nowait(path)
             await opened.wait()
             return self.verdict
         return "refuse" if self.random.random() < self.share else "pass"
+
+    def _matches(self, rule: Rule, method: str, path: str, host: str) -> bool:
+        if rule.host not in ("", host):
+            return False
+        matches = method == rule.method and re.search(rule.path, path) is not None
+        if matches:
+            self.in_a_row[host] += 1
+        elif re.search(rule.among, path):
+            self.in_a_row[host] = 0
+        return matches and self.in_a_row[host] >= rule.row
+
+    def _hold(self, rule: dict[str, Any] | None) -> None:
+        self.rule = Rule(**rule) if rule else None
+        self.held, self.opened = asyncio.Queue(), asyncio.Event()
+        self.in_a_row.clear()
 
     async def _forward(self, head: bytes, body: bytes, method: str) -> bytes:
         reader, writer = await asyncio.open_connection(*self.moto)
@@ -117,21 +163,35 @@ class _Proxy:
         answer: Any = True
         match command.pop("do"):
             case "hold":
-                self.rule = command["method"], re.compile(command["path"])
-                self.held, self.opened = asyncio.Queue(), asyncio.Event()
+                self._hold(command["rule"])
             case "held":
                 try:
                     answer = await asyncio.wait_for(self.held.get(), command["timeout"])
                 except TimeoutError:
                     answer = None
             case "release":
-                self.rule, self.verdict = None, command["verdict"]
-                self.opened.set()
+                opened, self.verdict = self.opened, command["verdict"]
+                self._hold(command["then"])
+                opened.set()
             case "refuse":
                 self.share, self.random = command["share"], random.Random(command["seed"])
+            case "refused":
+                answer = self.n_refused
+            case "objects":
+                answer = _objects(command["pattern"])
         writer.write(json.dumps(answer).encode() + b"\n")
         await writer.drain()
         writer.close()
+
+
+def _objects(pattern: str) -> dict[str, str]:
+    """Of moto, which runs in this process."""
+    from moto.core import DEFAULT_ACCOUNT_ID
+    from moto.s3.models import s3_backends
+
+    keys = dict(s3_backends[DEFAULT_ACCOUNT_ID]["aws"].buckets[BUCKET].keys.items())
+    matching = {name: key for name, key in keys.items() if re.search(pattern, name)}
+    return {name: base64.b64encode(key.value).decode() for name, key in matching.items()}
 
 
 def _length(head: bytes) -> int:

@@ -6,6 +6,7 @@ import pytest
 
 from tests.clusters import InBackground, assistant, recital, user
 from tests.hosts import Hosts, cluster
+from tests.s3_proxy import Rule
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 FAKE = "fake://?step_delay=0.01"
@@ -63,7 +64,7 @@ def test_a_claim_whose_answer_is_lost_is_a_claim(hosts: Hosts) -> None:
     one = hosts.chat(question, "lost", max_tokens=24)
     hosts.wait_stored("lost")
     target = hosts.other(one.node)
-    hosts.faults.hold("PUT", r"/agents/agents/.*00000002-00000000")
+    hosts.faults.hold(Rule("PUT", r"/agents/agents/.*00000002-00000000"))
     moving = InBackground(lambda: hosts.migrate("lost", target))
     hosts.faults.held()
     hosts.faults.release("lose")

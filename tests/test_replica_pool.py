@@ -28,17 +28,24 @@ def info(node: str, **changes: Any) -> ReplicaInfo:
 
 
 class Device:
-    """A replica; `dies`: it is ready, and gone at its first report."""
+    """A replica; `dies`: it is ready, and gone at its first report. `fault`: what its reports
+    raise; `silent`: they do not come until it is set."""
 
     def __init__(self, node: str, dies: bool = False, **changes: Any) -> None:
         self._info, self._dies = info(node, **changes), dies
+        self.fault: Exception | None = None
+        self.silent: asyncio.Event | None = None
 
     def info(self) -> ReplicaInfo:
         return self._info
 
-    def status(self, since: float) -> ReplicaStatus:
+    async def status(self, since: float) -> ReplicaStatus:
         if self._dies:
             raise lost()
+        if self.fault is not None:
+            raise self.fault
+        if self.silent is not None:
+            await self.silent.wait()
         return ReplicaStatus(0.0, 0, 0, 0, 0.0, Rates(), 0, 0, 0, ())
 
     def flush(self) -> None:
@@ -191,6 +198,45 @@ def test_a_death_after_a_long_life_does_not_count(pool: Pool) -> None:
 
     pool.wait(go())
     assert pool.errors()["a"] == "killed"
+
+
+def test_a_fault_that_nobody_foresaw_replaces_the_replica(
+    pool: Pool, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def go() -> None:
+        await pool.settle()
+        pool.devices["a"].fault = KeyError("a report that cannot be made")
+        await asyncio.sleep(0.05)
+        assert ready(pool) == ["b"]
+        assert "KeyError" in pool.errors()["a"]
+        pool.devices["a"] = Device("a")
+        pool.now += 31.0
+        await pool.settle()
+
+    pool.wait(go())
+    assert ready(pool) == ["a", "b"]
+    assert "a report that cannot be made" in caplog.text
+
+
+def test_a_report_of_a_replica_that_was_removed_counts_no_more(pool: Pool) -> None:
+    reported: list[Replica] = []
+
+    async def go() -> None:
+        await pool.settle()
+        device, replica = pool.devices["a"], pool.replicas["a"]
+        device.silent = asyncio.Event()
+        late = asyncio.create_task(pool.refresh(replica))
+        await asyncio.sleep(0.05)
+        pool._remove(replica, "its node left")
+        pool.on_status = reported.append
+        device.silent.set()
+        await late
+        assert not replica.healthy
+        assert replica not in reported
+        assert replica.watcher is not None
+        await asyncio.wait_for(replica.watcher, 1.0)
+
+    pool.wait(go())
 
 
 # ---- held
