@@ -21,7 +21,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,8 @@ class Host:
     port: str  # its end of the link, there
     address: str
     disk: Path
+    prefix: list[str] = field(default_factory=list)  # of every command on it
+    own: dict[str, str] = field(default_factory=dict)  # its environment's
     started: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def start(
@@ -86,9 +88,9 @@ class Host:
         """Run a command on this host; its output goes to `<disk>/out`."""
         with (self.disk / "out").open("ab") as output:
             process = subprocess.Popen(
-                ["ip", "netns", "exec", self.ns, *command],
+                ["ip", "netns", "exec", self.ns, *self.prefix, *command],
                 cwd=self.disk,
-                env=environment,
+                env=environment | self.own,
                 stdout=output,
                 stderr=output,
                 pass_fds=pass_fds,
@@ -112,6 +114,25 @@ class Host:
     def process(self, name: str) -> psutil.Process:
         """The one whose command begins with `name`, such as ray::ModelReplica."""
         return next(p for p in self.processes() if "".join(p.cmdline()[:1]).startswith(name))
+
+    def hides(self, folder: Path) -> None:
+        """What starts from now on finds nothing in a directory of this machine, and has a user's
+        cache of its own: `ip netns exec` gives every command its own mounts."""
+        self.prefix = ["sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(folder)]
+        self.own = {"XDG_CACHE_HOME": f"{self.disk}/cache"}
+
+    @property
+    def received(self) -> int:
+        """Bytes that came over its link so far."""
+        return self._traffic("rx")
+
+    @property
+    def sent(self) -> int:
+        return self._traffic("tx")
+
+    def _traffic(self, way: str) -> int:
+        link = json.loads(_ip("-n", self.ns, "-j", "-s", "link", "show", "eth0"))[0]
+        return int(link["stats64"][way]["bytes"])
 
     # ---- what can happen to it
 
@@ -262,12 +283,17 @@ def network(names: list[str], folder: Path) -> Iterator[dict[str, Host]]:
 
 
 @contextlib.contextmanager
-def cluster(devices: list[str], **settings: Any) -> Iterator[Hosts]:
-    """A head with the ingress, an S3 store on a host of its own, and a device node per name."""
+def cluster(
+    devices: list[str],
+    spares: Sequence[str] = (),
+    **settings: Any,
+) -> Iterator[Hosts]:
+    """A head with the ingress, an S3 store on a host of its own, and a device node per name.
+    `spares`: hosts that can join later."""
     # Not pytest's tmp_path: the path of a Unix socket has at most 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="kvh"))
     try:
-        with network(["store", "head", *devices], folder) as hosts:
+        with network(["store", "head", *devices, *spares], folder) as hosts:
             running = Hosts("", hosts, _environment(hosts, folder, settings), folder)
             _start_store(running)
             _start_head(running)
