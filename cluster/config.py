@@ -167,7 +167,7 @@ def _compose(values: Mapping[str, Any]) -> ClusterConfig:
         if values[name] and "://" not in values[name]:
             path = Path(values[name]).expanduser().absolute()
             values[name] = f"file://{path}" if name == "store" else str(path)
-    for name in ("signing_key_file", "encryption_keys_file", "profile_dir"):
+    for name in ("signing_key_file", "encryption_keys_file", "profile_dir", "model_dir"):
         if values[name]:
             values[name] = str(Path(values[name]).expanduser().absolute())
     sections = {
@@ -227,6 +227,8 @@ def _validate(config: ClusterConfig) -> None:
             raise ConfigError(f"{name} = {value}: must be between {low} and {high}")
     if replica.durability not in ("behind", "sync"):
         raise ConfigError(f"durability = {replica.durability!r}: behind or sync")
+    if replica.share_model not in ("auto", "head", "store", "off"):
+        raise ConfigError(f"share_model = {replica.share_model!r}: auto, head, store or off")
     if replica.codec not in CODECS:
         raise ConfigError(f"codec = {replica.codec!r}: known codecs are {', '.join(CODECS)}")
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -23,3 +23,14 @@ def fail(message: str, code: int = 2) -> NoReturn:
     """One line on stderr; 2 for what the caller can mend."""
     print(f"kvferry: {message}", file=sys.stderr)
     raise typer.Exit(code)
+
+
+def fetched(progress: dict[str, Any]) -> str:
+    """How far a node is with a model that it lacks, in one line."""
+    done, total = progress["done"], progress["total"]
+    line = f"fetching {progress['name']}"
+    if total:
+        line += f" {100 * done // total} % of {size(total)}"
+    if progress["waiting"]:
+        return f"{line}, waiting for {progress['waiting']}"
+    return f"{line}, {size(int(progress['rate']))}/s from {progress['source']}"

@@ -60,6 +60,9 @@ class LocalCluster:
 
     def __init__(self, config: ClusterConfig) -> None:
         self.config = divided(config)
+        if config.replica.share_model == "auto":  # all nodes see this machine's files
+            replica = replace(self.config.replica, share_model="off")
+            self.config = replace(self.config, replica=replica)
         self._cluster: Any = None
         self._nodes: dict[str, Any] = {}
         self._dead: dict[str, str] = {}  # name -> Ray's id of the node that died

@@ -24,10 +24,12 @@ from actors.config import ReplicaConfig
 from actors.errors import ActorError
 from actors.replica import ModelReplica
 from actors.report import ReplicaInfo, ReplicaStatus, versions
+from actors.weights import WeightsProvider
 from cluster.errors import ClusterError
 from cluster.placement import Candidate, link_cost
 from cluster.remote import ReplicaLost, call
 from storage.errors import StorageError
+from storage.fetch import Progress
 
 logger = logging.getLogger(__name__)
 NAMESPACE = "kvferry"
@@ -35,6 +37,8 @@ DEVICE = "kvferry_device"  # the Ray resource of a node that carries a device
 NODE_LABEL = "kvferry.io/node"  # optional Ray label: the node's name, else its host name
 ENGINE_LABEL = "kvferry.io/engine"  # optional Ray label: the node's engine, else the configured one
 _LOAD_TIMEOUT_S = 300.0
+_STALL_S = 120.0  # without a word of a download, which itself notices earlier that it stalls
+_LONGEST_LOAD_S = 7 * 86400.0  # however slow the link
 _STATUS_TIMEOUT_S = 3.0
 _SHOWN = 3  # differences of a model that is refused
 _TICK_S = 0.5
@@ -66,6 +70,8 @@ class Replica:
     healthy: bool = False
     seen: float = 0.0  # its clock at that report, less a margin
     ready_at: float | None = None
+    fetching: Progress | None = None  # of a model that it lacks
+    moved: float = 0.0  # the pool's clock when it started, or last told of that
     watcher: asyncio.Task[None] | None = None
 
     @property
@@ -100,6 +106,7 @@ class ReplicaPool:
     replicas: dict[str, Replica] = field(default_factory=dict)  # by kvferry node id
     restarts: int = 0
     held: set[str] = field(default_factory=set)  # nodes that get no replica
+    weights: WeightsProvider | None = None  # what its replicas take along
     versions: Mapping[str, str] = field(default_factory=versions)
     clock: Callable[[], float] = time.monotonic
     _backoff: dict[str, _Backoff] = field(default_factory=dict)
@@ -158,13 +165,13 @@ class ReplicaPool:
             resources={DEVICE: 1},
             scheduling_strategy=NodeAffinitySchedulingStrategy(node.ray_id, soft=False),
             max_concurrency=1000,
-        ).remote(config, node.id)
+        ).remote(config, node.id, self.weights)
 
     async def _watch(self, replica: Replica) -> None:
         """Ask for a report twice a second, until the replica is gone."""
         name = replica.node.id
         try:
-            info = await call(replica.actor.info.remote(), _LOAD_TIMEOUT_S)
+            info = await self._loaded(replica)
             self.check(info)
             replica.info, replica.ready_at = info, self.clock()
             logger.info("replica on %s is ready (pid %d)", name, info.pid)
@@ -187,6 +194,31 @@ class ReplicaPool:
         except Exception as error:  # unwatched, it would seem healthy for ever
             logger.exception("watching the replica on %s failed", name)
             self._remove(replica, f"{type(error).__name__}: {error}")
+
+    async def _loaded(self, replica: Replica) -> ReplicaInfo:
+        """What it says once it has loaded its model: in time, where nothing has to be fetched; else
+        as long as that gets on. Raises ReplicaLost."""
+        replica.moved = self.clock()
+        asked = asyncio.ensure_future(call(replica.actor.info.remote(), _LONGEST_LOAD_S))
+        try:
+            while not asked.done():
+                limit = _STALL_S if replica.fetching else _LOAD_TIMEOUT_S
+                left = replica.moved + limit - self.clock()
+                if left <= 0:
+                    what = "heard nothing of its download" if replica.fetching else "not loaded"
+                    raise ReplicaLost(f"{what} for {limit:g} s")
+                await asyncio.wait({asked}, timeout=min(left, _TICK_S))
+            info: ReplicaInfo = asked.result()
+            return info
+        finally:
+            asked.cancel()
+            replica.fetching = None
+
+    def fetching(self, node: str, progress: Progress | None) -> None:
+        """A replica that loads tells how far its download is; None: that is over."""
+        replica = self.replicas.get(node)
+        if replica is not None and replica.info is None:
+            replica.fetching, replica.moved = progress, self.clock()
 
     def check(self, info: ReplicaInfo) -> None:
         """A replica may join if its versions are ours, and its model that of the replicas that are

@@ -29,7 +29,9 @@ from cluster.recall import stored_agents
 from cluster.registry import AgentRecord
 from cluster.remote import ReplicaLost, call
 from cluster.views import agent_json, nodes_json
+from cluster.weights import share
 from storage.card import AgentId
+from storage.fetch import Progress
 from storage.spec import CompatibilityKey
 
 logger = logging.getLogger(__name__)
@@ -61,6 +63,7 @@ class PlacementRouter:
         self._dispatch = Dispatch(config.placement)
         self._registry = self._dispatch.registry
         self._pool = ReplicaPool(config.replica, self._on_status, self._dispatch.lost)
+        self._pool.weights = share(config.replica)
         self._locks: weakref.WeakValueDictionary[AgentId, asyncio.Lock] = (
             weakref.WeakValueDictionary()
         )
@@ -308,6 +311,10 @@ class PlacementRouter:
 
     def pressed(self, node: str, level: Level) -> dict[str, Any]:
         return self._drains.pressed(node, level)
+
+    def fetching(self, node: str, progress: Progress | None) -> None:
+        """A node that lacks the model tells how far it is."""
+        self._pool.fetching(node, progress)
 
     def _on_status(self, replica: Replica) -> None:
         assert replica.status is not None

@@ -45,6 +45,7 @@ def node_json(node: str, address: str, has_device: bool, replica: Replica | None
         "replica": "none"
         if not has_device
         else ("ready" if replica and replica.healthy else "not ready"),
+        "fetching": asdict(replica.fetching) if replica and replica.fetching else None,
         "pid": info.pid if info else None,
         "raylet_pid": info.raylet_pid if info else None,
         "engine": info.engine if info else None,

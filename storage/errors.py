@@ -7,6 +7,7 @@
     ├── Fenced             a newer claim exists: the caller no longer owns the agent
     ├── AgentExists        a fork or import would overwrite an agent that lives
     ├── Busy               another collector is at work on this store
+    ├── WeightsUnavailable a model's files that could not be fetched; what was, is kept
     └── StoreUnavailable   the store cannot be reached, or refuses what kvferry needs of it
         └── Locked         a file that the keys at hand do not open; names the key
 
@@ -116,3 +117,7 @@ class Busy(StorageError):
 
     def __str__(self) -> str:
         return f"store {self.url}: {self.reason}"
+
+
+class WeightsUnavailable(StorageError):
+    """A model's files cannot be fetched, or are not what was promised; never loaded."""

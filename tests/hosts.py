@@ -79,6 +79,8 @@ class Host:
     port: str  # its end of the link, there
     address: str
     disk: Path
+    prefix: list[str] = field(default_factory=list)  # of every command on it
+    own: dict[str, str] = field(default_factory=dict)  # its environment's
     started: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def start(
@@ -87,9 +89,9 @@ class Host:
         """Run a command on this host; its output goes to `<disk>/out`."""
         with (self.disk / "out").open("ab") as output:
             process = subprocess.Popen(
-                ["ip", "netns", "exec", self.ns, *command],
+                ["ip", "netns", "exec", self.ns, *self.prefix, *command],
                 cwd=self.disk,
-                env=environment,
+                env=environment | self.own,
                 stdout=output,
                 stderr=output,
                 pass_fds=pass_fds,
@@ -117,6 +119,25 @@ class Host:
     @property
     def raylet(self) -> psutil.Process:
         return next(p for p in self.processes() if p.name() == "raylet")
+
+    def hides(self, folder: Path) -> None:
+        """What starts from now on finds nothing in a directory of this machine, and has a user's
+        cache of its own: `ip netns exec` gives every command its own mounts."""
+        self.prefix = ["sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(folder)]
+        self.own = {"XDG_CACHE_HOME": f"{self.disk}/cache"}
+
+    @property
+    def received(self) -> int:
+        """Bytes that came over its link so far."""
+        return self._traffic("rx")
+
+    @property
+    def sent(self) -> int:
+        return self._traffic("tx")
+
+    def _traffic(self, way: str) -> int:
+        link = json.loads(_ip("-n", self.ns, "-j", "-s", "link", "show", "eth0"))[0]
+        return int(link["stats64"][way]["bytes"])
 
     # ---- what can happen to it
 

@@ -78,13 +78,15 @@ def test_what_the_hub_says_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path
     fetched.write_bytes(b"GGUF")
     asked = []
 
-    def download(repo: str, name: str) -> str:
+    def download(repo: str, name: str, local_files_only: bool) -> str:
         asked.append((repo, name))
+        if local_files_only:
+            raise FileNotFoundError("not in the cache")
         if repo == "owner/gone":
             raise RuntimeError("404 Client Error\nwith a long\nexplanation")
         return str(fetched)
 
-    def snapshot(repo: str, allow_patterns: list[str]) -> str:
+    def snapshot(repo: str, allow_patterns: list[str], local_files_only: bool) -> str:
         asked.append((repo, "*.json" if "*.json" in allow_patterns else ""))
         return str(tmp_path)
 
@@ -92,6 +94,9 @@ def test_what_the_hub_says_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(hub, "snapshot_download", snapshot, raising=False)
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     assert resolve("hf://owner/repo/some/file.gguf") == fetched
+    with pytest.raises(ModelUnavailable, match="not in the cache"):
+        resolve("hf://owner/repo/some/file.gguf", offline=True)
+    asked.pop()
     (tmp_path / "config.json").write_text("{}")
     assert resolve("hf://owner/repo") == tmp_path
     assert asked == [("owner/repo", "some/file.gguf"), ("owner/repo", "*.json")]

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import json
 import logging
 import os
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ import llama_cpp as llama
 import numpy as np
 
 from actors.errors import ModelUnavailable
+from storage.digests import cached, describe
 from storage.spec import LayerSpec, ModelCacheSpec
 
 logger = logging.getLogger(__name__)
@@ -178,26 +177,8 @@ def _ggml() -> ctypes.CDLL:
 
 def digests(path: Path) -> tuple[str, str]:
     """(weights, tokenizer) sha256 of a GGUF; cached by path, size and time of change."""
-    stat = path.stat()
-    key = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    entry = root / "kvferry" / "digests" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
-    try:
-        weights, tokenizer = json.loads(entry.read_text())
-        return str(weights), str(tokenizer)
-    except (OSError, ValueError):
-        pass
-    with path.open("rb") as file:
-        weights = hashlib.file_digest(file, "sha256").hexdigest()
-    tokenizer = _tokenizer_digest(path)
-    try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        temporary = entry.with_suffix(f".{secrets.token_hex(4)}")
-        temporary.write_text(json.dumps([weights, tokenizer]))
-        temporary.replace(entry)
-    except OSError as error:
-        logger.warning("cannot cache the digests of %s: %s", path, error)
-    return weights, tokenizer
+    tokenizer = cached(path, "tokenizer", lambda: _tokenizer_digest(path))
+    return describe(path).sha256, str(tokenizer)
 
 
 def _tokenizer_digest(path: Path) -> str:

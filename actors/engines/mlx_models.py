@@ -8,8 +8,6 @@ whose attention the caches cannot serve.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +22,9 @@ from actors.engines.base import Vocab
 from actors.engines.mlx_attention import FactoredRope, GroupedAttention, LatentAttention
 from actors.engines.mlx_float_cache import BatchKVCache
 from actors.errors import ModelUnavailable
+from storage.digests import describe
 from storage.spec import CompatibilityKey, LayerSpec, ModelCacheSpec
+from storage.weights import DIRECTORY_WEIGHTS, directory_digest
 
 # mlx-lm's modules whose attention GroupedAttention or LatentAttention takes the place of, and the
 # names that GGUFs give the same architectures
@@ -218,10 +218,6 @@ def _digests(path: Path) -> tuple[str, str]:
 
     def digest(patterns: tuple[str, ...]) -> str:
         found = sorted({file for pattern in patterns for file in path.glob(pattern)})
-        names = []
-        for file in found:
-            with file.open("rb") as data:
-                names.append([file.name, hashlib.file_digest(data, "sha256").hexdigest()])
-        return hashlib.sha256(json.dumps(names).encode()).hexdigest()
+        return directory_digest([describe(file) for file in found])
 
-    return digest(("model*.safetensors", "config.json")), digest(("tokenizer.json",))
+    return digest(DIRECTORY_WEIGHTS), digest(("tokenizer.json",))
