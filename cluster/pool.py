@@ -23,13 +23,14 @@ from actors.config import ReplicaConfig
 from actors.errors import ActorError
 from actors.replica import ModelReplica
 from actors.report import ReplicaInfo, ReplicaStatus, versions
+from cluster.disks import NAMESPACE as NAMESPACE
+from cluster.disks import RemoteDisk, open_disk
 from cluster.errors import ClusterError
 from cluster.placement import Candidate, link_cost
 from cluster.remote import ReplicaLost, call
 from storage.errors import StorageError
 
 logger = logging.getLogger(__name__)
-NAMESPACE = "kvferry"
 DEVICE = "kvferry_device"  # the Ray resource of a node that carries a device
 NODE_LABEL = "kvferry.io/node"  # optional Ray label: the node's name, else its host name
 ENGINE_LABEL = "kvferry.io/engine"  # optional Ray label: the node's engine, else the configured one
@@ -97,11 +98,13 @@ class ReplicaPool:
     on_lost: Callable[[str], None]
     nodes: dict[str, Node] = field(default_factory=dict)  # by kvferry id
     replicas: dict[str, Replica] = field(default_factory=dict)  # by kvferry node id
+    disks: dict[str, RemoteDisk] = field(default_factory=dict)  # their local tiers, by node id
     restarts: int = 0
     held: set[str] = field(default_factory=set)  # nodes that get no replica
     versions: Mapping[str, str] = field(default_factory=versions)
     clock: Callable[[], float] = time.monotonic
     _backoff: dict[str, _Backoff] = field(default_factory=dict)
+    _opened: dict[str, RemoteDisk] = field(default_factory=dict)  # by Ray's id of the node
 
     async def run(self) -> None:
         """Follow the cluster for ever."""
@@ -144,6 +147,19 @@ class ReplicaPool:
                 replica = Replica(node, self._start(node))
                 self.replicas[node.id] = replica
                 replica.watcher = asyncio.create_task(self._watch(replica))
+        self._open_disks()
+
+    def _open_disks(self) -> None:
+        """Others may read the local tier of every node that has a device."""
+        local = self.config.local if self.config.local_bytes else ""
+        devices = {name: node for name, node in self.nodes.items() if node.has_device and local}
+        self.disks = {name: self._disk(node, f"{local}/{name}") for name, node in devices.items()}
+
+    def _disk(self, node: Node, folder: str) -> RemoteDisk:
+        known = self._opened.get(node.ray_id)
+        if known is None:
+            known = self._opened[node.ray_id] = open_disk(node.id, node.ray_id, folder)
+        return known
 
     def _start(self, node: Node) -> Any:
         actor = ray.remote(ModelReplica)
