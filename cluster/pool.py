@@ -26,14 +26,13 @@ from actors.report import ReplicaInfo, ReplicaStatus, versions
 from cluster.disks import NAMESPACE as NAMESPACE
 from cluster.disks import RemoteDisk, open_disk
 from cluster.errors import ClusterError
+from cluster.nodes import DEVICE, named
+from cluster.nodes import Node as Node
 from cluster.placement import Candidate, link_cost
 from cluster.remote import ReplicaLost, call
 from storage.errors import StorageError
 
 logger = logging.getLogger(__name__)
-DEVICE = "kvferry_device"  # the Ray resource of a node that carries a device
-NODE_LABEL = "kvferry.io/node"  # optional Ray label: the node's name, else its host name
-ENGINE_LABEL = "kvferry.io/engine"  # optional Ray label: the node's engine, else the configured one
 _LOAD_TIMEOUT_S = 300.0
 _STATUS_TIMEOUT_S = 3.0
 _SHOWN = 3  # differences of a model that is refused
@@ -42,17 +41,6 @@ _MAX_BACKOFF_S = 30.0
 _SHORT_LIFE_S = 15.0  # a replica that was ready for less has failed
 _LOOP_FAILURES, _LOOP_S = 5, 600.0  # so many within so long: it is crash looping
 _FLUSH_TIMEOUT_S = 60.0
-
-
-@dataclass(frozen=True)
-class Node:
-    """A living Ray node."""
-
-    id: str  # its name in kvferry
-    ray_id: str
-    address: str
-    has_device: bool
-    engine: str = ""  # its own, if it has one
 
 
 @dataclass(eq=False)
@@ -135,7 +123,7 @@ class ReplicaPool:
                 replica.healthy = False
 
     async def _tick(self) -> None:
-        self.nodes = _named(await asyncio.to_thread(ray.nodes))
+        self.nodes = named(await asyncio.to_thread(ray.nodes))
         for name, replica in list(self.replicas.items()):
             node = self.nodes.get(name)
             if node is None or node.ray_id != replica.node.ray_id:
@@ -300,22 +288,3 @@ def candidate(replica: Replica) -> tuple[Candidate, float] | None:
         replica.node.id, status.queue_s, status.rates, cells, 0, links, status.prefixes
     )
     return found, cells
-
-
-def _named(entries: list[dict[str, Any]]) -> dict[str, Node]:
-    """Living Ray nodes by name; several on one host without a label get their Ray id appended."""
-    nodes: dict[str, Node] = {}
-    for entry in sorted(entries, key=lambda e: str(e["NodeID"])):
-        if not entry["Alive"]:
-            continue
-        name = entry.get("Labels", {}).get(NODE_LABEL) or entry["NodeManagerHostname"]
-        if name in nodes:
-            name = f"{name}-{entry['NodeID'][:8]}"
-        nodes[name] = Node(
-            name,
-            entry["NodeID"],
-            entry["NodeManagerAddress"],
-            DEVICE in entry["Resources"],
-            entry.get("Labels", {}).get(ENGINE_LABEL, ""),
-        )
-    return nodes

@@ -474,12 +474,12 @@ def test_an_owner_reads_its_own_disk_and_a_mover_the_nearer_of_store_and_peer() 
     near, far = LinkCost(0.0, 1e-4), LinkCost(0.0, 4e-3)
     fast = Rates(200.0, 0.02, 1e6, 2.0)
     a = candidate("a", rates=fast, links={"store": far, "disk": near})
-    b = candidate(
-        "b", rates=fast, links={"store": far, "disk": near, peer_link("a"): LinkCost(0.3, 2e-4)}
-    )
+    peers = {peer_link("a"): LinkCost(0.3, 2e-4), peer_link("c"): LinkCost(0.0, 1e-6)}
+    b = candidate("b", rates=fast, links={"store": far, "disk": near, **peers})
     at_a = place(200, 0, Location("a", 1000), [a, b], FREE)
     assert of(at_a, "a").bring_s == pytest.approx(1.0 + 0.1)
     assert of(at_a, "b").bring_s == pytest.approx(1.0 + 0.5)
+    assert (of(at_a, "a").link, of(at_a, "b").link) == ("disk", peer_link("a"))
     nowhere = place(200, 0, Location(None, 1000), [a, b], FREE)
     assert of(nowhere, "a").bring_s == of(nowhere, "b").bring_s == pytest.approx(1.0 + 4.0)
 
