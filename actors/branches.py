@@ -13,6 +13,7 @@ from typing import Literal
 from actors.turn import CacheState
 from storage.card import AgentId, BlockRef, BranchCard, CacheCard, OpenTurn, PartRef, Reply
 from storage.codec import Tensors
+from storage.peers import BlockSource
 
 Place = Literal["local", "shared"]
 Parts = Mapping[str, PartRef]
@@ -96,7 +97,7 @@ class Branch:
 @dataclass(eq=False)
 class AgentMemory:
     """`card` is the last claim or commit; None for a one-off agent, which has no claim. `shared` is
-    the last one that the shared store has."""
+    the last one that the shared store has. `peer`: the disk of the node that had it before."""
 
     agent: AgentId
     card: CacheCard | None
@@ -108,6 +109,7 @@ class AgentMemory:
     commits_queued: int = 0
     unsaved: bool = False  # the last commit failed
     shared: CacheCard | None = None
+    peer: BlockSource | None = None
 
 
 @dataclass(frozen=True)

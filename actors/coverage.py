@@ -1,4 +1,5 @@
-"""What would a replica miss that took an agent over now, from the shared store's last card?
+"""What would a replica miss that took an agent over now, from the last card of the shared store, or
+of this node's own disk?
 
 The ids of turns under way are in the ingress's log; all else is where the rows are, or nowhere.
 """
@@ -10,10 +11,14 @@ from actors.prompt import common_prefix
 from storage.card import BranchCard
 
 
-def missing(memory: AgentMemory, n_rows: dict[int, int], *, windows: bool) -> int | None:
+def missing(
+    memory: AgentMemory, n_rows: dict[int, int], *, windows: bool, near: bool = False
+) -> int | None:
     """Rows of turns under way that it would compute again; `n_rows`: by branch id, those that are
-    computed. None: something of turns that are over is missing, and must not get lost."""
-    named = memory.shared.branches if memory.shared is not None else ()
+    computed. `near`: from the card on this node's disk. None: something of turns that are over is
+    missing, and must not get lost."""
+    last = memory.card if near else memory.shared
+    named = last.branches if last is not None else ()
     cards = {card.id: card for card in named}
     total = 0
     for branch in memory.branches:

@@ -3,6 +3,8 @@
 Runs on the loop's thread, between two steps. A frozen agent takes no step until this replica has
 itself claimed the next epoch; if the target was faster, it is released. What was copied while the
 agent ran is not copied again: a freeze waits for the store only where too much is missing there.
+A target that reads this node's disk needs nothing of the store: then all of this is about the card
+and the blocks here (`near`).
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from actors.errors import AgentMoved
 from actors.exporter import Exporter
 from actors.memory import Memory
 from actors.residency import Residency
-from storage.card import AgentId
+from storage.card import AgentId, CacheCard
 from storage.errors import Fenced, StorageError
 
 logger = logging.getLogger(__name__)
@@ -30,11 +32,13 @@ FEW_ROWS = 8  # computed again sooner than stored and read
 
 @dataclass(frozen=True)
 class Copied:
-    """A round of pre-copy: rows of turns under way that the shared store lacked before it, and
-    after it. None: something of turns that are over, which a migration must not lose."""
+    """A round of pre-copy: rows of turns under way that the shared store, or this node's disk,
+    lacked before it, and after it. None: something of turns that are over, which a migration must
+    not lose. `card`: the one on this node's disk."""
 
     lacked: int | None
     lacks: int | None
+    card: CacheCard | None = None
 
 
 class Handoff:
@@ -55,19 +59,19 @@ class Handoff:
         self._timeout_s = timeout_s
         self._deadlines: dict[AgentId, float] = {}
 
-    def precopy(self, agent: AgentId) -> tuple[int | None, Future[None]]:
+    def precopy(self, agent: AgentId, *, near: bool = False) -> tuple[int | None, Future[None]]:
         """While the agent runs on: hand over what the shared store lacks of it. (What that was, as
         `missing` says; done when it has been tried). Raises AgentMoved."""
         memory = self._owned(agent)
-        lacked = self._missing(memory)
-        return lacked, _done() if lacked == 0 else self._hand_over(memory)
+        lacked = self._missing(memory, near)
+        return lacked, _done() if lacked == 0 else self._hand_over(memory, near)
 
-    def missing(self, agent: AgentId) -> int | None:
+    def missing(self, agent: AgentId, *, near: bool = False) -> int | None:
         """Rows of turns under way that the shared store lacks; None: of turns that are over."""
         memory = self._memory.get(agent)
-        return self._missing(memory) if memory is not None else None
+        return self._missing(memory, near) if memory is not None else None
 
-    def freeze(self, agent: AgentId, most: int = FEW_ROWS) -> Future[None]:
+    def freeze(self, agent: AgentId, most: int = FEW_ROWS, *, near: bool = False) -> Future[None]:
         """Stop the agent at this token boundary. The future is done at once where the shared store
         lacks at most so many rows, of turns under way, else when they have been handed over.
 
@@ -79,8 +83,8 @@ class Handoff:
         turn = self._book.active.get(agent)
         if turn is not None and turn.sequence is not None:
             turn.sequence.paused = True
-        lacks = self._missing(memory)
-        return _done() if lacks is not None and lacks <= most else self._hand_over(memory)
+        lacks = self._missing(memory, near)
+        return _done() if lacks is not None and lacks <= most else self._hand_over(memory, near)
 
     def _owned(self, agent: AgentId) -> AgentMemory:
         memory = self._memory.get(agent)
@@ -94,20 +98,21 @@ class Handoff:
         begun = turn is not None and turn.sequence is not None
         return turn if turn is not None and begun and turn.ready.memory is memory else None
 
-    def _missing(self, memory: AgentMemory) -> int | None:
+    def _missing(self, memory: AgentMemory, near: bool) -> int | None:
         turn = self._running(memory)
         n_rows = {}
         if turn is not None and turn.sequence is not None:
             n_rows[turn.ready.match.branch.id] = turn.sequence.n_rows
-        return missing(memory, n_rows, windows=self._memory.rows.windows.size > 0)
+        windows = self._memory.rows.windows.size > 0
+        return missing(memory, n_rows, windows=windows, near=near)
 
-    def _hand_over(self, memory: AgentMemory) -> Future[None]:
+    def _hand_over(self, memory: AgentMemory, near: bool) -> Future[None]:
         turn = self._running(memory)
         if turn is not None and turn.sequence is not None:
             self._exporter.export(turn, turn.sequence.n_rows, wait=False)
             self._exporter.checkpoint(turn)
         self._memory.commit_later(memory)
-        return self._memory.settle(memory)
+        return self._memory.settle(memory, near=near)
 
     def release(self, agent: AgentId) -> None:
         """Another replica owns the agent now: its turns move, its cells are freed."""

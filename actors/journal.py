@@ -1,13 +1,32 @@
 """Is this node's own card of an agent ahead of the shared store's?
 
 With a local tier, commits go to the node's disk first. A replica that starts again, or claims an
-agent, finds there what the shared store had not caught up with. Reads and forgets, claims nothing.
+agent, finds there what the shared store had not caught up with; one that takes an agent over in a
+migration gets the card of the node that had it. Reads and forgets, claims nothing.
 """
 
 from __future__ import annotations
 
+from actors.branches import Parts, Run
 from storage.card import AgentId, CacheCard, Owner
 from storage.local import LocalTier
+
+
+def goes_on(card: CacheCard, shared: CacheCard | None) -> bool:
+    """Whether a card of some node's disk says more than the shared store's newest: a later
+    generation of the same epoch."""
+    return (
+        shared is not None
+        and not shared.tombstone
+        and card.epoch == shared.epoch
+        and card.generation > shared.generation
+    )
+
+
+def held(local: LocalTier, agent: AgentId, run: Run) -> Parts:
+    """The parts of a run that are on this node's disk, kept there for the agent's next card."""
+    found = {part: local.hold(agent, run.id, part, ref) for part, ref in run.local.items()}
+    return {part: ref for part, ref in found.items() if ref is not None}
 
 
 def ahead(
@@ -23,7 +42,7 @@ def ahead(
         return None  # not known there, or not mounted yet: nothing is decided
     if not shared.tombstone:
         if (card.epoch, card.generation) > (shared.epoch, shared.generation):
-            return card if card.epoch == shared.epoch else None
+            return card if goes_on(card, shared) else None
         ours = shared.generation == 0 and shared.owner.node == owner.node
         base = shared.base  # of a claim after which we died
         if ours and base and base.epoch == card.epoch and card.generation > base.generation:

@@ -22,6 +22,7 @@ from actors.branches import (
     note_committed,
     note_shared,
     state_of,
+    with_runs,
 )
 from actors.errors import AgentMoved
 from actors.faults import Faults
@@ -34,6 +35,7 @@ from storage.card import AgentId, BranchCard, CacheCard, OpenTurn, Owner
 from storage.codec import Codec, codec_parameters
 from storage.errors import Fenced, StorageError, StoreUnavailable
 from storage.local import LocalTier
+from storage.peers import BlockSource
 from storage.spec import CompatibilityKey
 from storage.store import CacheStore, new_card
 from storage.tiers import Tiers
@@ -111,20 +113,30 @@ class Memory:
             return None
         return memory
 
-    def _claimed(self, agent: AgentId) -> AgentMemory:
-        claim = self.store.claim(self.template(agent))
+    def _claimed(
+        self, agent: AgentId, handed: CacheCard | None = None, peer: BlockSource | None = None
+    ) -> AgentMemory:
+        """`handed`: the frozen owner's card, whose blocks are on the disk of `peer` and, as far as
+        they were fetched, on ours. Had the owner gone on since, its claim would win."""
+        after = handed.epoch if handed is not None else None
+        claim = self.store.claim(self.template(agent), after=after)
         before = claim.previous
         here = before is None or before.owner.node == self.owner.node
         card = claim.card
         branches = [branch_of(branch, "shared") for branch in card.branches]
-        ahead = journal.ahead(self.tiers.local, self.owner, agent, before)
+        if handed is not None and journal.goes_on(handed, before):
+            branches = self._taken_over(handed, card)
+            ahead: CacheCard | None = replace(handed, branches=self._as_stored(branches))
+        else:
+            ahead = journal.ahead(self.tiers.local, self.owner, agent, before)
+            if ahead is not None:
+                branches = [branch_of(branch, "local") for branch in ahead.branches]
+                note_shared(branches, card)
         if ahead is not None:
-            branches = [branch_of(branch, "local") for branch in ahead.branches]
-            note_shared(branches, card)
             card = replace(card, generation=ahead.generation, branches=ahead.branches)
         self.rows.know(branches)
         origin: CacheState = "warm" if here else "remote"
-        memory = AgentMemory(agent, card, origin, branches, shared=claim.card)
+        memory = AgentMemory(agent, card, origin, branches, shared=claim.card, peer=peer)
         with self._lock:
             self._agents[agent] = memory
             self._drop_idle_records()
@@ -135,6 +147,20 @@ class Memory:
                 self.faults.count("store_unavailable", error)
             self.commit_later(memory)
         return memory
+
+    def _taken_over(self, handed: CacheCard, shared: CacheCard) -> list[Branch]:
+        """Branches of another node's card, with the blocks that this node's disk or the shared
+        store has. The others are stored from RAM with the next commit, or computed again."""
+        branches = [branch_of(branch, "local") for branch in handed.branches]
+        note_shared(branches, shared)
+        for run in (run for branch in branches for run in branch.runs):
+            local = self.tiers.local
+            run.local = journal.held(local, handed.agent, run) if local is not None else {}
+        return branches
+
+    def _as_stored(self, branches: list[Branch]) -> tuple[BranchCard, ...]:
+        window = self.key.spec.window
+        return tuple(with_runs(state_of(b, card_of(b)), "local", window) for b in branches)
 
     def recover(self) -> None:
         """Own again what this node's disk holds and the shared store lacks, and bring it there.
@@ -158,10 +184,13 @@ class Memory:
         elif self.store.epoch(card.agent, self.key) > card.epoch:
             local.forget(card.agent, card.epoch)
 
-    def adopt(self, agent: AgentId) -> int:
-        """Claim the agent for a migration; returns the epoch. Raises Fenced, StoreUnavailable."""
+    def adopt(
+        self, agent: AgentId, handed: CacheCard | None = None, peer: BlockSource | None = None
+    ) -> int:
+        """Claim the agent for a migration; returns the epoch. `handed`: the card that the frozen
+        owner on `peer` has on its disk. Raises Fenced, StoreUnavailable."""
         with self._claiming[hash(agent) % len(self._claiming)]:
-            memory = self._known(agent) or self._claimed(agent)
+            memory = self._known(agent) or self._claimed(agent, handed, peer)
         assert memory.card is not None
         return memory.card.epoch
 
@@ -267,15 +296,15 @@ class Memory:
             memory.unsaved = True
             memory.card = replace(memory.card, generation=new.generation)  # it may be taken now
 
-    def settle(self, memory: AgentMemory | None = None) -> Future[None]:
+    def settle(self, memory: AgentMemory | None = None, *, near: bool = False) -> Future[None]:
         """Done when everything handed over so far, or of one agent, is in the shared store, or
-        could not be brought there; see is_stored."""
+        could not be brought there; see is_stored. `near`: on this node's disk, if it has one."""
         done: Future[None] = Future()
 
         def handed_over() -> None:
             if memory is not None and memory.commits_queued:
                 self.persister.submit(handed_over)  # a commit that serves ours is still to come
-            elif self.replicator is not None:
+            elif self.replicator is not None and not near:
                 self.replicator.flush(done, memory.agent if memory is not None else None)
             elif done.set_running_or_notify_cancel():
                 done.set_result(None)
@@ -296,17 +325,25 @@ class Memory:
         if self.replicator is not None:
             self.replicator.close(timeout)
 
-    def stored(self, agent: AgentId) -> AgentMemory | None:
-        """The agent's last branch, as the shared store has it, without owning it; None when it has
-        none, or it is owned here. Raises StoreUnavailable."""
+    def stored(
+        self, agent: AgentId, handed: CacheCard | None = None, peer: BlockSource | None = None
+    ) -> AgentMemory | None:
+        """The agent's last branch, as the shared store or the card on the disk of `peer` has it,
+        without owning it; None when it has none, or it is owned here. Raises StoreUnavailable."""
         loaded = self.store.latest(agent, self.key)
-        cards = loaded.card.branches if loaded is not None else ()
-        latest = max(cards, key=lambda b: b.last_used, default=None)
-        if loaded is None or latest is None or self.get(agent) is not None:
+        shared = loaded.card if loaded is not None else None
+        card, place = shared, "shared"
+        if handed is not None and journal.goes_on(handed, shared):
+            card, place = handed, "local"
+        latest = max(card.branches if card else (), key=lambda b: b.last_used, default=None)
+        if card is None or latest is None or self.get(agent) is not None:
             return None
-        if loaded.card.codec != self.codec.name:
+        if card.codec != self.codec.name:
             return None
-        return AgentMemory(agent, loaded.card, "remote", [branch_of(latest, "shared")])
+        branch = branch_of(latest, "local" if place == "local" else "shared")
+        if shared is not None:
+            note_shared([branch], shared)
+        return AgentMemory(agent, card, "remote", [branch], peer=peer)
 
     def delete(self, agent: AgentId) -> None:
         """Forget the agent here and bury it in the store. Raises Fenced, StoreUnavailable."""

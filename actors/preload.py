@@ -1,5 +1,5 @@
-"""The target's side of a migration, before it owns the agent: what the shared store has of it comes
-into RAM and into an idle sequence of the engine, while others run.
+"""The target's side of a migration, before it owns the agent: what the shared store or the source's
+disk has of it comes into RAM and into an idle sequence of the engine, while others run.
 
 Between two blocks the sequence is idle as any other: it may be evicted, and then what is missing is
 restored when the agent's turn comes. It gets no step before its agent is claimed; nobody finds it
@@ -23,8 +23,9 @@ from actors.errors import EngineFault
 from actors.memory import Memory
 from actors.rates import Rates
 from actors.residency import Residency
-from storage.card import AgentId
+from storage.card import AgentId, CacheCard
 from storage.codec import Tensors, count_rows
+from storage.peers import BlockSource
 from storage.spec import KVRows, Part
 
 T = TypeVar("T")
@@ -34,13 +35,15 @@ Loadable = Callable[[Tensors, Tensors | None], KVRows | Tensors]
 
 @dataclass(frozen=True)
 class Fetched:
-    """Rows that are in RAM, those of them that are in the engine, and the bytes that came from the
-    shared store in this round. prefill_tokens_per_s: of this replica."""
+    """Rows that are in RAM, those of them that are in the engine, and the bytes that came to this
+    node in this round, `peer_bytes` of them from the source's disk. prefill_tokens_per_s: of this
+    replica."""
 
     rows: int
     loaded: int
     n_bytes: int
     prefill_tokens_per_s: float
+    peer_bytes: int = 0
 
 
 @dataclass(eq=False)
@@ -76,30 +79,36 @@ class Preloader:
 
     # ---- on a worker
 
-    def fetch(self, agent: AgentId) -> Fetched:
-        """Bring what the store has of the agent's last branch, and has not been brought before.
-        Raises StoreUnavailable, EngineFault."""
+    def fetch(
+        self, agent: AgentId, handed: CacheCard | None = None, peer: BlockSource | None = None
+    ) -> Fetched:
+        """Bring what the store, or the disk of `peer` with the card `handed`, has of the agent's
+        last branch, and has not been brought before. Raises StoreUnavailable, EngineFault."""
         speed = self._rates.filled().prefill_tokens_per_s
-        memory = self._memory.stored(agent)
+        memory = self._memory.stored(agent, handed, peer)
         if memory is None:
             return Fetched(0, 0, 0, speed)
         branch, rows = memory.branches[0], self._memory.rows
         preload, begin = self._on_loop(partial(self._begin, agent, branch))
         n_bytes, at, loads = self._away_bytes(agent, branch), begin, True
+        peers = self._memory.tiers.peers
+        before = peers.n_bytes
         for full, sliding in rows.read(memory, branch, branch.rows, begin):
             if loads:
                 loadable = self._loadable(full, sliding)
                 loads = self._on_loop(partial(self._load, agent, preload, at, loadable))
             at += count_rows(full)
         loaded = self._on_loop(partial(self._loaded, preload))
-        return Fetched(at, loaded, n_bytes, speed)
+        return Fetched(at, loaded, n_bytes, speed, min(n_bytes, peers.n_bytes - before))
 
     def _away_bytes(self, agent: AgentId, branch: Branch) -> int:
         """Of the branch's stored rows that are not on this node."""
         pool, local = self._memory.tiers.pool, self._memory.tiers.local
         parts: tuple[Part, ...] = ("full", "sliding")
         total = 0
-        for ref in (run.stored("shared") for run in branch.runs):
+        for ref in (run.ref("local") for run in branch.runs):
+            if ref is None:
+                continue
             for part in (part for part in parts if part in ref.parts):
                 here = local is not None and local.has(agent.tenant, ref, part)
                 if not here and not pool.size_of((ref.id, part)):

@@ -40,9 +40,10 @@ from actors.report import (
 from actors.scheduler import SchedulerConfig
 from actors.turn import Alive, StreamItem, TurnFailed, TurnFinished, TurnMoved, TurnRequest
 from actors.weights import WeightsProvider, provide
-from storage.card import AgentId, Owner
+from storage.card import AgentId, CacheCard, Owner
 from storage.codec import get_codec, row_bytes
 from storage.errors import StorageError, StoreUnavailable
+from storage.peers import BlockSource
 from storage.tiers import Tiers
 
 T = TypeVar("T")
@@ -180,37 +181,52 @@ class ModelReplica:
 
     # ---- ownership
 
-    async def adopt(self, agent: AgentId) -> int:
-        """Claim the agent; returns the epoch. What was prefetched is its, or dropped. Raises
-        Fenced, StoreUnavailable."""
+    async def adopt(
+        self, agent: AgentId, handed: CacheCard | None = None, peer: BlockSource | None = None
+    ) -> int:
+        """Claim the agent; returns the epoch. What was prefetched is its, or dropped. With the card
+        on the disk of the node that had it (`handed`, `peer`), what the shared store lacks is ours
+        to bring there. Raises Fenced, StoreUnavailable."""
         preloader = self._loop.preloader
         try:
-            epoch = await self._in_thread(lambda: self._memory.adopt(agent))
+            epoch = await self._in_thread(lambda: self._memory.adopt(agent, handed, peer))
         except StorageError:
             await self._on_loop(lambda: preloader.drop(agent))
             raise
         await self._on_loop(lambda: preloader.claimed(agent))
         return epoch
 
-    async def precopy(self, agent: AgentId) -> Copied:
-        """Store what the shared store lacks of an agent that runs on. Raises AgentMoved."""
+    async def precopy(self, agent: AgentId, near: bool = False) -> Copied:
+        """Store what the shared store lacks of an agent that runs on; `near`: what this node's disk
+        lacks. Raises AgentMoved."""
         handoff = self._loop.handoff
-        lacked, tried = await self._on_loop(lambda: handoff.precopy(agent))
+        lacked, tried = await self._on_loop(lambda: handoff.precopy(agent, near=near))
         await _done(tried)
-        return Copied(lacked, await self._on_loop(lambda: handoff.missing(agent)))
+        lacks = await self._on_loop(lambda: handoff.missing(agent, near=near))
+        return Copied(lacked, lacks, self._card(agent) if near else None)
 
-    async def freeze(self, agent: AgentId, most: int = FEW_ROWS) -> None:
-        """Stop the agent at a token boundary; commit its card where the shared store lacks more
-        than `most` rows of a turn under way. Raises AgentMoved, and StoreUnavailable when the
-        store does not have all the others: it is frozen all the same."""
+    async def freeze(
+        self, agent: AgentId, most: int = FEW_ROWS, near: bool = False
+    ) -> CacheCard | None:
+        """Stop the agent at a token boundary; commit its card where the shared store, or this
+        node's disk (`near`), lacks more than `most` rows of a turn under way. Returns the card that
+        is there in the second case. Raises AgentMoved, and StoreUnavailable when not all the others
+        are stored: it is frozen all the same."""
         handoff = self._loop.handoff
-        tried = await self._on_loop(lambda: handoff.freeze(agent, most))
+        tried = await self._on_loop(lambda: handoff.freeze(agent, most, near=near))
         await _done(tried)
-        if self._memory.is_stored(agent):
-            return
-        lacks = await self._on_loop(lambda: handoff.missing(agent))
+        if not near and self._memory.is_stored(agent):
+            return None
+        lacks = await self._on_loop(lambda: handoff.missing(agent, near=near))
         if lacks is None or lacks > most:
-            raise StoreUnavailable(self._config.store, f"it lacks rows of agent {agent}")
+            place = "this node's disk" if near else self._config.store
+            raise StoreUnavailable(place, f"it lacks rows of agent {agent}")
+        return self._card(agent) if near else None
+
+    def _card(self, agent: AgentId) -> CacheCard | None:
+        """The last one on this node's disk."""
+        memory = self._memory.get(agent)
+        return memory.card if memory is not None and self._memory.tiers.local else None
 
     async def thaw(self, agent: AgentId) -> None:
         """A migration failed: go on with the agent after claiming it again."""
@@ -220,10 +236,12 @@ class ModelReplica:
         """The agent is another replica's now."""
         await self._on_loop(lambda: self._loop.handoff.release(agent))
 
-    async def prefetch(self, agent: AgentId) -> Fetched:
+    async def prefetch(
+        self, agent: AgentId, handed: CacheCard | None = None, peer: BlockSource | None = None
+    ) -> Fetched:
         """Bring an agent's rows into RAM and engine before it is adopted. Raises StoreUnavailable,
         EngineFault."""
-        return await self._in_thread(lambda: self._loop.preloader.fetch(agent))
+        return await self._in_thread(lambda: self._loop.preloader.fetch(agent, handed, peer))
 
     async def delete(self, agent: AgentId) -> None:
         """Forget the agent for good. Raises AgentMoved while a turn runs, Fenced."""

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from weakref import WeakValueDictionary
 
+from actors import journal
 from actors.branches import AgentMemory, Branch, Run, positions
 from actors.faults import Faults
 from actors.persister import Persister
@@ -132,8 +133,7 @@ class Rows:
         lent, local = run.lent(), self._tiers.local
         if memory.card is None or memory.state == "released" or local is None:
             return lent
-        agent, parts = memory.agent, lent.local.items()
-        lent.local = {part: ref for part, ref in parts if local.hold(agent, run.id, part, ref)}
+        lent.local = journal.held(local, memory.agent, lent)
         return lent
 
     def _append(
@@ -246,7 +246,7 @@ class Rows:
         """One part of a run's rows, or None after counting why not."""
         tenant, local, shared = memory.agent.tenant, run.stored("local"), run.stored("shared")
         try:
-            found = self._tiers.read(tenant, run.id, run.rows, part, local, shared)
+            found = self._tiers.read(tenant, run.id, run.rows, part, local, shared, memory.peer)
         except CorruptData as error:
             self._faults.count("corrupt", error)
             return None

@@ -51,6 +51,7 @@ def router(context: Context) -> APIRouter:
             "rows": done.rows,
             "loaded_rows": done.loaded,
             "bytes": done.n_bytes,
+            "peer_bytes": done.peer_bytes,
         }
 
     @routes.get("/{agent_id:path}")

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from actors.rates import KnownRates
 from cluster.placement import Candidate, Location, PlacementConfig, filled
+from storage.links import peer_link
 from storage.spec import BLOCK_TOKENS
 
 Column = NDArray[np.float64]
-_LINKS = ("store", "disk", "peer")
+_LINKS = ("store", "disk")
 
 
 class Columns:
@@ -34,7 +35,8 @@ class Columns:
         self._decode, self._restore, self._load = np.zeros(n), np.zeros(n), np.zeros(n)
         self._fixed = {name: np.full(n, np.inf) for name in _LINKS}
         self._token = {name: np.full(n, np.inf) for name in _LINKS}
-        self._no_prefix, self._has_peers = np.zeros(n), False
+        self._peers: dict[str, tuple[Column, Column]] = {}  # link -> (fixed, per token)
+        self._no_prefix = np.zeros(n)
         for row in range(n):
             self._write(row)
 
@@ -58,7 +60,12 @@ class Columns:
             link = candidate.links.get(name)
             self._fixed[name][row] = link.fixed_s if link else np.inf
             self._token[name][row] = link.token_s if link else np.inf
-        self._has_peers = self._has_peers or "peer" in candidate.links
+        for fixed, token in self._peers.values():  # links that it has no longer
+            fixed[row] = token[row] = np.inf
+        for name in candidate.links.keys() - set(_LINKS):
+            n, link = len(self.row), candidate.links[name]
+            columns = self._peers.setdefault(name, (np.full(n, np.inf), np.full(n, np.inf)))
+            columns[0][row], columns[1][row] = link.fixed_s, link.token_s
 
     def totals(
         self, new_tokens: int, reply_tokens: int, location: Location, shared: Column | None
@@ -127,15 +134,16 @@ class Columns:
         return best
 
     def _links(self, location: Location, owner: int | None) -> tuple[Column, Column]:
-        """(fixed, per token) of the way that each would bring the rows; see placement._link."""
+        """(fixed, per token) of the way that each would bring the rows; see placement.way."""
         fixed, token = self._fixed["store"], self._token["store"]
         if location.node is not None:
             fixed = fixed + location.lag * token
-        if location.node is not None and self._has_peers:
-            peer = self._fixed["peer"] + location.tokens * self._token["peer"]
-            nearer = peer < fixed + location.tokens * token
-            fixed = np.where(nearer, self._fixed["peer"], fixed)
-            token = np.where(nearer, self._token["peer"], token)
+        peer = self._peers.get(peer_link(location.node)) if location.node is not None else None
+        if peer is not None:
+            there = np.isfinite(peer[0])  # 0 tokens over no link cost nothing, else
+            cost = np.where(there, peer[0] + location.tokens * peer[1], np.inf)
+            nearer = cost < fixed + location.tokens * token
+            fixed, token = np.where(nearer, peer[0], fixed), np.where(nearer, peer[1], token)
         if owner is not None:
             fixed, token = fixed.copy(), token.copy()
             own = "disk" if np.isfinite(self._fixed["disk"][owner]) else "store"

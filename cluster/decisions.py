@@ -14,6 +14,7 @@ from typing import Any
 from actors.turn import Affinity
 from cluster.placement import Estimate, Location, Placement, PlacementConfig
 from storage.card import AgentId
+from storage.links import peer_link
 
 LOG_SIZE = 1024
 
@@ -111,7 +112,7 @@ def estimate_json(estimate: Estimate) -> dict[str, Any]:
         name: round(value, 4) if math.isfinite(value := getattr(estimate, name)) else None
         for name in ("total_s", "queue_s", "bring_s", "mixed_s", "prefill_s", "decode_s", "extra_s")
     }
-    action = {"action": estimate.action, "kept_tokens": estimate.kept}
+    action = {"action": estimate.action, "kept_tokens": estimate.kept, "link": estimate.link}
     return {"node": estimate.node} | seconds | action
 
 
@@ -173,7 +174,8 @@ def _way(chosen: Estimate, where: Location) -> str:
         return f"{chosen.kept} tokens of its system prompt are in RAM there"
     if chosen.action == "mixed":
         return (
-            f"the first {chosen.kept} of {where.tokens} tokens are brought, the rest is prefilled: "
+            f"the first {chosen.kept} of {where.tokens} tokens are brought{_source(chosen)}, "
+            "the rest is prefilled: "
             f"{chosen.mixed_s:.3f} s, against {chosen.bring_s:.3f} s and {chosen.prefill_s:.3f} s"
         )
     if chosen.action == "prefill" and where.tokens:
@@ -182,4 +184,17 @@ def _way(chosen: Estimate, where: Location) -> str:
         )
     if chosen.action == "prefill":
         return "there is nothing to bring: everything is prefilled"
-    return f"bringing the rows takes {chosen.bring_s:.3f} s, prefilling {chosen.prefill_s:.3f} s"
+    return (
+        f"bringing the rows{_source(chosen)} takes {chosen.bring_s:.3f} s, "
+        f"prefilling {chosen.prefill_s:.3f} s"
+    )
+
+
+def _source(chosen: Estimate) -> str:
+    """From where they come."""
+    if not chosen.link:
+        return ""
+    if chosen.link == "store":
+        return " from the store"
+    node = chosen.node if chosen.link == "disk" else chosen.link.removeprefix(peer_link(""))
+    return f" from {node}'s disk"

@@ -7,6 +7,9 @@ to ship them. Only where too many are left does the freeze wait for the store. C
 verifies that what it has loaded is what the claimed card says. Release: the source's turns end, the
 stream goes on at the target. So the freeze does not depend on the length of the context.
 
+Where the target can read the source's disk, nothing waits for the store: the source writes there,
+the target fetches from there what the store lacks, and what it lacks is then the target's to bring.
+
 Never two runners: the target runs only after its claim, and a frozen source goes on only after it
 has itself claimed the next epoch, which then fails for the target. Whatever message is lost, one of
 the two claims wins. Knows replicas only as handles with the calls of actors.replica.
@@ -24,8 +27,9 @@ from actors.handoff import FEW_ROWS, Copied
 from actors.preload import Fetched
 from cluster.errors import MigrationFailed
 from cluster.remote import ReplicaLost, call
-from storage.card import AgentId
+from storage.card import AgentId, CacheCard
 from storage.errors import StorageError
+from storage.peers import BlockSource
 
 logger = logging.getLogger(__name__)
 _MAX_ROUNDS = 5
@@ -36,7 +40,8 @@ _MOST_ROWS = 256  # computed again rather than stored in the freeze
 class Migration:
     """What a migration did. freeze_s: from the freeze to the release, what a stream feels of it.
     rows: those of the agent's last branch that the target had before the freeze, `loaded` of them
-    in its engine. n_bytes: that came to the target's node."""
+    in its engine. n_bytes: that came to the target's node, peer_bytes of them from the source's
+    disk."""
 
     source: str | None
     target: str
@@ -47,17 +52,28 @@ class Migration:
     rows: int = 0
     loaded: int = 0
     n_bytes: int = 0
+    peer_bytes: int = 0
 
 
 @dataclass
 class _Shipped:
-    """What the rounds of pre-copy did. most: rows that the freeze need not store."""
+    """What the rounds of pre-copy did. most: rows that the freeze need not store. disk: the
+    source's, None where everything goes through the store. card: what the target fetched last."""
 
+    disk: BlockSource | None
     rounds: int = 0
     rows: int = 0
     loaded: int = 0
     n_bytes: int = 0
+    peer_bytes: int = 0
     most: int = FEW_ROWS
+    card: CacheCard | None = None
+
+    def fetched(self, fetched: Fetched) -> None:
+        self.rounds += 1
+        self.rows, self.loaded = fetched.rows, fetched.loaded
+        self.n_bytes += fetched.n_bytes
+        self.peer_bytes += fetched.peer_bytes
 
 
 async def migrate(
@@ -67,20 +83,27 @@ async def migrate(
     timeout: float = 10.0,
     *,
     prefetch_s: float = 30.0,
+    disk: BlockSource | None = None,
 ) -> Migration:
     """(node, handle) of both; without a source the target claims what the store has. `prefetch_s`:
     for all rounds of pre-copy, whose rest the target reads after its claim; 0 if it is to prefill.
+    `disk`: the source's, if the target is to fetch from there; both have one.
 
     Raises MigrationFailed; the agent is then served where its next claim succeeds.
     """
     began = time.monotonic()
-    shipped = _Shipped()
+    shipped = _Shipped(disk if source is not None else None)
     if prefetch_s:
         await _precopy(agent, source, target, timeout, prefetch_s, shipped)
     froze = time.monotonic()
-    frozen = source is not None and await _freeze(agent, source, shipped.most, timeout)
+    frozen, handed = False, None
+    if source is not None:
+        frozen, handed = await _freeze(agent, source, shipped, timeout)
     try:
-        epoch = await call(target[1].adopt.remote(agent), timeout)
+        if handed is not None and prefetch_s and _rows(handed) > _rows(shipped.card):
+            # Too many to be computed again: they are fetched before the claim, or never.
+            await _quietly(_fetch(agent, target, timeout, shipped, handed))
+        epoch = await call(_adopt(agent, target[1], handed, shipped.disk), timeout)
     except (ReplicaLost, ActorError, StorageError) as error:
         if frozen and source is not None:
             await _quietly(call(source[1].thaw.remote(agent), timeout))
@@ -91,16 +114,42 @@ async def migrate(
     now = time.monotonic()
     return Migration(
         source[0] if source else None, target[0], epoch, now - froze, now - began,
-        shipped.rounds, shipped.rows, shipped.loaded, shipped.n_bytes,
+        shipped.rounds, shipped.rows, shipped.loaded, shipped.n_bytes, shipped.peer_bytes,
     )  # fmt: skip
 
 
-async def _freeze(agent: AgentId, source: tuple[str, Any], most: int, timeout: float) -> bool:
-    """Whether the source has the agent, frozen."""
+def _adopt(agent: AgentId, target: Any, handed: CacheCard | None, disk: BlockSource | None) -> Any:
+    if handed is None:
+        return target.adopt.remote(agent)
+    return target.adopt.remote(agent, handed, disk)
+
+
+def _rows(card: CacheCard | None) -> int:
+    return sum(branch.rows for branch in card.branches) if card is not None else 0
+
+
+async def _fetch(
+    agent: AgentId,
+    target: tuple[str, Any],
+    timeout: float,
+    shipped: _Shipped,
+    card: CacheCard | None,
+) -> Fetched:
+    near = (card, shipped.disk) if card is not None else ()
+    fetched: Fetched = await call(target[1].prefetch.remote(agent, *near), timeout)
+    shipped.fetched(fetched)
+    shipped.card = card
+    return fetched
+
+
+async def _freeze(
+    agent: AgentId, source: tuple[str, Any], shipped: _Shipped, timeout: float
+) -> tuple[bool, CacheCard | None]:
+    """(whether the source has the agent, frozen; the card on its disk, if that is read)."""
     name, replica = source
+    near = (True,) if shipped.disk is not None else ()
     try:
-        await call(replica.freeze.remote(agent, most), timeout)
-        return True
+        return True, await call(replica.freeze.remote(agent, shipped.most, *near), timeout)
     except StorageError as error:  # the target would miss what the store lacks
         await _quietly(call(replica.thaw.remote(agent), timeout))
         raise MigrationFailed(f"{name} could not hand over {agent}: {error}") from error
@@ -111,7 +160,7 @@ async def _freeze(agent: AgentId, source: tuple[str, Any], most: int, timeout: f
         if not error.dead:  # it may still be running the agent, or freeze it when it wakes
             replica.thaw.remote(agent)
             raise MigrationFailed(f"{name} does not answer: {error}") from error
-    return False
+    return False, None
 
 
 async def _precopy(
@@ -127,17 +176,12 @@ async def _precopy(
     deadline, before = time.monotonic() + prefetch_s, None
     while shipped.rounds < _MAX_ROUNDS and time.monotonic() < deadline:
         began = time.monotonic()
-        copied = await _copied(agent, source, timeout) if source is not None else None
+        copied = await _copied(agent, source, shipped, timeout) if source is not None else None
         store_s = time.monotonic() - began
-        fetched: Fetched | None = await _quietly(
-            call(target[1].prefetch.remote(agent), deadline - time.monotonic())
-        )
-        if fetched is None:
-            return
-        shipped.rounds += 1
-        shipped.rows, shipped.loaded = fetched.rows, fetched.loaded
-        shipped.n_bytes += fetched.n_bytes
-        if copied is None:
+        card = copied.card if copied is not None else None
+        left = deadline - time.monotonic()
+        fetched = await _quietly(_fetch(agent, target, left, shipped, card))
+        if fetched is None or copied is None:
             return
         # So many rows the target computes in the time that the source takes to store some.
         few = int(store_s * fetched.prefill_tokens_per_s)
@@ -148,10 +192,16 @@ async def _precopy(
         before = lacked
 
 
-async def _copied(agent: AgentId, source: tuple[str, Any], timeout: float) -> Copied | None:
+async def _copied(
+    agent: AgentId, source: tuple[str, Any], shipped: _Shipped, timeout: float
+) -> Copied | None:
     """None: the source does not own the agent, or is dead."""
+    near = (True,) if shipped.disk is not None else ()
     try:
-        copied: Copied = await call(source[1].precopy.remote(agent), timeout)
+        copied: Copied = await call(source[1].precopy.remote(agent, *near), timeout)
+        if near and copied.lacks is None:  # its disk takes nothing, now
+            shipped.disk = None
+            copied = await call(source[1].precopy.remote(agent), timeout)
         return copied
     except (ActorError, StorageError) as error:
         logger.warning("agent %s is not copied from %s: %s", agent, source[0], error)

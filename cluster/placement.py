@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from actors.rates import KnownRates, Rates, fill
 from actors.turn import Affinity
 from cluster.errors import NoReplica
-from storage.links import LinkRate
+from storage.links import LinkRate, peer_link
 from storage.spec import BLOCK_TOKENS
 
 
@@ -48,8 +48,8 @@ GUESSED_LINK = LinkCost(0.0, 1e-4)
 @dataclass(frozen=True)
 class Candidate:
     """One healthy replica, from its last status. `links`: "store", "disk" where it has a tier of
-    its own, "peer" where it can fetch from the owner; the store's is borrowed or guessed until it
-    is measured."""
+    its own, peer_link(node) for every node from whose disk it has read; the store's is borrowed or
+    guessed until it is measured."""
 
     node: str
     queue_s: float
@@ -83,6 +83,7 @@ class Estimate:
     action: str  # "stay", "load", "migrate", "mixed", "share" or "prefill"
     mixed_s: float = math.inf  # bring or share a first part, prefill the rest
     kept: int = 0  # tokens that are not prefilled
+    link: str = ""  # over which stored rows would come: "disk", "store", or a peer's
 
     @property
     def memory_s(self) -> float:
@@ -181,11 +182,11 @@ def estimate(
     move_s = config.migrate_s if moves else 0.0
     shared = min(candidate.prefixes.get(prefix, 0), have or end)
     prefill = rates.prefill_s(0, end)
-    bring, mixed, part = prefill, math.inf, 0
+    bring, mixed, part, name = prefill, math.inf, 0, ""
     if have and owner and location.in_ram:
         bring = rates.prefill_s(have, end)
     elif have or shared:
-        link = _link(candidate.links, location, owner=owner, moves=moves)
+        name, link = way(candidate.links, location, owner=owner, moves=moves)
         if have:
             bring = kept_s(rates, link, shared, have, end)
         for kept in breakpoints(rates, link, shared, have):
@@ -212,6 +213,7 @@ def estimate(
         action,
         move_s + mixed,
         kept,
+        name,
     )
 
 
@@ -240,15 +242,27 @@ def breakpoints(rates: KnownRates, link: LinkCost, shared: int, have: int) -> li
     return points
 
 
-def _link(
+def way(
     links: Mapping[str, LinkCost], location: Location, *, owner: bool, moves: bool
-) -> LinkCost:
-    """The owner's own disk, or what is cheapest; of a move, with what its owner has to upload."""
+) -> tuple[str, LinkCost]:
+    """The owner's own disk, or the cheapest link and what it costs; of a move over the store, with
+    what the owner has to upload first."""
     store = links["store"]
     if owner:
-        return links.get("disk", store)
+        return ("disk", links["disk"]) if "disk" in links else ("store", store)
     if not moves:
-        return store
+        return "store", store
     store = LinkCost(store.fixed_s + location.lag * store.token_s, store.token_s)
-    ways = [store, links["peer"]] if "peer" in links else [store]
-    return min(ways, key=lambda way: way.fixed_s + location.tokens * way.token_s)
+    ways = {"store": store}
+    name = peer_link(location.node or "")
+    if name in links:
+        ways[name] = links[name]
+    return min(ways.items(), key=lambda w: w[1].fixed_s + location.tokens * w[1].token_s)
+
+
+def over_peer(links: Mapping[str, LinkCost], location: Location) -> bool:
+    """Whether an agent that moves is to come from its owner's disk: that is cheaper, or has not
+    been measured yet."""
+    if "store" not in links or peer_link(location.node or "") not in links:
+        return True
+    return way(links, location, owner=False, moves=True)[0] != "store"

@@ -25,17 +25,17 @@ from actors.errors import ActorError
 from actors.replica import ModelReplica
 from actors.report import ReplicaInfo, ReplicaStatus, versions
 from actors.weights import WeightsProvider
+from cluster.disks import NAMESPACE as NAMESPACE
+from cluster.disks import RemoteDisk, open_disk
 from cluster.errors import ClusterError
+from cluster.nodes import DEVICE, named
+from cluster.nodes import Node as Node
 from cluster.placement import Candidate, link_cost
 from cluster.remote import ReplicaLost, call
 from storage.errors import StorageError
 from storage.fetch import Progress
 
 logger = logging.getLogger(__name__)
-NAMESPACE = "kvferry"
-DEVICE = "kvferry_device"  # the Ray resource of a node that carries a device
-NODE_LABEL = "kvferry.io/node"  # optional Ray label: the node's name, else its host name
-ENGINE_LABEL = "kvferry.io/engine"  # optional Ray label: the node's engine, else the configured one
 _LOAD_TIMEOUT_S = 300.0
 _STALL_S = 120.0  # without a word of a download, which itself notices earlier that it stalls
 _LONGEST_LOAD_S = 7 * 86400.0  # however slow the link
@@ -46,17 +46,6 @@ _MAX_BACKOFF_S = 30.0
 _SHORT_LIFE_S = 15.0  # a replica that was ready for less has failed
 _LOOP_FAILURES, _LOOP_S = 5, 600.0  # so many within so long: it is crash looping
 _FLUSH_TIMEOUT_S = 60.0
-
-
-@dataclass(frozen=True)
-class Node:
-    """A living Ray node."""
-
-    id: str  # its name in kvferry
-    ray_id: str
-    address: str
-    has_device: bool
-    engine: str = ""  # its own, if it has one
 
 
 @dataclass(eq=False)
@@ -104,12 +93,14 @@ class ReplicaPool:
     on_lost: Callable[[str], None]
     nodes: dict[str, Node] = field(default_factory=dict)  # by kvferry id
     replicas: dict[str, Replica] = field(default_factory=dict)  # by kvferry node id
+    disks: dict[str, RemoteDisk] = field(default_factory=dict)  # their local tiers, by node id
     restarts: int = 0
     held: set[str] = field(default_factory=set)  # nodes that get no replica
     weights: WeightsProvider | None = None  # what its replicas take along
     versions: Mapping[str, str] = field(default_factory=versions)
     clock: Callable[[], float] = time.monotonic
     _backoff: dict[str, _Backoff] = field(default_factory=dict)
+    _opened: dict[str, RemoteDisk] = field(default_factory=dict)  # by Ray's id of the node
 
     async def run(self) -> None:
         """Follow the cluster for ever."""
@@ -140,7 +131,7 @@ class ReplicaPool:
                 replica.healthy = False
 
     async def _tick(self) -> None:
-        self.nodes = _named(await asyncio.to_thread(ray.nodes))
+        self.nodes = named(await asyncio.to_thread(ray.nodes))
         for name, replica in list(self.replicas.items()):
             node = self.nodes.get(name)
             if node is None or node.ray_id != replica.node.ray_id:
@@ -152,6 +143,19 @@ class ReplicaPool:
                 replica = Replica(node, self._start(node))
                 self.replicas[node.id] = replica
                 replica.watcher = asyncio.create_task(self._watch(replica))
+        self._open_disks()
+
+    def _open_disks(self) -> None:
+        """Others may read the local tier of every node that has a device."""
+        local = self.config.local if self.config.local_bytes else ""
+        devices = {name: node for name, node in self.nodes.items() if node.has_device and local}
+        self.disks = {name: self._disk(node, f"{local}/{name}") for name, node in devices.items()}
+
+    def _disk(self, node: Node, folder: str) -> RemoteDisk:
+        known = self._opened.get(node.ray_id)
+        if known is None:
+            known = self._opened[node.ray_id] = open_disk(node.id, node.ray_id, folder)
+        return known
 
     def _start(self, node: Node) -> Any:
         actor = ray.remote(ModelReplica)
@@ -325,22 +329,3 @@ def candidate(replica: Replica) -> tuple[Candidate, float] | None:
         replica.node.id, status.queue_s, status.rates, cells, 0, links, status.prefixes
     )
     return found, cells
-
-
-def _named(entries: list[dict[str, Any]]) -> dict[str, Node]:
-    """Living Ray nodes by name; several on one host without a label get their Ray id appended."""
-    nodes: dict[str, Node] = {}
-    for entry in sorted(entries, key=lambda e: str(e["NodeID"])):
-        if not entry["Alive"]:
-            continue
-        name = entry.get("Labels", {}).get(NODE_LABEL) or entry["NodeManagerHostname"]
-        if name in nodes:
-            name = f"{name}-{entry['NodeID'][:8]}"
-        nodes[name] = Node(
-            name,
-            entry["NodeID"],
-            entry["NodeManagerAddress"],
-            DEVICE in entry["Resources"],
-            entry.get("Labels", {}).get(ENGINE_LABEL, ""),
-        )
-    return nodes

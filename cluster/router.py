@@ -11,19 +11,20 @@ import asyncio
 import logging
 import time
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from actors.errors import AgentMoved
 from actors.turn import Affinity
 from cluster.config import ClusterConfig
 from cluster.decisions import Choice, Outcome, to_json
+from cluster.disks import RemoteDisk
 from cluster.dispatch import Ask, Dispatch
 from cluster.drain import Drains, Level
 from cluster.errors import AgentBusy, MigrationFailed, NoReplica, UnknownAgent, UnknownNode
 from cluster.migration import Migration, migrate
 from cluster.moves import Moves, Reason
-from cluster.placement import Placement
+from cluster.placement import Placement, over_peer
 from cluster.pool import Replica, ReplicaPool, candidate
 from cluster.recall import stored_agents
 from cluster.registry import AgentRecord
@@ -211,8 +212,8 @@ class PlacementRouter:
     ) -> Migration:
         pair = (source.node.id, source.actor) if source is not None else None
         try:
-            to = target.node.id, target.actor
-            done = await migrate(agent, pair, to, prefetch_s=prefetch_s)
+            to, disk = (target.node.id, target.actor), self._disk(agent, source, target)
+            done = await migrate(agent, pair, to, prefetch_s=prefetch_s, disk=disk)
         except MigrationFailed:
             self._moves.failed(reason)
             raise
@@ -220,6 +221,15 @@ class PlacementRouter:
         self._moves.done(reason, done)
         logger.info("agent %s moved: %s", agent, done)
         return done
+
+    def _disk(self, agent: AgentId, source: Replica | None, target: Replica) -> RemoteDisk | None:
+        """The source's, where the agent's rows are to come from there: both have a disk that is
+        written to, and the link is not dearer than the store's."""
+        told = candidate(target)
+        if source is None or told is None or not (_writes(source) and _writes(target)):
+            return None
+        location = replace(self._registry.location(agent), node=source.node.id)
+        return self._pool.disks.get(source.node.id) if over_peer(told[0].links, location) else None
 
     async def _evacuate(self, agent: AgentId, source: Replica, target: Replica) -> Migration:
         return await self._move(agent, source, target, "drain", _UNNOTICED_S)
@@ -336,6 +346,12 @@ class PlacementRouter:
 
     def _lock(self, agent: AgentId) -> asyncio.Lock:
         return self._locks.setdefault(agent, asyncio.Lock())
+
+
+def _writes(replica: Replica) -> bool:
+    """To a disk of its node's."""
+    local = replica.status.local if replica.status is not None else None
+    return local is not None and local.writes
 
 
 def _decision(choice: Choice, replica: Replica) -> Decision:

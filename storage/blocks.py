@@ -169,6 +169,12 @@ class BlockStore:
             raw = self._files.read(path)
         except FileNotFoundError:
             return None
+        return self.opened(tenant, ref, part, raw, path)
+
+    def opened(self, tenant: str, ref: BlockRef, part: str, raw: bytes, path: str) -> bytes:
+        """The verified bytes of one part from its file, wherever that was read. Raises CorruptData
+        naming `path`, Locked."""
+        stored = ref.parts[part]
         if len(raw) != stored.size:
             raise CorruptData(path, f"{len(raw)} bytes, the card says {stored.size}")
         if sha256(raw) != stored.sha256:

@@ -28,6 +28,11 @@ class LinkRate:
     bytes_per_s: float
 
 
+def peer_link(node: str) -> str:
+    """The name of the link to a node's local tier; "disk" and "store" are the others'."""
+    return f"peer {node}"
+
+
 class Line:
     """y = intercept + slope * x through measured points, later ones counting more; neither part is
     negative. Where all x are nearly the same the slope stays what it was: at first nothing
@@ -83,6 +88,11 @@ class Link:
         with self._lock:
             fit = self._line.fit()
         return None if fit is None else LinkRate(fit[0], 1.0 / max(fit[1], 1e-12))
+
+    def seconds(self, size: int) -> float:
+        """How long a read of so many bytes takes; 0 until measured."""
+        rate = self.rate
+        return 0.0 if rate is None else rate.fixed_s + size / rate.bytes_per_s
 
     def timed(self, read: Callable[[], bytes | None]) -> bytes | None:
         """What `read` returns. Where several read at once, each counts from the end of the one

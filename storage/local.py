@@ -101,14 +101,18 @@ class LocalTier:
             self._pin_fresh(agent, path)
         return ref
 
-    def hold(self, agent: AgentId, run_id: str, part: str, ref: PartRef) -> bool:
-        """Pin another agent's block for the agent's next card; False if it is not here."""
+    def hold(self, agent: AgentId, run_id: str, part: str, ref: PartRef) -> PartRef | None:
+        """Pin a block that is here for the agent's next card: the file that holds it, which may be
+        another one where the store is encrypted. None if it is not here."""
         path = self._path(agent.tenant, run_id, ref, part)
         with self._lock:
+            if path in self._same:
+                ref = self._same[path].parts[part]
+                path = self._path(agent.tenant, run_id, ref, part)
             if path not in self._sizes:
-                return False
+                return None
             self._pin_fresh(agent, path)
-        return True
+        return ref
 
     def _pin_fresh(self, agent: AgentId, path: str) -> None:
         fresh = self._fresh.setdefault(self.store.agent_folder(agent, self.key), set())

@@ -1,11 +1,12 @@
 """Encoded rows in RAM, on the node's disk, and in the shared store.
 
-    pool (RAM)  ->  local tier (this node's disk; optional)  ->  shared store
+    pool (RAM)  ->  local tier (this node's disk; optional)  ->  a peer's local tier, shared store
 
 A block or segment has a `full` part and, for models with sliding windows, a `sliding` part, which
-may hold only the last of its rows. Reading falls through, verifies, and brings the rows up.
-Writing goes to the first tier that has a disk; the shared store is filled from there. Called by
-actors.rows; thread-safe.
+may hold only the last of its rows. Reading falls through, verifies, and brings the rows up; of the
+store and the peer that had them before, the one that is reached faster is asked first. Writing goes
+to the first tier that has a disk; the shared store is filled from there. Called by actors.rows;
+thread-safe.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ from __future__ import annotations
 import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from storage.cache_file import PAGE, load, save
 from storage.card import AgentId, BlockRef, PartRef
 from storage.codec import Codec, Tensors, check_tensors, count_rows
 from storage.errors import CorruptData, StorageError
-from storage.links import Link, LinkRate, probe_link
+from storage.links import Link, LinkRate, peer_link, probe_link
 from storage.local import LocalTier
+from storage.peers import BlockSource, Peers
 from storage.pool import Pool
 from storage.spec import ModelCacheSpec, Part
 from storage.store import CacheStore
@@ -41,6 +44,7 @@ class Tiers:
         local: LocalTier | None = None,
     ) -> None:
         self.shared, self.local, self.pool = shared, local, Pool(pool_bytes)
+        self.peers = Peers()
         self._spec, self._codec = spec, codec
         self.links = {"store": Link()} | ({"disk": Link()} if local is not None else {})
         self._keeper = ThreadPoolExecutor(1, "local-tier")
@@ -54,11 +58,13 @@ class Tiers:
         part: Part,
         local: BlockRef | None,
         shared: BlockRef | None,
+        peer: BlockSource | None = None,
     ) -> Tensors | None:
         """The rows from the nearest place that has them; None when they are nowhere.
 
-        `rows`: of the run; a sliding part may hold fewer. Raises CorruptData for bytes that cannot
-        be trusted when no other place has sound ones, StoreUnavailable.
+        `rows`: of the run; a sliding part may hold fewer. `peer`: the node that had them before.
+        Raises CorruptData for bytes that cannot be trusted when no other place has sound ones,
+        StoreUnavailable.
         """
         tensors = self.pool.get((run_id, part))
         if tensors is not None:
@@ -67,7 +73,7 @@ class Tiers:
         failure: StorageError | None = None
         for ref in refs:
             try:
-                found = self._bytes(tenant, ref, part)
+                found = self._bytes(tenant, ref, part, peer)
                 if found is None:
                     continue
                 raw, path = found
@@ -81,7 +87,9 @@ class Tiers:
             raise failure
         return None
 
-    def _bytes(self, tenant: str, ref: BlockRef, part: Part) -> tuple[bytes, str] | None:
+    def _bytes(
+        self, tenant: str, ref: BlockRef, part: Part, peer: BlockSource | None
+    ) -> tuple[bytes, str] | None:
         local = self.local
         if local is not None:
             try:
@@ -91,11 +99,50 @@ class Tiers:
                 raw = None
             if raw is not None:
                 return raw, local.store.block_path(tenant, ref, part)
+        found = self._away(tenant, ref, part, peer)
+        if found is not None:
+            self._keep(tenant, ref, part, found[0])
+        return found
+
+    def _away(
+        self, tenant: str, ref: BlockRef, part: Part, peer: BlockSource | None
+    ) -> tuple[bytes, str] | None:
+        """From the shared store or the peer; the nearer one first, then the other."""
+        ways = [self._from_store]
+        if peer is not None:
+            size = ref.parts[part].size
+            nearer = self.peers.seconds(peer.node, size) <= self.links["store"].seconds(size)
+            ways.insert(0 if nearer else 1, partial(self._from_peer, peer))
+        failure: StorageError | None = None
+        for way in ways:
+            try:
+                found = way(tenant, ref, part)
+            except StorageError as error:
+                failure = error
+                continue
+            if found is not None:
+                if failure is not None:
+                    self.shared.on_fault(failure)
+                return found
+        if failure is not None:
+            raise failure
+        return None
+
+    def _from_store(self, tenant: str, ref: BlockRef, part: Part) -> tuple[bytes, str] | None:
         raw = self.links["store"].timed(lambda: self.shared.get_block(tenant, ref, part))
-        if raw is None:
+        return None if raw is None else (raw, self.shared.block_path(tenant, ref, part))
+
+    def _from_peer(
+        self, peer: BlockSource, tenant: str, ref: BlockRef, part: Part
+    ) -> tuple[bytes, str] | None:
+        """Raises CorruptData: the bytes are not what the card says. One that does not answer, or
+        has nothing, is a miss."""
+        stored = self.peers.get(peer, tenant, ref, part)
+        if stored is None:
             return None
-        self._keep(tenant, ref, part, raw)
-        return raw, self.shared.block_path(tenant, ref, part)
+        path = f"{peer.node}: {self.shared.block_path(tenant, ref, part)}"
+        raw = self.shared.blocks.opened(tenant, ref, part, stored, path)
+        return raw, path
 
     def probe_links(self) -> None:
         """Measure every link once, with a file of its own. Raises StoreUnavailable."""
@@ -105,7 +152,8 @@ class Tiers:
 
     def link_rates(self) -> dict[str, LinkRate]:
         """Of the links that are measured."""
-        return {name: rate for name, link in self.links.items() if (rate := link.rate)}
+        rates = {name: rate for name, link in self.links.items() if (rate := link.rate)}
+        return rates | {peer_link(node): rate for node, rate in self.peers.rates().items()}
 
     def _keep(self, tenant: str, ref: BlockRef, part: Part, raw: bytes) -> None:
         """Cache on the node's disk, behind the reader's back; skipped when the disk is slow."""

@@ -264,7 +264,7 @@ class FakeRouter:
         if target not in self.replicas:
             raise UnknownNode(f"no node {target!r} with a replica")
         self.owners[agent] = target
-        done = Migration(source, target, 2, 0.0123456, 0.5, 2, 900, 800, 7000)
+        done = Migration(source, target, 2, 0.0123456, 0.5, 2, 900, 800, 7000, 600)
         self.moves.done("operator", done)
         return done
 

@@ -654,6 +654,7 @@ def test_agents_are_seen_moved_and_deleted(http: Http) -> None:
     assert moved.json() == {
         "id": "s/x", "source": "a", "target": "b", "epoch": 2, "freeze_s": 0.0123,
         "total_s": 0.5, "rounds": 2, "rows": 900, "loaded_rows": 800, "bytes": 7000,
+        "peer_bytes": 600,
     }  # fmt: skip
     http.request("POST", "/v1/agents/s/x/migrate", json={"target": "a"})
     assert http.request("DELETE", "/v1/agents/s/x").json() == {"id": "s/x", "deleted": True}

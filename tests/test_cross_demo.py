@@ -13,7 +13,8 @@ from actors.config import ReplicaConfig
 from bench.cross_engine import Conversation, Turn, _failures
 from cluster.config import ClusterConfig, load_config
 from cluster.errors import ConfigError
-from cluster.pool import ReplicaPool, _named
+from cluster.nodes import named
+from cluster.pool import ReplicaPool
 from tests.require import require
 from tests.test_demo import KVFERRY, environment
 
@@ -31,7 +32,7 @@ def entry(name: str, **labels: str) -> dict[str, Any]:
 
 def test_a_nodes_label_names_its_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, labelled = "1a" * 28, "2b" * 28  # as Ray's ids
-    nodes = _named([entry(plain), entry(labelled, **{"kvferry.io/engine": "mlx"})])
+    nodes = named([entry(plain), entry(labelled, **{"kvferry.io/engine": "mlx"})])
     assert [nodes[name].engine for name in (plain, labelled)] == ["", "mlx"]
     started: list[ReplicaConfig] = []
 

@@ -46,6 +46,24 @@ def test_a_stream_goes_on_while_its_agent_moves_between_hosts(hosts: Hosts) -> N
     assert record["epoch"] == 2
 
 
+def test_an_agent_moves_from_disk_to_disk_while_the_store_takes_no_blocks(hosts: Hosts) -> None:
+    """Its next owner brings them there, when the store takes them again."""
+    question = recital("Moon")
+    hosts.faults.hold("PUT", r"/agents/blocks/")
+    one = hosts.chat(question, "debtor", max_tokens=24)
+    hosts.faults.held()
+    target = hosts.other(one.node)
+    done = hosts.migrate("debtor", target).json()
+    assert done["loaded_rows"] == done["rows"] == one.usage.prompt + one.usage.completion - 1
+    assert done["peer_bytes"] == done["bytes"] > 0
+    messages = [*question, assistant(one.text), user("And now?")]
+    two = hosts.chat(messages, "debtor", max_tokens=8)
+    assert (two.node, two.cached) == (target, one.usage.prompt + one.usage.completion - 1)
+    assert f"peer {one.node}" in hosts.nodes()[target]["links"]
+    hosts.faults.release()
+    hosts.wait_stored("debtor")
+
+
 def test_a_stream_outlives_the_host_that_speaks(hosts: Hosts) -> None:
     """The host is cut off: its processes live on, its words reach nobody."""
     question = recital("Tree")

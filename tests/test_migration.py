@@ -19,9 +19,10 @@ from actors.handoff import Copied
 from actors.preload import Fetched
 from actors.replica import ModelReplica
 from actors.turn import Resume, TurnFinished, TurnMoved
+from cluster.disks import NodeDisk
 from cluster.errors import MigrationFailed
 from cluster.migration import Migration, migrate
-from storage.card import AgentId, BlockRef, BranchCard, OpenTurn, Owner, Reply
+from storage.card import AgentId, BlockRef, BranchCard, CacheCard, OpenTurn, Owner, Reply
 from storage.errors import Fenced, StoreUnavailable
 from storage.spec import CompatibilityKey
 from storage.store import new_card
@@ -41,6 +42,8 @@ from tests.loops import (
 )
 
 AGENT = agent_id()
+KEYS = "default = " + "07" * 32
+NOWHERE: Any = object()  # a disk that nobody reads
 N = 400  # tokens of a reply that is under way for a second or more
 
 
@@ -77,24 +80,42 @@ class Side:
         if error is not None:
             raise error
 
-    def precopy(self, agent: AgentId) -> Any:
-        return self._call("precopy", agent)
+    def precopy(self, agent: AgentId, *near: Any) -> Any:
+        return self._call("precopy", agent, *near)
 
-    def prefetch(self, agent: AgentId) -> Any:
-        return self._call("prefetch", agent)
+    def prefetch(self, agent: AgentId, *near: Any) -> Any:
+        return self._call("prefetch", agent, *near)
 
-    def freeze(self, agent: AgentId, most: int) -> Any:
+    def freeze(self, agent: AgentId, most: int, *near: Any) -> Any:
         self.most = most
-        return self._call("freeze", agent, most)
+        return self._call("freeze", agent, most, *near)
 
-    def adopt(self, agent: AgentId) -> Any:
-        return self._call("adopt", agent)
+    def adopt(self, agent: AgentId, *near: Any) -> Any:
+        return self._call("adopt", agent, *near)
 
     def thaw(self, agent: AgentId) -> Any:
         return self._call("thaw", agent)
 
     def release(self, agent: AgentId) -> Any:
         return self._call("release", agent)
+
+
+class Disk:
+    """The local tier of a, as b reads it: by the calls of cluster.disks, without Ray. `spoil` goes
+    over what it sends."""
+
+    node = "a"
+
+    def __init__(self, replica: ModelReplica) -> None:
+        local = replica._memory.tiers.local
+        assert local is not None
+        self.real, self.calls = NodeDisk(local.store.files.root), 0
+        self.spoil: Callable[[bytes | None], bytes | None] = lambda raw: raw
+
+    def get(self, tenant: str, ref: BlockRef, part: str) -> bytes | None:
+        self.calls += 1
+        stored = ref.parts[part]
+        return self.spoil(self.real.block(tenant, ref.id, part, stored.sha256, stored.size))
 
 
 class Pair:
@@ -109,12 +130,16 @@ class Pair:
             for node, replica in zip("ab", real or (None, None), strict=True)
         )
 
-    def migrate(self, *, source: bool = True, prefetch_s: float = WAIT) -> Migration:
+    def migrate(
+        self, *, source: bool = True, prefetch_s: float = WAIT, disk: "Disk | None" = None
+    ) -> Migration:
         async def go() -> Migration:
             pair = ("a", Handle(self.a)) if source else None
             try:
                 target = ("b", Handle(self.b))
-                return await migrate(AGENT, pair, target, self.timeout_s, prefetch_s=prefetch_s)
+                return await migrate(
+                    AGENT, pair, target, self.timeout_s, prefetch_s=prefetch_s, disk=disk
+                )
             finally:
                 # Calls that nobody waits for.
                 others = asyncio.all_tasks() - {asyncio.current_task()}
@@ -421,6 +446,7 @@ def pair_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakePai
     def make(engine: Callable[[], Any], folder: str = "store", **options: Any) -> Pair:
         monkeypatch.setattr(replica_module, "open_profiled", lambda _: (engine(), None))
         settings: dict[str, Any] = {"pool_bytes": 1 << 26, **options}
+        settings |= {"encryption_keys": KEYS} if settings.pop("encrypted", False) else {}
         if settings.pop("local", False):
             settings |= {"local": str(tmp_path / folder / "disk")}
         config = ReplicaConfig(
@@ -568,6 +594,197 @@ def test_what_earlier_turns_left_to_store_is_not_lost(pair_of: MakePair) -> None
     wait_until(lambda: state(pair.a) == "owned")
     assert talk(source._loop, messages, "And now?", n=5).cached > 780
     assert pair.migrate().rows == memory_of(real(pair.b)._loop).branches[0].rows
+
+
+# ---- from the source's disk
+
+
+def lagging(pair: Pair) -> Disk:
+    """The shared store takes no blocks from a: what a has is on its disk only."""
+
+    def refuse(*_: Any) -> Any:
+        raise StoreUnavailable("blocks", "the uplink is slow")
+
+    real(pair.a)._memory.store.put_block = refuse  # type: ignore[method-assign]
+    return Disk(real(pair.a))
+
+
+def in_store(side: Side) -> int:
+    """Rows of the agent that the shared store's card names."""
+    loaded = real(side)._memory.store.latest(AGENT, real(side)._memory.key)
+    assert loaded is not None
+    return loaded.card.branches[0].rows if loaded.card.branches else 0
+
+
+def test_from_a_disk_the_card_goes_from_hand_to_hand() -> None:
+    pair = Pair()
+    card = new_card(AGENT, FakeEngine().key, "f16", Owner("a", "life"))
+    pair.a.told |= {"precopy": [Copied(0, 0, card)], "freeze": [card]}
+    pair.b.told["prefetch"] = [Fetched(100, 90, 80, 0.0, 70)]
+    done = pair.migrate(disk=NOWHERE)
+    assert pair.calls == ["a precopy", "b prefetch", "a freeze", "b adopt", "a release"]
+    assert (done.n_bytes, done.peer_bytes) == (80, 70)
+
+
+def test_a_disk_that_takes_nothing_leaves_it_to_the_store() -> None:
+    pair = Pair()
+    pair.a.told["precopy"] = [Copied(None, None), Copied(0, 0)]
+    pair.a.told["freeze"] = [None]
+    pair.migrate(disk=NOWHERE)
+    assert pair.calls[:3] == ["a precopy", "a precopy", "b prefetch"]
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_an_idle_agent_moves_without_the_store_and_its_debt_with_it(
+    pair_of: MakePair, engine: Callable[[], Any], encrypted: bool
+) -> None:
+    pair = pair_of(engine, local=True, encrypted=encrypted)
+    disk, messages = lagging(pair), list[dict[str, str]]()
+    for question in (LONG, "And the ships?"):
+        talk(real(pair.a)._loop, messages, question, n=30)
+    done = pair.migrate(disk=disk)
+    assert (state(pair.a), state(pair.b)) == (None, "owned")
+    rows = memory_of(real(pair.b)._loop).branches[0].rows
+    assert done.loaded == done.rows == rows > 780
+    assert 0 < done.peer_bytes <= done.n_bytes
+    settle(real(pair.b)._loop)  # b's uplink is well
+    assert in_store(pair.b) == rows
+    answer = talk(real(pair.b)._loop, messages, "And now?", n=5)
+    assert (answer.cached, answer.cache) == (rows, "hot")
+    assert not real(pair.b)._memory.faults
+
+
+def test_a_stream_moves_from_disk_to_disk_and_says_what_it_would_have_said(
+    pair_of: MakePair, engine: Callable[[], Any]
+) -> None:
+    quiet = run(real(pair_of(engine, "quiet").a)._loop, [user(LONG)], n=120)
+    pair = pair_of(engine, local=True)
+    disk = lagging(pair)
+    stream = start(real(pair.a)._loop, [user(LONG)], n=120)
+    stream.take(20)
+    done = pair.migrate(disk=disk)
+    moved = stream.result()
+    assert isinstance(moved.last, TurnMoved)
+    assert 20 <= len(moved.ids) < 120
+    assert done.loaded == done.rows > len(moved.prompt)
+    assert done.peer_bytes > 0
+    answer = rest_of(pair, stream, 120)
+    assert moved.ids + answer.ids == quiet.ids
+    assert answer.cached == len(moved.prompt)
+    assert not real(pair.b)._memory.faults
+
+
+def silent(_: bytes | None) -> bytes | None:
+    raise StoreUnavailable("the disk of a", "GetTimeoutError")
+
+
+def flipped(raw: bytes | None) -> bytes | None:
+    return raw and raw[:-1] + bytes([raw[-1] ^ 1])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "fault"), [(silent, None), (flipped, "corrupt"), (lambda _: None, None)]
+)
+def test_rows_that_no_sound_disk_has_are_computed_again(
+    pair_of: MakePair, spoil: Callable[[bytes | None], bytes | None], fault: str | None
+) -> None:
+    """The agent moves with its tokens; what cannot be had is a cost, and no error of the turn."""
+    quiet = run(real(pair_of(fake(), "quiet").a)._loop, [user(LONG)], n=120)
+    pair = pair_of(fake(), local=True)
+    disk = lagging(pair)
+    disk.spoil = spoil
+    stream = start(real(pair.a)._loop, [user(LONG)], n=120)
+    stream.take(20)
+    pair.migrate(disk=disk)
+    moved = stream.result()
+    answer = rest_of(pair, stream, 120)
+    assert moved.ids + answer.ids == quiet.ids
+    assert answer.cached == 0
+    assert "corrupt" in real(pair.b)._memory.faults or fault is None
+    if spoil is silent:
+        assert disk.calls <= 4  # reads that were under way together; then it is left alone
+
+
+def test_replies_that_only_the_old_owner_had_are_known_to_the_next(pair_of: MakePair) -> None:
+    """Even if none of their rows can be had: the card is handed over, not read from a disk."""
+    pair = pair_of(fake(), local=True)
+    disk, messages = lagging(pair), list[dict[str, str]]()
+    disk.spoil = silent
+    talk(real(pair.a)._loop, messages, LONG, n=5)
+    branch = memory_of(real(pair.a)._loop).branches[0]
+    tokens, replies = list(branch.tokens), list(branch.replies)
+    pair.migrate(disk=disk)
+    taken = memory_of(real(pair.b)._loop).branches[0]
+    assert (taken.tokens, taken.replies) == (tokens, replies)
+
+
+def test_a_card_names_only_blocks_that_its_own_disk_has(pair_of: MakePair) -> None:
+    """I4: half of the blocks could not be fetched."""
+    pair = pair_of(fake(), local=True, pool_bytes=0)
+    disk = lagging(pair)
+    talk(real(pair.a)._loop, [], LONG, n=5)
+    sent = list[bytes]()
+
+    def two(raw: bytes | None) -> bytes | None:
+        if raw is not None:
+            sent.append(raw)
+        return raw if len(sent) <= 2 else None
+
+    disk.spoil = two
+    written = list[CacheCard]()
+    local = real(pair.b)._memory.tiers.local
+    assert local is not None
+    write_card = local.write_card
+
+    def watched(card: CacheCard) -> None:
+        written.append(card)
+        refs = [ref for branch in card.branches for ref in (*branch.blocks, *branch.tail)]
+        assert all(Path(local.store.block_path("default", r, "full")).exists() for r in refs)
+        write_card(card)
+
+    local.write_card = watched  # type: ignore[method-assign]
+    pair.migrate(disk=disk)
+    settle(real(pair.b)._loop)
+    assert written
+    assert written[0].branches[0].rows <= 512
+
+
+def test_an_owner_that_went_on_keeps_the_agent(pair_of: MakePair) -> None:
+    """I5: its claim is newer than the card that was handed over."""
+    pair = pair_of(fake(), local=True)
+    disk, messages = lagging(pair), list[dict[str, str]]()
+    talk(real(pair.a)._loop, messages, LONG, n=5)
+    card = asyncio.run(real(pair.a).precopy(AGENT, True)).card
+    assert card is not None
+    assert asyncio.run(real(pair.a).freeze(AGENT, 8, True)) == card
+    asyncio.run(real(pair.a).thaw(AGENT))
+    wait_until(lambda: state(pair.a) == "owned")
+    with pytest.raises(Fenced):
+        asyncio.run(real(pair.b).adopt(AGENT, card, disk))
+    assert (state(pair.a), state(pair.b)) == ("owned", None)
+    assert talk(real(pair.a)._loop, messages, "And now?", n=5).cached > 780
+
+
+def test_the_debt_survives_the_new_owners_death(pair_of: MakePair) -> None:
+    """What it took over is on its disk, named by a card there, before anybody hears of it."""
+    pair = pair_of(fake(), local=True)
+    disk = lagging(pair)
+    talk(real(pair.a)._loop, [], LONG, n=5)
+    after = real(pair.b)
+    put = after._memory.store.put_block
+    after._memory.store.put_block = real(pair.a)._memory.store.put_block  # type: ignore[method-assign]
+    pair.migrate(disk=disk)
+    rows = memory_of(after._loop).branches[0].rows
+    assert in_store(pair.b) == 0
+    after._loop.close()
+    after._memory.store.put_block = put  # type: ignore[method-assign]
+    again = ModelReplica(after._config, "b")
+    try:
+        wait_until(lambda: again._memory.get(AGENT) is not None)
+        settle(again._loop)
+        assert in_store(pair.b) == rows > 780
+    finally:
+        again._loop.close()
 
 
 # ---- what was preloaded

@@ -23,6 +23,7 @@ from cluster.placement import (
     kept_s,
     place,
 )
+from storage.links import peer_link
 
 CONFIG = PlacementConfig()
 FREE = PlacementConfig(hysteresis_s=0.0, hysteresis=0.0, migrate_s=0.0, pressure_s=0.0)
@@ -249,7 +250,8 @@ def test_a_restore_in_no_time_is_a_finite_rate() -> None:
 # ---- what is stored, shared and shipped
 
 link = st.builds(LinkCost, st.floats(0, 1), st.floats(1e-7, 1e-1))
-links = st.fixed_dictionaries({}, optional={"store": link, "disk": link, "peer": link})
+PEERS = [peer_link(node) for node in "abc"]
+links = st.fixed_dictionaries({}, optional=dict.fromkeys(["store", "disk", *PEERS], link))
 prefixes = st.dictionaries(st.sampled_from(["p", "q"]), st.integers(1, 40).map(lambda n: 256 * n))
 deep_rates = st.builds(Rates, rate, step, rate, seconds, st.floats(0, 1e-5))
 far_locations = st.builds(
@@ -293,7 +295,7 @@ def test_the_best_number_of_rows_to_bring_is_found_among_all(
         assert best.memory_s <= min(best.bring_s, best.prefill_s)
         if not location.tokens or (owner and location.in_ram):
             continue
-        way = placement_module._link(
+        _, way = placement_module.way(
             candidate.links, location, owner=owner, moves=not owner and location.node is not None
         )
         shared = min(candidate.prefixes.get(digest, 0), location.tokens)
@@ -378,7 +380,7 @@ def test_among_some_of_a_fleet() -> None:
 
 
 def worse(c: Candidate, cost: str, factor: float) -> Candidate:
-    if cost in ("store", "disk", "peer"):
+    if cost in ("store", "disk", *PEERS):
         if cost not in c.links:
             return c
         old = c.links[cost]
@@ -392,7 +394,7 @@ def worse(c: Candidate, cost: str, factor: float) -> Candidate:
 
 
 every_cost = st.sampled_from(
-    ["queue", "pressure", "prefill", "decode", "restore", "store", "disk", "peer", "depth"]
+    ["queue", "pressure", "prefill", "decode", "restore", "store", "disk", "depth", *PEERS]
 )
 with_store = linked(deep_rates).map(
     lambda ready: [replace(c, links={"store": LinkCost(0.01, 1e-4), **c.links}) for c in ready]
@@ -472,10 +474,12 @@ def test_an_owner_reads_its_own_disk_and_a_mover_the_nearer_of_store_and_peer() 
     near, far = LinkCost(0.0, 1e-4), LinkCost(0.0, 4e-3)
     fast = Rates(200.0, 0.02, 1e6, 2.0)
     a = candidate("a", rates=fast, links={"store": far, "disk": near})
-    b = candidate("b", rates=fast, links={"store": far, "disk": near, "peer": LinkCost(0.3, 2e-4)})
+    peers = {peer_link("a"): LinkCost(0.3, 2e-4), peer_link("c"): LinkCost(0.0, 1e-6)}
+    b = candidate("b", rates=fast, links={"store": far, "disk": near, **peers})
     at_a = place(200, 0, Location("a", 1000), [a, b], FREE)
     assert of(at_a, "a").bring_s == pytest.approx(1.0 + 0.1)
     assert of(at_a, "b").bring_s == pytest.approx(1.0 + 0.5)
+    assert (of(at_a, "a").link, of(at_a, "b").link) == ("disk", peer_link("a"))
     nowhere = place(200, 0, Location(None, 1000), [a, b], FREE)
     assert of(nowhere, "a").bring_s == of(nowhere, "b").bring_s == pytest.approx(1.0 + 4.0)
 

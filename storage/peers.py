@@ -1,0 +1,83 @@
+"""Blocks from the local tiers of other nodes.
+
+A peer is a BlockSource that the cluster supplies; here is only when it is asked, and how long it is
+left alone after it did not answer. What it sends is verified by the caller. Thread-safe; used by
+`tiers`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Protocol
+
+from storage.card import BlockRef
+from storage.errors import StorageError
+from storage.links import Link, LinkRate
+
+logger = logging.getLogger(__name__)
+PAUSE_S = 30.0  # a peer that did not answer is not asked so long
+_MAX_PEERS = 256  # whose links are remembered
+
+
+class BlockSource(Protocol):
+    """The block files of one node, by their names. Every call ends at a deadline of its own."""
+
+    @property
+    def node(self) -> str: ...
+
+    def get(self, tenant: str, ref: BlockRef, part: str) -> bytes | None:
+        """The bytes of one part as they are stored, not verified; None when the node does not have
+        them. Raises StoreUnavailable."""
+
+
+class Peers:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._links: OrderedDict[str, Link] = OrderedDict()  # by node, the latest used last
+        self._silent_until: dict[str, float] = {}
+        self._lock = threading.Lock()
+        self.n_bytes = 0  # that came from peers
+
+    def get(self, source: BlockSource, tenant: str, ref: BlockRef, part: str) -> bytes | None:
+        """The stored bytes, not verified; None when they are not there, or nobody answers."""
+        link = self._link(source.node)
+        if link is None:
+            return None
+        try:
+            raw = link.timed(lambda: source.get(tenant, ref, part))
+        except StorageError as error:
+            logger.warning("peer %s is left alone for %g s: %s", source.node, PAUSE_S, error)
+            with self._lock:
+                self._silent_until[source.node] = self._clock() + PAUSE_S
+            return None
+        with self._lock:
+            self.n_bytes += len(raw or b"")
+        return raw
+
+    def seconds(self, node: str, size: int) -> float:
+        """How long a read of so many bytes takes; 0 before the first, which then measures."""
+        with self._lock:
+            link = self._links.get(node)
+        return link.seconds(size) if link is not None else 0.0
+
+    def rates(self) -> dict[str, LinkRate]:
+        """Of the nodes that were read from."""
+        with self._lock:
+            links = list(self._links.items())
+        return {node: rate for node, link in links if (rate := link.rate)}
+
+    def _link(self, node: str) -> Link | None:
+        """None while the node is left alone."""
+        with self._lock:
+            if self._clock() < self._silent_until.get(node, float("-inf")):
+                return None
+            self._silent_until.pop(node, None)
+            link = self._links.setdefault(node, Link())
+            self._links.move_to_end(node)
+            if len(self._links) > _MAX_PEERS:
+                self._links.popitem(last=False)
+            return link
