@@ -1,5 +1,5 @@
-"""kvferry bench serve | migrate. Registered by cluster.cli; the benchmarks are started by import
-string."""
+"""kvferry bench serve | migrate | failover. Registered by cluster.cli; benchmarks are started by
+import string."""
 
 from __future__ import annotations
 
@@ -69,3 +69,25 @@ def lengths(text: str) -> list[int]:
         return [int(length) for length in text.split(",")]
     except ValueError:
         fail(f"--contexts {text!r}: wants whole numbers with commas between them")
+
+
+def failover(
+    model: Annotated[str | None, typer.Option(help="Path to a GGUF, pkg:// or fake://.")] = None,
+    kills: Annotated[
+        str, typer.Option(help="process, node; host needs root: network namespaces.")
+    ] = "process,node",
+    tokens: Annotated[int, typer.Option(min=64, help="Context of the agent.")] = 4096,
+    runs: Annotated[int, typer.Option(min=1, help="Of each kill.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="The last line is one object.")] = False,
+) -> None:
+    """Replicas that die in the middle of a reply: detection, next token, tokens prefilled again."""
+    chosen = list(dict.fromkeys(kills.split(",")))
+    if unknown := [kill for kill in chosen if kill not in ("process", "node", "host")]:
+        fail(f"--kills {unknown[0]!r}: wants process, node or host")
+    try:
+        settings = load_config(None, os.environ, {"model": model, "nodes": 2})
+        run = importlib.import_module("bench.failover").run
+        code = run(settings, chosen, tokens, runs, as_json=as_json)
+    except (ConfigError, ModelUnavailable) as error:
+        fail(str(error))
+    raise typer.Exit(code)

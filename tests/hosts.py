@@ -262,8 +262,9 @@ def network(names: list[str], folder: Path) -> Iterator[dict[str, Host]]:
 
 
 @contextlib.contextmanager
-def cluster(devices: list[str], **settings: Any) -> Iterator[Hosts]:
-    """A head with the ingress, an S3 store on a host of its own, and a device node per name."""
+def cluster(devices: list[str], mbit: float = 0, **settings: Any) -> Iterator[Hosts]:
+    """A head with the ingress, an S3 store on a host of its own, and a device node per name, whose
+    links are limited before it starts; `mbit` 0: not at all."""
     # Not pytest's tmp_path: the path of a Unix socket has at most 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="kvh"))
     try:
@@ -272,6 +273,7 @@ def cluster(devices: list[str], **settings: Any) -> Iterator[Hosts]:
             _start_store(running)
             _start_head(running)
             for name in devices:
+                running[name].limit(mbit)
                 running.join(name)
             with _relay(running) as running.url:
                 until(running.answers, "the ingress", START)
