@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from statistics import median
 from typing import Any, Literal
 
@@ -37,6 +38,7 @@ _NEAR_TIE = 0.1  # between the two likeliest tokens: another batch may choose th
 _PROCESS_S, _AFTER_S, _DETECTION_S = 1.0, 1.0, 3.0
 _AGAIN_TOKENS = 256  # and the new message
 _OUTCOME_S = 5.0
+_WORDS = ("killed", "text")
 Equal = Literal["identical", "near tie", "differs"]
 
 
@@ -227,9 +229,7 @@ class _Blow:
         after = [at for at in self._came if at > self.at]
         if not after:
             raise BenchFailed("the answer was over when its replica died")
-        before = [self.at, *after]
-        pauses = [(b - a, b) for a, b in zip(before, after, strict=False)]
-        return max(pauses)[1] - self.at
+        return max((b - a, b) for a, b in pairwise([self.at, *after]))[1] - self.at
 
 
 def _quiet(choice: Any) -> Quiet:
@@ -278,23 +278,22 @@ def fast(found: Sequence[Lost], kills: Sequence[Kill]) -> dict[str, bool]:
 
 
 def _print(found: Sequence[Lost], held: dict[str, bool]) -> None:
-    table = Table(title="replicas that die while they speak")
-    table.add_column("killed", no_wrap=True)
-    for name in ("context", "noticed", "worst", "next token", "worst", "prefilled again", "new"):
-        table.add_column(name, justify="right")
-    table.add_column("text")
+    table = Table(title="replicas that die while they speak, median (worst)")
+    for name in ("killed", "context", "noticed", "next token", "again", "new", "text"):
+        table.add_column(name, no_wrap=True, justify="left" if name in _WORDS else "right")
     for kill in dict.fromkeys(lost.kill for lost in found):
         of_kill = _of(found, kill)
         noticed, token = ([getattr(x, n) for x in of_kill] for n in ("detection_s", "next_token_s"))
         table.add_row(
             kill,
             str(of_kill[0].held),
-            *(f"{x:.2f} s" for x in (median(noticed), max(noticed), median(token), max(token))),
+            *(f"{median(x):.2f} s ({max(x):.2f})" for x in (noticed, token)),
             f"{median(x.again_tokens for x in of_kill):.0f}",
             f"{median(x.new for x in of_kill):.0f}",
             ", ".join(sorted({x.equal for x in of_kill})),
         )
     console.print(table, soft_wrap=False)
+    console.print("again: tokens prefilled again; new: tokens of the question that was answered")
     ties = sum(x.equal == "near tie" for x in found)
     if ties:
         console.print(f"{ties} of {len(found)} texts part at a near tie (gap under {_NEAR_TIE})")

@@ -46,18 +46,27 @@ def migrate(
     mbit: Annotated[
         float | None, typer.Option(min=0.001, help="To what that cluster's links are limited.")
     ] = None,
+    link: Annotated[
+        str, typer.Option(help="100mbit,1gbit,unlimited: hosts of their own; needs root.")
+    ] = "",
     api_key: Key = "",
 ) -> None:
     """Agents that move in the middle of a reply: freeze, the client's largest gap, total time."""
     if url is not None and model is not None:
         fail("--model and --url: a running cluster has its model")
     if mbit is not None and url is None:
-        fail("--mbit: the links of a cluster of its own are not limited; name one with --url")
+        fail("--mbit: what the links of --url are limited to; --link limits those of a new cluster")
+    if link and url is not None:
+        fail("--link and --url: the links of a running cluster are what they are")
     chosen = lengths(contexts)
     try:
         settings = load_config(None, os.environ, {"model": model, "nodes": 2})
-        bench = importlib.import_module("bench.migrate")
-        code = bench.run(settings, chosen, runs, url, api_key, mbit)
+        if link:
+            bench = importlib.import_module("bench.links")
+            code = bench.run(settings, chosen, runs, bench.parse_links(link))
+        else:
+            bench = importlib.import_module("bench.migrate")
+            code = bench.run(settings, chosen, runs, url, api_key, mbit)
     except (ConfigError, ModelUnavailable) as error:
         fail(str(error))
     raise typer.Exit(code)
