@@ -280,7 +280,7 @@ class ReplicaLoop:
         self._prompts["cached_tokens"] += cached
         prompt = tuple(ready.tokens[: ready.n_prompt])
         durable = durable_rows(ready.match.branch)
-        started = prompt, cached, cache, self.node, durable, ready.call_format
+        started = prompt, cached, cache, self.node, durable, ready.call_format, n_rows
         turn.emit(TurnStarted(request.attempt, *started))
         if turn.cancelled:
             sequence.finish_reason = "cancelled"

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from actors.book import Book
-from actors.branches import Branch
+from actors.branches import Branch, positions
 from actors.engines.base import Engine
 from actors.engines.base import count_rows as count_loadable
 from actors.errors import EngineFault
@@ -90,7 +90,7 @@ class Preloader:
             return Fetched(0, 0, 0, speed)
         branch, rows = memory.branches[0], self._memory.rows
         preload, begin = self._on_loop(partial(self._begin, agent, branch))
-        n_bytes, at, loads = self._away_bytes(agent, branch), begin, True
+        n_bytes, at, loads = self._away_bytes(agent, branch, begin), begin, True
         peers = self._memory.tiers.peers
         before = peers.n_bytes
         for full, sliding in rows.read(memory, branch, branch.rows, begin):
@@ -101,12 +101,13 @@ class Preloader:
         loaded = self._on_loop(partial(self._loaded, preload))
         return Fetched(at, loaded, n_bytes, speed, min(n_bytes, peers.n_bytes - before))
 
-    def _away_bytes(self, agent: AgentId, branch: Branch) -> int:
-        """Of the branch's stored rows that are not on this node."""
+    def _away_bytes(self, agent: AgentId, branch: Branch, begin: int) -> int:
+        """Of the branch's stored rows from `begin` on that are not on this node."""
         pool, local = self._memory.tiers.pool, self._memory.tiers.local
         parts: tuple[Part, ...] = ("full", "sliding")
         total = 0
-        for ref in (run.ref("local") for run in branch.runs):
+        runs = [run for at, run in positions(branch) if begin < at + run.rows]
+        for ref in (run.ref("local") for run in runs):
             if ref is None:
                 continue
             for part in (part for part in parts if part in ref.parts):

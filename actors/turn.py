@@ -111,6 +111,7 @@ class TurnStarted:
     node: str
     durable_tokens: int = 0  # of the agent's memory so far, in the shared store
     call_format: str = ""  # of actors.tools, where the reply may hold calls
+    rows: int = 0  # of prompt and reply so far that are in the engine; the others are prefilled
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ class Turns:
         finally:
             if request.persist:
                 n_chars = chars[0] if chars else None
-                outcome = clock.outcome(length(request.messages, request.tools))
+                outcome = clock.outcome(length(request.messages, request.tools), log)
                 self._router.ended.remote(request.agent, request.id, n_chars, outcome)
 
     async def _run(self, log: TurnLog, chars: list[int]) -> AsyncGenerator[list[Event], None]:
@@ -255,13 +255,16 @@ class _Clock:
         elif isinstance(event, Done):
             self._done = passed, event.completion_tokens
 
-    def outcome(self, n_chars: int) -> Outcome | None:
+    def outcome(self, n_chars: int, log: TurnLog) -> Outcome | None:
         """None of a turn without an answer, or without a token."""
         if self._started is None or self._first is None or self._done is None:
             return None
         prompt, cached = self._started.prompt_tokens, self._started.cached_tokens
         total_s, n_reply = self._done
-        return Outcome(self._first, total_s, n_chars, prompt, cached, n_reply)
+        return Outcome(
+            self._first, total_s, n_chars, prompt, cached, n_reply,
+            log.failovers, log.again_tokens,
+        )  # fmt: skip
 
 
 def reply_tokens(max_tokens: int | None) -> int:

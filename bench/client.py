@@ -61,6 +61,12 @@ class Endpoint:
     def __exit__(self, *_: object) -> None:
         self._http.close()
 
+    def again(self) -> Endpoint:
+        """The same endpoint, with connections of its own: for another thread."""
+        copy = Endpoint(self.url)
+        copy._http.headers.update(self._http.headers)
+        return copy
+
     def request(self, method: str, path: str, body: Any = None) -> Any:
         """The JSON of an answer."""
         try:
@@ -68,6 +74,10 @@ class Endpoint:
             if answer.status_code >= 400:
                 raise EndpointError(_refusal(answer))
             return answer.json()
+        except httpx.ConnectError as error:
+            raise EndpointError(
+                f"nothing answers at {self.url} ({error}): is it running? make serve starts it"
+            ) from error
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
             raise EndpointError(f"{self.url}{path}: {error or type(error).__name__}") from error
 

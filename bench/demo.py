@@ -94,7 +94,7 @@ class Demo:
             first, *others = agent.messages
             alone = {**first, "content": f"{secrets.token_hex(8)}: {first['content']}"}
             cold = self.endpoint.chat([alone, *others], session=None, max_tokens=1)
-            cost = _seconds(cold.ttft_s)
+            cost = seconds(cold.ttft_s)
             if cold.cached_tokens:
                 self.failures.append(f"{title}: the comparison was not cold")
             if reply.cached_tokens < agent.held - 1:  # the last token of a reply is never computed
@@ -108,7 +108,7 @@ class Demo:
         agent.held = reply.prompt_tokens + reply.completion_tokens
         self.table.add_row(
             title, agent.name, self._nodes_of(agent, reply), reply.cache, str(reply.cached_tokens),
-            str(reply.prefilled_tokens), _seconds(reply.ttft_s), cost,
+            str(reply.prefilled_tokens), seconds(reply.ttft_s), cost,
         )  # fmt: skip
         self.show()
         if not reply.reason or not reply.text:
@@ -299,5 +299,5 @@ def _table() -> Table:
     return table
 
 
-def _seconds(value: float) -> str:
+def seconds(value: float) -> str:
     return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.0f} ms"

@@ -11,27 +11,24 @@ from __future__ import annotations
 import json
 import secrets
 import sys
-import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass
+from itertools import groupby
 from statistics import median
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from bench.client import Endpoint, EndpointError, Message, Reply
-from bench.texts import context
-from bench.ttft import BenchFailed, running_cluster
+from bench.sites import chars_per_token, filling, local_site, node_of
+from bench.ttft import BenchFailed
 from cluster.config import ClusterConfig
 from cluster.console import console
-from cluster.local import divided
 
 _REPLY_TOKENS = 160
 _BEFORE = 10  # deltas, until the agent is moved
-_STAY_S = 1e6
 _FREEZE_S, _GAP_S = 0.1, 0.25
 _OVER, _FIXED_S = 1.3, 0.15  # of the link's own time, and besides
 _GROWTH_S = 0.02  # by which a freeze may differ between contexts, for noise
@@ -39,9 +36,10 @@ _GROWTH_S = 0.02  # by which a freeze may differ between contexts, for noise
 
 @dataclass(frozen=True)
 class Moved:
-    """One migration; seconds. `floor_s`: of its bytes over the link; 0: no limit."""
+    """One migration; seconds. `floor_s`: of its bytes over the link; 0: no limit. `restore_s`: of
+    its rows from RAM into the engine, at the rate that the target measured; 0: none yet."""
 
-    context: int  # tokens of the prompt
+    context: int  # tokens of the prompt, about
     freeze_s: float
     gap_s: float
     total_s: float
@@ -49,6 +47,12 @@ class Moved:
     rows: int
     n_bytes: int
     floor_s: float
+    restore_s: float = 0.0
+
+    @property
+    def limit_s(self) -> float:
+        """What it may take in all."""
+        return _OVER * max(self.floor_s, self.restore_s) + _FIXED_S
 
 
 def run(
@@ -62,17 +66,18 @@ def run(
     """Measure and print; 1 when a target is missed. Raises ConfigError, ModelUnavailable."""
     try:
         with _endpoint(settings, url, api_key) as endpoint:
-            chars = _chars_per_token(endpoint)
+            chars = chars_per_token(endpoint)
             moves = [
-                _move(endpoint, length, chars, mbit) for length in lengths for _ in range(runs)
+                move(endpoint, length, filling(length, chars), mbit)
+                for length in lengths
+                for _ in range(runs)
             ]
     except (BenchFailed, EndpointError) as error:
         print(f"kvferry bench: {error}", file=sys.stderr)
         return 1
-    held = _targets(moves, runs, mbit)
-    _print(moves, runs)
-    for target, holds in held.items():
-        console.print(f"{'holds' if holds else 'MISSED'}: {target}")
+    held = targets(moves, mbit)
+    print_moves(moves)
+    print_targets(held)
     report = {"moves": [asdict(move) for move in moves], "targets": held, "mbit": mbit}
     print(json.dumps({"migrate": report}), flush=True)
     return 0 if all(held.values()) else 1
@@ -84,27 +89,15 @@ def _endpoint(settings: ClusterConfig, url: str | None, api_key: str) -> Iterato
         with Endpoint(url, api_key) as endpoint:
             yield endpoint
         return
-    settings = divided(replace(settings, http=replace(settings.http, api_keys={})))
-    settings = replace(settings, placement=replace(settings.placement, hysteresis_s=_STAY_S))
-    with tempfile.TemporaryDirectory(prefix="kvferry-bench-") as directory:
-        store = Path(directory)
-        settings = replace(settings, replica=replace(settings.replica, store=f"file://{store}"))
-        with running_cluster(settings, store) as cluster:
-            yield cluster.endpoint
+    with local_site(settings) as site:
+        yield site.endpoint
 
 
-def _chars_per_token(endpoint: Endpoint) -> float:
-    """Of the texts that contexts are made of, by the model's own count."""
-    text = context(1, 400)
-    asked: list[Message] = [{"role": "user", "content": text}]
-    return len(text) / endpoint.chat(asked, session=None, max_tokens=1).prompt_tokens
-
-
-def _move(endpoint: Endpoint, length: int, chars: float, mbit: float | None) -> Moved:
-    session, text = f"bench-{secrets.token_hex(6)}", context(secrets.randbits(31), length)
-    while len(text) < length * chars:
-        text += " " + context(secrets.randbits(31), length)
-    messages: list[Message] = [{"role": "user", "content": text[: int(length * chars)]}]
+def move(endpoint: Endpoint, length: int, text: str, mbit: float | None) -> Moved:
+    """A fresh agent speaks after `text`, of about `length` tokens, and moves. Raises BenchFailed,
+    EndpointError."""
+    session = f"bench-{secrets.token_hex(6)}"
+    messages: list[Message] = [{"role": "user", "content": text}]
     done: dict[str, Any] = {}
     moving: list[threading.Thread] = []
 
@@ -130,10 +123,11 @@ def _move(endpoint: Endpoint, length: int, chars: float, mbit: float | None) -> 
     if not over:
         raise BenchFailed(f"at {length}: the reply was over before the migration")
     floor_s = 8e-6 * done["bytes"] / mbit if mbit else 0.0
+    restore_s = done["rows"] / rate if (rate := _restore_rate(endpoint, done["target"])) else 0.0
     gap_s = reply.longest_pause[1]
     return Moved(
-        reply.prompt_tokens, done["freeze_s"], gap_s, done["total_s"], done["rounds"],
-        done["rows"], done["bytes"], floor_s,
+        length, done["freeze_s"], gap_s, done["total_s"], done["rounds"],
+        done["rows"], done["bytes"], floor_s, restore_s,
     )  # fmt: skip
 
 
@@ -147,28 +141,41 @@ def _migrate(endpoint: Endpoint, session: str, source: str) -> dict[str, Any]:
     return done
 
 
-def _by_length(moves: list[Moved], runs: int) -> list[list[Moved]]:
-    return [moves[at : at + runs] for at in range(0, len(moves), runs)]
+def _restore_rate(endpoint: Endpoint, node: str) -> float | None:
+    rate: float | None = node_of(endpoint, node)["rates"].get("restore_tokens_per_s")
+    return rate
 
 
-def _targets(moves: list[Moved], runs: int, mbit: float | None) -> dict[str, bool]:
-    """The worst of all runs stands for the p99."""
-    typical = [median(m.freeze_s for m in of_length) for of_length in _by_length(moves, runs)]
+def _by_length(moves: Sequence[Moved]) -> list[list[Moved]]:
+    return [list(group) for _, group in groupby(moves, lambda move: move.context)]
+
+
+def targets(moves: Sequence[Moved], mbit: float | None) -> dict[str, bool]:
+    """The worst of all runs stands for the p99. `mbit`: the link's limit; 0: none, and the total
+    is held against the restore alone; None: nothing is known of it."""
+    typical = [median(m.freeze_s for m in of_length) for of_length in _by_length(moves)]
     held = {
         f"freeze p99 <= {1000 * _FREEZE_S:.0f} ms": max(m.freeze_s for m in moves) <= _FREEZE_S,
         "the freeze does not grow with the context": typical[-1] <= typical[0] + _GROWTH_S,
         f"largest gap <= {1000 * _GAP_S:.0f} ms": max(m.gap_s for m in moves) <= _GAP_S,
     }
-    if mbit:
-        limit = f"total <= {_OVER} x bytes / {mbit:g} Mbit/s + {1000 * _FIXED_S:.0f} ms"
-        held[limit] = all(m.total_s <= _OVER * m.floor_s + _FIXED_S for m in moves)
+    if mbit is not None:
+        link = f"max(bytes / {mbit:g} Mbit/s, restore)" if mbit else "restore"
+        limit = f"total <= {_OVER} x {link} + {1000 * _FIXED_S:.0f} ms"
+        held[limit] = all(m.total_s <= m.limit_s for m in moves)
     return held
 
 
-def _print(moves: list[Moved], runs: int) -> None:
-    names = ("context", "freeze p50", "worst", "gap p50", "worst", "total p50", "rows", "MB")
-    table = Table("rounds", *names, title="ms, agents that move while they speak")
-    for of_length in _by_length(moves, runs):
+def print_targets(held: Mapping[str, bool]) -> None:
+    for target, holds in held.items():
+        console.print(f"{'holds' if holds else 'MISSED'}: {target}")
+
+
+def print_moves(moves: Sequence[Moved], title: str = "") -> None:
+    names = ("context", "freeze p50", "worst", "gap p50", "worst", "total p50", "limit", "rows")
+    title = title or "ms, agents that move while they speak"
+    table = Table("rounds", *(Column(x, justify="right") for x in (*names, "MB")), title=title)
+    for of_length in _by_length(moves):
         freeze, gap, total = (
             [1000 * getattr(m, name) for m in of_length]
             for name in ("freeze_s", "gap_s", "total_s")
@@ -178,7 +185,8 @@ def _print(moves: list[Moved], runs: int) -> None:
             str(of_length[0].context),
             *(f"{x:.0f}" for x in (median(freeze), max(freeze), median(gap), max(gap))),
             f"{median(total):.0f}",
+            f"{1000 * median(m.limit_s for m in of_length):.0f}",
             f"{median(m.rows for m in of_length):.0f}",
             f"{median(m.n_bytes for m in of_length) / 1e6:.1f}",
         )
-    console.print(table)
+    console.print(table, soft_wrap=False)

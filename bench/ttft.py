@@ -15,7 +15,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -175,25 +175,29 @@ def _raw_rates(engine: RawEngine, probes: list[Probe]) -> dict[int, list[float]]
 @contextmanager
 def running_cluster(settings: ClusterConfig, store: Path) -> Iterator[Cluster]:
     """A local one on a port of its own, ready. Raises BenchFailed, ConfigError."""
-    http = replace(settings.http, host="127.0.0.1", port=_free_port())
+    http = replace(settings.http, host="127.0.0.1", port=free_port())
     with LocalCluster(replace(settings, http=http)) as local:
         local.serve()
         with Endpoint(f"http://{http.host}:{http.port}") as endpoint:
-            _await_ready(endpoint, settings.nodes)
+            await_ready(endpoint, settings.nodes)
             import ray  # not earlier: it reads the environment that LocalCluster prepares
 
             yield Cluster(endpoint, ray.get_actor("router", namespace="kvferry"), store)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def _await_ready(endpoint: Endpoint, n_nodes: int) -> None:
+def await_ready(
+    endpoint: Endpoint, n_nodes: int, tend: Callable[[], object] = lambda: None
+) -> None:
+    """`tend` is called while it waits. Raises BenchFailed."""
     deadline = time.monotonic() + _READY_TIMEOUT_S
     while time.monotonic() < deadline:
+        tend()
         nodes = endpoint.request("GET", "/v1/cluster")["nodes"]
         if sum(node["replica"] == "ready" for node in nodes) == n_nodes:
             return

@@ -228,6 +228,7 @@ bench = typer.Typer(help="Measure what the README claims.", no_args_is_help=True
 app.add_typer(bench, name="bench")
 bench.command()(bench_cli.serve)
 bench.command("migrate")(bench_cli.migrate)
+bench.command("failover")(bench_cli.failover)
 mlx_cli.register(bench)
 
 

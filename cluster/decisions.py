@@ -29,6 +29,8 @@ class Outcome:
     prompt_tokens: int
     cached_tokens: int
     reply_tokens: int
+    failovers: int = 0  # replicas that it lost
+    again_tokens: int = 0  # of prompt and reply, prefilled by later replicas
 
 
 @dataclass
@@ -126,6 +128,8 @@ def _outcome_json(outcome: Outcome | None) -> dict[str, Any] | None:
         "cached_tokens": outcome.cached_tokens,
         "prefilled_tokens": outcome.prompt_tokens - outcome.cached_tokens,
         "reply_tokens": outcome.reply_tokens,
+        "failovers": outcome.failovers,
+        "again_tokens": outcome.again_tokens,
     }
 
 

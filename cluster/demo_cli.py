@@ -1,6 +1,7 @@
-"""kvferry demo: on a running cluster, and `demo cross-engine` on one of its own.
+"""kvferry demo, demo migrate, demo failover: on a running cluster; demo cross-engine: on its own.
 
-Starts bench.demo and bench.cross_engine by import string: nothing here imports bench.
+Starts bench.demo, bench.demo_live and bench.cross_engine by import string, and imports nothing of
+bench.
 """
 
 from __future__ import annotations
@@ -45,8 +46,30 @@ def cross_engine(
     raise typer.Exit(code)
 
 
+_Tokens = Annotated[int, typer.Option(min=64, help="Context of each agent.")]
+_Json = Annotated[bool, typer.Option("--json", help="The last line is one object.")]
+
+
+def migrate(
+    url: Url = DEFAULT_URL, api_key: Key = "", tokens: _Tokens = 600, as_json: _Json = False
+) -> None:
+    """Three agents that move to another node while they speak, on a running cluster."""
+    run = importlib.import_module("bench.demo_live").run_migrate
+    raise typer.Exit(run(url, api_key, tokens, as_json))
+
+
+def failover(
+    url: Url = DEFAULT_URL, api_key: Key = "", tokens: _Tokens = 600, as_json: _Json = False
+) -> None:
+    """The node on which an agent speaks is killed; its sentence goes on. The node comes back."""
+    run = importlib.import_module("bench.demo_live").run_failover
+    raise typer.Exit(run(url, api_key, tokens, as_json))
+
+
 def register(app: typer.Typer) -> None:
     group = typer.Typer(invoke_without_command=True)
     group.callback()(demo)
+    group.command("migrate")(migrate)
+    group.command("failover")(failover)
     group.command("cross-engine")(cross_engine)
     app.add_typer(group, name="demo")

@@ -21,6 +21,7 @@ class TurnLog:
     attempt: int = 0
     failovers: int = 0  # attempts that ended in a loss
     moves: int = 0  # attempts that ended in a migration
+    again_tokens: int = 0  # of prompt and reply that later attempts prefilled
 
     def next_request(self) -> TurnRequest:
         """The request of a new attempt, with what earlier ones fixed."""
@@ -37,6 +38,8 @@ class TurnLog:
         first = self.started is None
         if first:
             self.started = item
+        else:
+            self.again_tokens += len(item.prompt_ids) + len(self.ids) - item.rows
         return first
 
     def accept(self, item: Tokens | TurnFinished) -> bool:

@@ -1,0 +1,305 @@
+"""kvferry bench failover: replicas that die while they speak.
+
+An agent with a long context answers one question after another, and every answer loses what it
+runs on: the replica's process, its node (raylet and all), or the whole host, which is cut off. How
+long until somebody noticed, until the client saw the next token, how many tokens were prefilled
+again; and whether the text is that of the undisturbed run, made before by another agent. Codec f16:
+with a lossy one, rows that were restored are not those that were computed.
+
+`process` and `node` run on nodes of this machine; as soon as `host` is asked for, all run on hosts
+of their own (see sites). A wrong text, or too many tokens prefilled again, fails; a time that is
+missed is reported.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
+from statistics import median
+from typing import Any, Literal
+
+from rich.table import Table
+
+from bench.client import Endpoint, EndpointError, Message, Reply
+from bench.sites import Kill, Site, chars_per_token, filling, host_site, local_site, wait_stored
+from bench.ttft import BenchFailed
+from cluster.config import ClusterConfig
+from cluster.console import console
+
+_FIRST_TOKENS, _REPLY_TOKENS = 8, 64
+_BEFORE = 16  # deltas, until the kill
+_NEAR_TIE = 0.1  # between the two likeliest tokens: another batch may choose the other one
+_PROCESS_S, _AFTER_S, _DETECTION_S = 1.0, 1.0, 3.0
+_AGAIN_TOKENS = 256  # and the new message
+_OUTCOME_S = 5.0
+_WORDS = ("killed", "text")
+Equal = Literal["identical", "near tie", "differs"]
+
+
+@dataclass(frozen=True)
+class Lost:
+    """One answer that lost its replica; seconds since the kill. `held`: tokens of the agent before
+    the question; `new`: of the question."""
+
+    kill: Kill
+    node: str
+    to: str
+    detection_s: float
+    next_token_s: float
+    again_tokens: int
+    held: int
+    new: int
+    equal: Equal
+
+
+@dataclass(frozen=True)
+class Quiet:
+    """An undisturbed answer, and at which characters its tokens begin, with the gap between the
+    log probabilities of the two likeliest."""
+
+    text: str
+    gaps: tuple[tuple[int, float], ...]
+
+    def compare(self, text: str) -> Equal:
+        if text == self.text:
+            return "identical"
+        pairs = zip(text, self.text, strict=False)
+        at = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(text), len(self.text)))
+        gap = [gap for begin, gap in self.gaps if begin <= at]
+        return "near tie" if gap and gap[-1] < _NEAR_TIE else "differs"
+
+
+def run(
+    settings: ClusterConfig, kills: Sequence[Kill], length: int, runs: int, *, as_json: bool
+) -> int:
+    """Measure and print; the exit code. Raises ConfigError, ModelUnavailable."""
+    settings = replace(settings, nodes=2, replica=replace(settings.replica, codec="f16"))
+    on_hosts = "host" in kills
+    try:
+        with host_site(settings) if on_hosts else local_site(settings) as site:
+            found = _Bench(site, length, len(kills) * runs).run(kills, runs)
+    except (BenchFailed, EndpointError) as error:
+        print(f"kvferry bench: {error}", file=sys.stderr)
+        return 1
+    held = correct(found, kills) | fast(found, kills)
+    _print(found, held)
+    if as_json:
+        report = {
+            "model": settings.replica.model,
+            "hosts": on_hosts,
+            "context": length,
+            "runs": [asdict(lost) for lost in found],
+            "medians": {kill: _medians(found, kill) for kill in kills},
+            "near_ties": sum(lost.equal == "near tie" for lost in found),
+            "targets": held,
+        }
+        print(json.dumps({"failover": report}), flush=True)
+    return 0 if all(held[name] for name in correct(found, kills)) else 1
+
+
+@dataclass
+class _Bench:
+    site: Site
+    length: int
+    n_questions: int
+    _first: list[Message] = field(default_factory=list)
+    _quiet: list[Quiet] = field(default_factory=list)
+
+    @property
+    def _endpoint(self) -> Endpoint:
+        return self.site.endpoint
+
+    def run(self, kills: Sequence[Kill], runs: int) -> list[Lost]:
+        text = filling(self.length, chars_per_token(self._endpoint))
+        self._first = [
+            {"role": "system", "content": f"You answer questions about these notes.\n{text}"},
+            {"role": "user", "content": "Sum them up in one sentence."},
+        ]
+        _progress(f"{self.length} tokens: the undisturbed answers")
+        self._undisturbed()
+        session, held = self._agent()
+        found: list[Lost] = []
+        for number in range(runs):
+            for kill in kills:
+                _progress(f"{kill}: {number + 1} of {runs}")
+                found.append(self._lose(kill, session, held, len(found)))
+                self.site.recover()
+        self._delete(session)
+        return found
+
+    def _agent(self) -> tuple[str, int]:
+        """An agent that knows the notes, and how many tokens of it are stored."""
+        session = f"bench-{secrets.token_hex(6)}"
+        first = self._endpoint.chat(self._first[:2], session=session, max_tokens=_FIRST_TOKENS)
+        if not self._first[2:]:
+            self._first.append({"role": "assistant", "content": first.text})
+        elif first.text != self._first[2]["content"]:
+            raise BenchFailed("the same question had another answer: nothing can be compared")
+        return session, wait_stored(self._endpoint, session)
+
+    def _messages(self, number: int) -> list[Message]:
+        asked = f"Now write page {number + 1} of a long story about one of them."
+        return [*self._first, {"role": "user", "content": asked}]
+
+    def _undisturbed(self) -> None:
+        session, _ = self._agent()
+        for number in range(self.n_questions):
+            body = {
+                "session_id": session,
+                "messages": self._messages(number),
+                "max_tokens": _REPLY_TOKENS,
+                "temperature": 0,
+                "ignore_eos": True,
+                "logprobs": True,
+                "top_logprobs": 2,
+            }
+            answer = self._endpoint.request("POST", "/v1/chat/completions", body)
+            self._quiet.append(_quiet(answer["choices"][0]))
+        self._delete(session)
+
+    def _delete(self, session: str) -> None:
+        self._endpoint.request("DELETE", f"/v1/agents/{session}")
+
+    def _lose(self, kill: Kill, session: str, held: int, number: int) -> Lost:
+        """Raises BenchFailed when the figure would mean nothing."""
+        blow = _Blow(self.site, kill)
+        reply = self._endpoint.chat(
+            self._messages(number), session=session, max_tokens=_REPLY_TOKENS,
+            on_delta=blow.on_delta, ignore_eos=True,
+        )  # fmt: skip
+        next_token_s = blow.next_token_s()
+        detection_s, to, again = self._decision(session, blow.wall)
+        wait_stored(self._endpoint, session)
+        return Lost(
+            kill, blow.node, to, detection_s, next_token_s, again, held,
+            reply.prompt_tokens - held, self._quiet[number].compare(reply.text),
+        )  # fmt: skip
+
+    def _decision(self, session: str, killed: float) -> tuple[float, str, int]:
+        """(seconds until another replica was looked for, which it was, tokens prefilled again)."""
+        deadline = time.monotonic() + _OUTCOME_S
+        while time.monotonic() < deadline:
+            log = self._endpoint.request("GET", "/v1/place/log?limit=50")["data"]
+            entries = [e for e in log if e["agent"] == session and e["at"] >= killed - 0.001]
+            done = entries[0]["outcome"] if entries else None  # the newest comes first
+            if done is not None:
+                detection_s = max(0.0, entries[-1]["at"] - killed)
+                return detection_s, entries[0]["node"], done["again_tokens"]
+            time.sleep(0.05)
+        raise BenchFailed("the router has no decision after the kill: was the answer over?")
+
+
+class _Blow:
+    """Kills what speaks after some deltas, and notes when the others came."""
+
+    def __init__(self, site: Site, kill: Kill) -> None:
+        self._site, self._kill = site, kill
+        self._came: list[float] = []
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self.node, self.at, self.wall = "", 0.0, 0.0
+
+    def on_delta(self, reply: Reply) -> None:
+        self._came.append(time.monotonic())
+        if len(reply.deltas) == _BEFORE:
+            self.node = reply.node
+            self._thread = threading.Thread(target=self._strike, daemon=True)
+            self._thread.start()
+
+    def _strike(self) -> None:
+        self.at, self.wall = time.monotonic(), time.time()
+        try:
+            self._site.kill(self._kill, self.node)
+        except (BenchFailed, EndpointError, OSError) as error:
+            self._error = error
+
+    def next_token_s(self) -> float:
+        """From the kill to the end of the longest pause after it. Raises BenchFailed."""
+        if self._thread is None:
+            raise BenchFailed("the answer was over before anything was killed")
+        self._thread.join(60.0)
+        if self._error is not None:
+            raise BenchFailed(f"nothing was killed: {self._error}") from self._error
+        after = [at for at in self._came if at > self.at]
+        if not after:
+            raise BenchFailed("the answer was over when its replica died")
+        return max((b - a, b) for a, b in pairwise([self.at, *after]))[1] - self.at
+
+
+def _quiet(choice: Any) -> Quiet:
+    gaps, begin = [], 0
+    for token in choice["logprobs"]["content"]:
+        first, second = (entry["logprob"] for entry in token["top_logprobs"][:2])
+        gaps.append((begin, first - second))
+        begin += len(bytes(token["bytes"] or b"").decode("utf-8", "ignore"))
+    return Quiet(choice["message"]["content"], tuple(gaps))
+
+
+# ---- what came of it
+
+
+def _of(found: Sequence[Lost], kill: Kill) -> list[Lost]:
+    return [lost for lost in found if lost.kill == kill]
+
+
+def _medians(found: Sequence[Lost], kill: Kill) -> dict[str, float]:
+    names = ("detection_s", "next_token_s", "again_tokens")
+    return {name: round(median(getattr(x, name) for x in _of(found, kill)), 3) for name in names}
+
+
+def correct(found: Sequence[Lost], kills: Sequence[Kill]) -> dict[str, bool]:
+    """What must hold of every run."""
+    again = f"prefilled again <= {_AGAIN_TOKENS} + the new message"
+    return {
+        "the text is that of the undisturbed run": all(x.equal != "differs" for x in found),
+        again: all(x.again_tokens <= _AGAIN_TOKENS + x.new for x in found),
+    }
+
+
+def fast(found: Sequence[Lost], kills: Sequence[Kill]) -> dict[str, bool]:
+    """Of the medians."""
+    held = {}
+    for kill in kills:
+        took = _medians(found, kill)
+        if kill == "process":
+            held[f"process: next token <= {_PROCESS_S:g} s"] = took["next_token_s"] <= _PROCESS_S
+            continue
+        detection = took["detection_s"]
+        held[f"{kill}: detection <= {_DETECTION_S:g} s"] = detection <= _DETECTION_S
+        name = f"{kill}: next token <= detection + {_AFTER_S:g} s"
+        held[name] = took["next_token_s"] <= detection + _AFTER_S
+    return held
+
+
+def _print(found: Sequence[Lost], held: dict[str, bool]) -> None:
+    table = Table(title="replicas that die while they speak, median (worst)")
+    for name in ("killed", "context", "noticed", "next token", "again", "new", "text"):
+        table.add_column(name, no_wrap=True, justify="left" if name in _WORDS else "right")
+    for kill in dict.fromkeys(lost.kill for lost in found):
+        of_kill = _of(found, kill)
+        noticed, token = ([getattr(x, n) for x in of_kill] for n in ("detection_s", "next_token_s"))
+        table.add_row(
+            kill,
+            str(of_kill[0].held),
+            *(f"{median(x):.2f} s ({max(x):.2f})" for x in (noticed, token)),
+            f"{median(x.again_tokens for x in of_kill):.0f}",
+            f"{median(x.new for x in of_kill):.0f}",
+            ", ".join(sorted({x.equal for x in of_kill})),
+        )
+    console.print(table, soft_wrap=False)
+    console.print("again: tokens prefilled again; new: tokens of the question that was answered")
+    ties = sum(x.equal == "near tie" for x in found)
+    if ties:
+        console.print(f"{ties} of {len(found)} texts part at a near tie (gap under {_NEAR_TIE})")
+    for target, holds in held.items():
+        console.print(f"{'holds' if holds else 'MISSED'}: {target}")
+
+
+def _progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
