@@ -621,7 +621,7 @@ def test_it_switches_itself_off_where_verifying_costs_what_decoding_does(
     plain, _ = decode_s(loop_on, monkeypatch, "off", (0.0, 0.001), agents)
     seconds, drafted = decode_s(loop_on, monkeypatch, "ngram", (0.0, 0.001), agents)
     assert 0 < drafted < 120  # trials
-    assert seconds < 1.03 * plain
+    assert seconds < 1.05 * plain
 
 
 @pytest.mark.parametrize("agents", [1, 4])
