@@ -16,6 +16,7 @@ class ReplicaConfig:
     share_model: str = "auto"
     model_dir: str = ""  # where it is kept there; "": the user's cache directory
     store: str = ".kvferry/store"  # a directory, or an fsspec URL; shared by all nodes
+    replicas: int = 0  # copies of a block, with a store on the nodes' own disks; 0: two
     codec: str = "q4"
     engine: str = "auto"  # "llama.cpp", "mlx"; auto: mlx for MLX directories, llama.cpp for GGUFs
     profile: str = "default"  # "auto": what is not set below is measured at the first start

@@ -12,15 +12,12 @@ from storage.card import AgentId, CacheCard, Owner
 from storage.local import LocalTier
 
 
-def goes_on(card: CacheCard, shared: CacheCard | None) -> bool:
-    """Whether a card of some node's disk says more than the shared store's newest: a later
-    generation of the same epoch."""
-    return (
-        shared is not None
-        and not shared.tombstone
-        and card.epoch == shared.epoch
-        and card.generation > shared.generation
-    )
+def goes_on(handed: CacheCard, shared: CacheCard | None) -> bool:
+    """Whether the card of an owner that hands its agent over says more than the shared store's
+    newest. Of its epoch nobody else has written one, and the store has caught up, or has not."""
+    if shared is None or shared.tombstone or handed.epoch != shared.epoch:
+        return False
+    return handed.branches != shared.branches
 
 
 def held(local: LocalTier, agent: AgentId, run: Run) -> Parts:
@@ -42,7 +39,7 @@ def ahead(
         return None  # not known there, or not mounted yet: nothing is decided
     if not shared.tombstone:
         if (card.epoch, card.generation) > (shared.epoch, shared.generation):
-            return card if goes_on(card, shared) else None
+            return card if card.epoch == shared.epoch else None
         ours = shared.generation == 0 and shared.owner.node == owner.node
         base = shared.base  # of a claim after which we died
         if ours and base and base.epoch == card.epoch and card.generation > base.generation:

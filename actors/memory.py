@@ -328,22 +328,22 @@ class Memory:
     def stored(
         self, agent: AgentId, handed: CacheCard | None = None, peer: BlockSource | None = None
     ) -> AgentMemory | None:
-        """The agent's last branch, as the shared store or the card on the disk of `peer` has it,
-        without owning it; None when it has none, or it is owned here. Raises StoreUnavailable."""
+        """The agent's last branch, as the shared store has it, without owning it; with a card that
+        is on the disk of `peer`, as that has it, and the others behind it. None when it has none,
+        or it is owned here. Raises StoreUnavailable."""
         loaded = self.store.latest(agent, self.key)
         shared = loaded.card if loaded is not None else None
-        card, place = shared, "shared"
-        if handed is not None and journal.goes_on(handed, shared):
-            card, place = handed, "local"
-        latest = max(card.branches if card else (), key=lambda b: b.last_used, default=None)
-        if card is None or latest is None or self.get(agent) is not None:
+        near = handed is not None and journal.goes_on(handed, shared)
+        card = handed if near else shared
+        cards = sorted(card.branches if card else (), key=lambda b: -b.last_used)
+        if card is None or not cards or self.get(agent) is not None:
             return None
         if card.codec != self.codec.name:
             return None
-        branch = branch_of(latest, "local" if place == "local" else "shared")
+        branches = [branch_of(b, "local" if near else "shared") for b in cards]
         if shared is not None:
-            note_shared([branch], shared)
-        return AgentMemory(agent, card, "remote", [branch], peer=peer)
+            note_shared(branches, shared)
+        return AgentMemory(agent, card, "remote", branches if near else branches[:1], peer=peer)
 
     def delete(self, agent: AgentId) -> None:
         """Forget the agent here and bury it in the store. Raises Fenced, StoreUnavailable."""

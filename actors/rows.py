@@ -259,6 +259,13 @@ class Rows:
             self._faults.count("missing", CorruptData(path, "the block is missing"))
         return found
 
+    def bring(self, memory: AgentMemory, branch: Branch) -> None:
+        """Read what the shared store lacks of a branch from the peer, to be had here."""
+        for run in branch.runs:
+            parts: tuple[Part, ...] = ("full", "sliding")
+            for part in (p for p in parts if p in run.local and p not in run.shared):
+                self.tensors(memory, run, part)
+
     def store_again(self, memory: AgentMemory, branch: Branch) -> None:
         """Try to store what the disk refused before. A run that is nowhere any more is forgotten,
         with what follows, and exported again."""

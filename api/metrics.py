@@ -48,6 +48,15 @@ class Metrics:
         return generate_latest(self.registry) + generate_latest(registry)
 
 
+def _copies(copies: dict[str, Any] | None) -> Iterator[Metric]:
+    if copies is not None and copies["short_blocks"] is not None:
+        yield GaugeMetricFamily(
+            "kvferry_short_blocks",
+            f"Blocks on fewer than {copies['replicas']} disks.",
+            copies["short_blocks"],
+        )
+
+
 class _Cluster:
     """The router's report as metrics."""
 
@@ -58,6 +67,7 @@ class _Cluster:
         report = self._cluster
         yield GaugeMetricFamily("kvferry_agents", "Agents known.", report["agents"])
         yield from _moves(report["moves"])
+        yield from _copies(report.get("copies"))
         yield CounterMetricFamily(
             "kvferry_replica_losses", "Replicas that died or left.", report["replica_losses"]
         )

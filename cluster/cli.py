@@ -37,6 +37,7 @@ from cluster import (
 )
 from cluster.config import ClusterConfig, load_config
 from cluster.console import console, fail, fetched, size
+from cluster.disks import SCHEME
 from cluster.endpoint import DEFAULT_URL, Key, Url
 from cluster.endpoint import get as _get
 from cluster.endpoint import request as _request
@@ -93,7 +94,8 @@ def _settings(path: Path | None, flags: dict[str, Any]) -> ClusterConfig:
             resolve(settings.replica.model)
             if settings.replica.lora:
                 resolve(parse_lora(settings.replica.lora)[0])
-        open_store(settings.replica).probe()
+        if not settings.replica.store.startswith(SCHEME):  # which is there when its nodes are
+            open_store(settings.replica).probe()
         check_port(settings.http.host, settings.http.port)
     except (ConfigError, ModelUnavailable, StoreUnavailable, ValueError) as error:
         fail(str(error))

@@ -15,6 +15,7 @@ from typing import Any
 
 from actors.config import ReplicaConfig
 from actors.engine_settings import check_engine, check_lora, speculation_of
+from cluster.disks import DEFAULT_REPLICAS, SCHEME
 from cluster.errors import ConfigError
 from cluster.placement import PlacementConfig
 from storage.card import TENANT_PATTERN
@@ -161,6 +162,7 @@ def _bytes(text: str) -> int:
 def _compose(values: Mapping[str, Any]) -> ClusterConfig:
     """Relative paths are the caller's: replicas are other processes, in other directories."""
     values = _known() | dict(values)
+    values["store"] = _clustered(values["store"], values["replicas"], values["local"])
     for name in ("store", "model", "lora", "draft_model", "local"):
         if name == "local" and not values[name]:
             values[name] = ".kvferry/local" if is_remote(values["store"]) else ""
@@ -175,6 +177,25 @@ def _compose(values: Mapping[str, Any]) -> ClusterConfig:
         for name, section in _SECTIONS.items()
     }
     return ClusterConfig(**{name: values[name] for name in _OWN}, **sections)
+
+
+def _clustered(store: str, replicas: int, local: str) -> str:
+    """The URL of a store on the cluster's own disks, with its folder and number of copies. Raises
+    ConfigError for settings that only one kind of store has."""
+    if not store.startswith(SCHEME):
+        if replicas:
+            raise ConfigError(
+                f"replicas = {replicas}: store = {store} keeps what it is given by itself; copies "
+                f"on the nodes' own disks want store = {SCHEME}…"
+            )
+        return store
+    if local:
+        raise ConfigError(f"local = {local}: with store = {store} blocks are on the nodes' disks")
+    folder, _, query = store.removeprefix(SCHEME).partition("?")
+    if query and replicas:
+        raise ConfigError(f"replicas = {replicas}, and store = {store} says how many: set one")
+    path = Path(folder or ".kvferry/cluster").expanduser().absolute()
+    return f"{SCHEME}{path}?{query or f'replicas={replicas or DEFAULT_REPLICAS}'}"
 
 
 def check_engines(config: ClusterConfig) -> None:
@@ -193,6 +214,7 @@ def _validate(config: ClusterConfig) -> None:
         ("nodes", config.nodes, 1, 64),
         ("gc_interval_s", config.gc_interval_s, 0, 1e9),
         ("port", http.port, 1, 65535),
+        ("replicas", replica.replicas, 0, 16),
         ("slots", replica.slots, 1, 255),
         ("n_ctx", replica.n_ctx, 16, 1 << 20),
         ("max_waiting", replica.max_waiting, 1, 1 << 16),

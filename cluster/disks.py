@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from actors.config import ReplicaConfig
 from cluster.nodes import named
 from storage.blocks import block_name
 from storage.card import TENANT_PATTERN, BlockRef
@@ -30,6 +31,7 @@ MAX_BLOCK_BYTES = 1 << 30
 _CALLS = 4  # that one disk answers at a time
 _WAITING = 64  # calls of one caller that wait for an answer
 _ANSWER_S, _SLOWEST = 2.0, 4e6  # seconds for an answer to begin; bytes per second at the least
+_LARGE_BLOCK = 16 << 20  # bytes; of a file whose size is not known
 _MEMBERS_S = 2.0  # so old may be what is known of the cluster's nodes
 _DIGEST = re.compile(r"[0-9a-f]{64}\Z")
 _HEAD = "node:__internal_head__"  # the resource that Ray gives the head
@@ -52,11 +54,11 @@ class NodeDisk(FolderDisk):
         except FileNotFoundError:
             return None
 
-    def copy(self, source: Any, path: str, size: int) -> bool:
-        """Fetch a block's file from another node's actor; False if it is gone there, or not sound.
-        Raises OSError."""
+    def copy(self, source: Disk, path: str) -> bool:
+        """Fetch a block's file from another node; False if it is gone there, or not sound. Raises
+        OSError."""
         try:
-            raw = RemoteDisk("", source).read(path, 0, None, size)
+            raw = source.read(path, 0, None)
         except FileNotFoundError:
             return False
         return self.keep(path, raw)
@@ -88,8 +90,8 @@ class RemoteDisk:
         found: list[tuple[str, int, float]] = self._call("entries", folder)
         return found
 
-    def read(self, path: str, start: int, stop: int | None, size: int = 64 << 20) -> bytes:
-        raw: bytes = self._call("read", path, start, stop, size=size)
+    def read(self, path: str, start: int, stop: int | None) -> bytes:
+        raw: bytes = self._call("read", path, start, stop, size=_LARGE_BLOCK)
         return raw
 
     def create(self, path: str, raw: bytes) -> None:
@@ -213,6 +215,13 @@ class ClusterDisks:
             if node.ray_id == here:
                 self._own = node.id, FolderDisk(node_folder(self._folder, node.id))
         self._living, self._looked = found, time.monotonic()
+
+
+def disk_folder(config: ReplicaConfig) -> str:
+    """Where nodes have a disk for others, each below its name; "": they have none."""
+    if config.store.startswith(SCHEME):
+        return parse_url(config.store)[0]
+    return config.local if config.local_bytes else ""
 
 
 def node_folder(folder: str, node: str) -> str:

@@ -26,7 +26,7 @@ from actors.replica import ModelReplica
 from actors.report import ReplicaInfo, ReplicaStatus, versions
 from actors.weights import WeightsProvider
 from cluster.disks import NAMESPACE as NAMESPACE
-from cluster.disks import RemoteDisk, open_disk
+from cluster.disks import RemoteDisk, disk_folder, node_folder, open_disk
 from cluster.errors import ClusterError
 from cluster.nodes import DEVICE, named
 from cluster.nodes import Node as Node
@@ -146,15 +146,19 @@ class ReplicaPool:
         self._open_disks()
 
     def _open_disks(self) -> None:
-        """Others may read the local tier of every node that has a device."""
-        local = self.config.local if self.config.local_bytes else ""
-        devices = {name: node for name, node in self.nodes.items() if node.has_device and local}
-        self.disks = {name: self._disk(node, f"{local}/{name}") for name, node in devices.items()}
+        """Others may read, and the store may use, the disk of every node that has a device."""
+        folder = disk_folder(self.config)
+        if folder:
+            devices = [node for node in self.nodes.values() if node.has_device]
+            self.disks = {n.id: self._disk(n, node_folder(folder, n.id)) for n in devices}
 
     def _disk(self, node: Node, folder: str) -> RemoteDisk:
         known = self._opened.get(node.ray_id)
         if known is None:
-            known = self._opened[node.ray_id] = open_disk(node.id, node.ray_id, folder)
+            known = open_disk(node.id, node.ray_id, folder)
+            here = {n.ray_id for n in self.nodes.values()}
+            self._opened = {i: d for i, d in self._opened.items() if i in here}
+            self._opened[node.ray_id] = known
         return known
 
     def _start(self, node: Node) -> Any:

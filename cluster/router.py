@@ -17,6 +17,7 @@ from typing import Any
 from actors.errors import AgentMoved
 from actors.turn import Affinity
 from cluster.config import ClusterConfig
+from cluster.copies import copies_json, copies_of
 from cluster.decisions import Choice, Outcome, to_json
 from cluster.disks import RemoteDisk
 from cluster.dispatch import Ask, Dispatch
@@ -73,6 +74,9 @@ class PlacementRouter:
         self._scanned = asyncio.Event()
         self._moves = Moves()
         self._tasks = [asyncio.create_task(self._pool.run())]
+        self._copies = copies_of(config.replica, lambda: self._pool.disks)
+        if self._copies is not None:
+            self._tasks.append(asyncio.create_task(self._copies.run()))
 
     # ---- placement
 
@@ -287,6 +291,7 @@ class PlacementRouter:
             "migrations": self._moves.total,
             "moves": self._moves.to_json(),
             "replica_losses": self._pool.restarts,
+            "copies": copies_json(self._copies),
             "nodes": nodes_json(self._pool, self._drains),
         }
 

@@ -261,3 +261,32 @@ def test_an_api_key_is_not_printed() -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(environment={"KVFERRY_API_KEYS": "sk-secret"})
     assert "sk-secret" not in str(caught.value)
+
+
+# ---- a store on the nodes' own disks
+
+
+def test_a_store_on_the_nodes_disks_keeps_two_copies(tmp_path: Path) -> None:
+    def store(**flags: Any) -> str:
+        return load_config(flags={"store": f"cluster://{tmp_path}", **flags}).replica.store
+
+    assert store() == f"cluster://{tmp_path}?replicas=2"
+    assert store(replicas=3) == f"cluster://{tmp_path}?replicas=3"
+    assert load_config(flags={"store": "cluster://"}).replica.store.startswith("cluster:///")
+    assert load_config(flags={"store": f"cluster://{tmp_path}"}).replica.local == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ({"replicas": 2}, "want store = cluster://"),
+        ({"replicas": 2, "store": "s3://bucket/agents"}, "want store = cluster://"),
+        ({"store": "cluster:///x", "local": "/disk"}, "blocks are on the nodes' disks"),
+        ({"store": "cluster:///x?replicas=2", "replicas": 3}, "set one"),
+        ({"store": "cluster:///x?copies=2"}, "cluster:///a/folder"),
+        ({"store": "cluster:///x", "replicas": 17}, "between 0 and 16"),
+    ],
+)
+def test_copies_where_they_cannot_be_kept_are_refused(flags: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        load_config(flags=flags)

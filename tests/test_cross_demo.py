@@ -40,7 +40,7 @@ def test_a_nodes_label_names_its_engine(monkeypatch: pytest.MonkeyPatch) -> None
         def options(self, **_: object) -> "Actor":
             return self
 
-        def remote(self, config: ReplicaConfig, node: str) -> None:
+        def remote(self, config: ReplicaConfig, node: str, weights: object) -> None:
             started.append(config)
 
     monkeypatch.setattr("cluster.pool.ray.remote", lambda cls: Actor())

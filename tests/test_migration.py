@@ -718,6 +718,22 @@ def test_replies_that_only_the_old_owner_had_are_known_to_the_next(pair_of: Make
     assert (taken.tokens, taken.replies) == (tokens, replies)
 
 
+def test_every_branch_comes_along(pair_of: MakePair) -> None:
+    """Nobody else has them."""
+    pair = pair_of(fake(), local=True)
+    disk = lagging(pair)
+    for text in (LONG, "Once upon a time " + LONG):
+        run(real(pair.a)._loop, [user(text)], n=5)
+    rows = [branch.rows for branch in memory_of(real(pair.a)._loop).branches]
+    assert len(rows) == 2
+    assert min(rows) > 512
+    pair.migrate(disk=disk)
+    settle(real(pair.b)._loop)
+    loaded = real(pair.b)._memory.store.latest(AGENT, real(pair.b)._memory.key)
+    assert loaded is not None
+    assert [branch.rows for branch in loaded.card.branches] == rows
+
+
 def test_a_card_names_only_blocks_that_its_own_disk_has(pair_of: MakePair) -> None:
     """I4: half of the blocks could not be fetched."""
     pair = pair_of(fake(), local=True, pool_bytes=0)
