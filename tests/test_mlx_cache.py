@@ -278,7 +278,7 @@ def test_a_batch_is_filtered_before_its_padding_is_fed(mlx: Any):
     _, k, v = stack([(q[:, :, :2], k[:, :, :2], v[:, :, :2]) for q, k, v in x[1:]])
     batch.update_and_fetch(k, v)
     batch.filter([1])
-    assert (batch.size(), batch.offset.tolist(), batch.left_padding.tolist()) == (2, [-1], [3])
+    assert (batch.size(), batch.offset.tolist(), batch.left_padding.tolist()) == (0, [-1], [1])
     found = attend(batch, *(y[:, :, 2:] for y in x[2]))
     short = new(mlx, name)
     wanted = attend(short, *(y[:, :, 3:] for y in x[2]))
