@@ -410,21 +410,23 @@ def test_engines_that_take_ten_turns_are_no_worse_than_two(
     engines: tuple[Any, Any], crossing: Crossing
 ) -> None:
     """Each computes half of the same 40 rows, a half at once or 4 rows at a time, and llama.cpp
-    the same text after them."""
+    the same text after them. Which rows are MLX's changes the KL by a tenth and more: so either
+    begins once, and every row is computed by both."""
     llama, mlx = engines
     ids = llama.vocab.tokenize(STORY)[: N + MORE]
 
-    def in_turns(hops: int) -> float:
+    def in_turns(hops: int, order: tuple[Any, Any]) -> float:
         at, rows = N - 2 * SHARE, crossing.rows
         rows = tuple(GroupRows(x.k[:, :at], x.v[:, :at]) for x in rows)
         for number in range(hops):
-            engine, n = (mlx, llama)[number % 2], 2 * SHARE // hops
+            engine, n = order[number % 2], 2 * SHARE // hops
             feed(replace_rows(engine, rows), 0, ids[at : at + n])
             at += n
             rows = both(engine, 0, 0, at)
         return kl(crossing.llama, go_on(replace_rows(llama, rows), ids[N:]))
 
-    two, ten, floor = in_turns(2), in_turns(10), kl(crossing.llama, crossing.mlx)
-    print(f"in turns: 2 hops KL {two:.4f}, 10 hops {ten:.4f}, without rows {floor:.4f}")
+    found = [[in_turns(hops, order) for order in ((mlx, llama), (llama, mlx))] for hops in (2, 10)]
+    (two, ten), floor = np.mean(found, axis=1), kl(crossing.llama, crossing.mlx)
+    print(f"in turns: 2 hops KL {two:.4f}, 10 hops {ten:.4f}, without rows {floor:.4f}", found)
     assert two <= LIMIT
     assert ten <= 1.1 * two
