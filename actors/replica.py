@@ -40,7 +40,7 @@ from actors.report import (
 from actors.scheduler import SchedulerConfig
 from actors.turn import Alive, StreamItem, TurnFailed, TurnFinished, TurnMoved, TurnRequest
 from storage.card import AgentId, Owner
-from storage.codec import get_codec, row_bytes
+from storage.codec import get_codec, refused_layers, row_bytes
 from storage.errors import StorageError, StoreUnavailable
 from storage.tiers import Tiers
 
@@ -67,10 +67,8 @@ class ModelReplica:
         draft = open_draft(config, engine)
         if not any(group.part == "full" for group in engine.key.spec.groups):
             raise ModelUnavailable("every layer of this model slides: nothing names its blocks")
-        for group in engine.key.spec.groups:
-            # Refuses a head dim it cannot store, before we are ready.
-            codec.fields("k", group.key_dim)
-            codec.fields("v", group.value_dim)
+        for reason, layers in refused_layers(engine.key.spec, codec).items():
+            raise ModelUnavailable(f"layers {layers}: {reason}; codec = 'f16' stores any")
         self._owner = Owner(node, secrets.token_hex(8))
         self._config = config
         local = open_local(config, node, engine.key)

@@ -8,7 +8,7 @@ import ctypes
 import importlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType, quants
 
+from actors.config import ReplicaConfig
 from actors.errors import ModelUnavailable
+from actors.replica import ModelReplica
 from tests.engine_contract import both
 from tests.require import require
 from tests.test_cross_engine import STORY, go_on, kl, open_llama, open_mlx, replace_rows
@@ -220,6 +222,22 @@ def test_a_gguf_that_llama_cpp_would_compute_otherwise_is_refused(
     with pytest.raises(ModelUnavailable, match=reason) as caught:
         open_mlx(write(tmp_path / "odd.gguf", odd, tokenizer))
     assert "\n" not in str(caught.value)
+
+
+def test_a_head_dim_that_no_codec_groups_is_served_in_float_when_asked(
+    tmp_path: Path, tokenizer: Fields
+) -> None:
+    path = write(tmp_path / "odd.gguf", ODD["head dim 80"], tokenizer)
+    open_mlx(path).close()
+    config = ReplicaConfig(
+        model=str(path), engine="mlx", store=f"file://{tmp_path}", slots=2, n_ctx=128, threads=1
+    )
+    for kv_type in ("f16", "q4"):
+        reason = r"layers \[0, 1\]: cannot quantize a head dim of 80.*codec = 'f16'"
+        with pytest.raises(ModelUnavailable, match=reason):
+            ModelReplica(replace(config, kv_type=kv_type, codec="q4"), "n")
+    replica = ModelReplica(replace(config, kv_type="f16", codec="f16"), "n")
+    replica.close()
 
 
 # ---- directories
