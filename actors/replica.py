@@ -41,7 +41,7 @@ from actors.scheduler import SchedulerConfig
 from actors.turn import Alive, StreamItem, TurnFailed, TurnFinished, TurnMoved, TurnRequest
 from actors.weights import WeightsProvider, provide
 from storage.card import AgentId, CacheCard, Owner
-from storage.codec import get_codec, row_bytes
+from storage.codec import get_codec, refused_layers, row_bytes
 from storage.errors import StorageError, StoreUnavailable
 from storage.peers import BlockSource
 from storage.tiers import Tiers
@@ -74,10 +74,8 @@ class ModelReplica:
         draft = open_draft(config, engine)
         if not any(group.part == "full" for group in engine.key.spec.groups):
             raise ModelUnavailable("every layer of this model slides: nothing names its blocks")
-        for group in engine.key.spec.groups:
-            # Refuses a head dim it cannot store, before we are ready.
-            codec.fields("k", group.key_dim)
-            codec.fields("v", group.value_dim)
+        for reason, layers in refused_layers(engine.key.spec, codec).items():
+            raise ModelUnavailable(f"layers {layers}: {reason}; codec = 'f16' stores any")
         self._owner = Owner(node, secrets.token_hex(8))
         self._config = config
         local = open_local(config, node, engine.key)

@@ -107,6 +107,18 @@ def codec_parameters(spec: ModelCacheSpec, codec: Codec) -> dict[str, dict[str, 
     }
 
 
+def refused_layers(spec: ModelCacheSpec, codec: Codec) -> dict[str, list[int]]:
+    """Why it cannot store a layer's rows -> the layers."""
+    refused: dict[str, list[int]] = {}
+    for index, layer in enumerate(spec.layers):
+        try:
+            codec.fields("k", layer.key_dim)
+            codec.fields("v", layer.value_dim)
+        except ValueError as error:
+            refused.setdefault(str(error), []).append(index)
+    return refused
+
+
 def row_bytes(spec: ModelCacheSpec, codec: Codec) -> int:
     """Bytes of one token's encoded row in the layers that do not slide."""
     return sum(

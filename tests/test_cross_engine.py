@@ -15,9 +15,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.engines.base import Chunk, Engine
-from storage.codec import Tensors, decode_rows, encode_rows, get_codec, merge_parts
-from storage.spec import KVRows
+from actors.branches import positions
+from actors.engines.base import Chunk, Engine, count_rows
+from storage.codec import (
+    Tensors,
+    concat_rows,
+    decode_rows,
+    encode_rows,
+    get_codec,
+    merge_parts,
+    slice_rows,
+)
+from storage.quantizers import Affine
+from storage.spec import GroupRows, KVRows
 from tests.engine_contract import EngineContract, assert_same_rows, both, feed
 from tests.loops import assistant, make_loop, memory_of, run, settle, user
 from tests.require import require
@@ -183,6 +193,59 @@ def test_codes_are_the_same_in_cells_of_both(tiny_models: dict[str, Path]) -> No
         engine.close()
 
 
+class Counts:
+    """Of rows encoded: by the replica, by cells of codes (once for each layer and side), and of
+    tokens that the engine computed."""
+
+    def __init__(self) -> None:
+        self.handed_over = self.in_cells = self.computed = 0
+
+    def begin(self, engine: Any) -> None:
+        self.__init__()  # type: ignore[misc]
+        step = engine.step
+
+        def counting(chunks: Any) -> Any:
+            self.computed += sum(len(chunk.token_ids) for chunk in chunks)
+            return step(chunks)
+
+        engine.step = counting
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counts:
+    require("mlx", importlib.util.find_spec("mlx") is not None, "mlx is not installed")
+    from actors import rows
+    from actors.engines import mlx_codec
+
+    counts, encode_cells = Counts(), mlx_codec.encode
+
+    def hand_over(spec: Any, codec: Any, x: KVRows, part: Any = "full", **options: Any) -> Tensors:
+        counts.handed_over += count_rows(x) if part == "full" else 0
+        return encode_rows(spec, codec, x, part, **options)
+
+    def in_cells(quantizer: Any, x: Any) -> Any:
+        counts.in_cells += x.shape[0] * x.shape[2] if isinstance(quantizer, Affine) else 0
+        return encode_cells(quantizer, x)
+
+    monkeypatch.setattr(rows, "encode_rows", hand_over)
+    monkeypatch.setattr(mlx_codec, "encode", in_cells)
+    return counts
+
+
+def stored_rows(loop: Any) -> dict[tuple[str, int], bytes]:
+    """(tensor, position) -> the row's bits, of what the agent's branch has stored."""
+    memory, found = memory_of(loop), {}
+    for start, one in positions(memory.branches[0]):
+        for part in ("full", "sliding"):
+            has = part == "full" or one.has_window
+            tensors = loop.memory.rows.tensors(memory, one, part) if has else {}
+            for name, x in tensors.items():
+                first = start + one.rows - x.shape[1]  # a window ends where its run does
+                for i in range(x.shape[1]):
+                    found[f"{part}.{name}", first + i] = x[:, i].tobytes()
+    return found
+
+
 @pytest.mark.parametrize(
     ("model", "codec", "cells"),
     [
@@ -193,25 +256,45 @@ def test_codes_are_the_same_in_cells_of_both(tiny_models: dict[str, Path]) -> No
         ("deepseek2", "q4", "q4"),
     ],
 )
-def test_a_conversation_changes_engine_at_every_turn(
-    tiny_models: dict[str, Path], tmp_path: Path, model: str, codec: str, cells: str
+def test_a_conversation_changes_engine_ten_times(
+    tiny_models: dict[str, Path],
+    tmp_path: Path,
+    model: str,
+    codec: str,
+    cells: str,
+    counted: Counts,
 ) -> None:
-    """Through the store: every turn finds all rows that the turn before left there."""
+    """Through the store: every turn finds all rows that the turn before left there, only the rows
+    it adds are encoded, and what is stored keeps its bits."""
     messages, held = [user("What did the fishermen see? " * 8)], 0
-    for turn in range(4):
+    stored: dict[tuple[str, int], bytes] = {}
+    for turn in range(11):
         mlx = turn % 2 == 1
         engine = open_mlx(tiny_models[model], cells) if mlx else open_llama(tiny_models[model])
+        counted.begin(engine)
         loop = make_loop(engine, tmp_path, codec=codec, node=f"n{turn % 2}")
-        answer = run(loop, messages, n=12, turn_id=f"turn{turn}")
+        answer = run(loop, messages, n=6, turn_id=f"turn{turn}")
         assert answer.cached == held
         assert (answer.cache == "cold") == (turn == 0)
         settle(loop)
         (branch,) = memory_of(loop).branches
-        held = branch.rows
+        if engine.exports_encoded:  # by the cells, as they are computed
+            assert counted.handed_over == 0
+            sides = sum(2 if g.value_dim else 1 for g in engine.key.spec.groups for _ in g.layers)
+            sliding = sum(2 * len(g.layers) for g in engine.key.spec.groups if g.part == "sliding")
+            assert counted.in_cells == counted.computed * (sides - sliding)
+        else:
+            assert (counted.handed_over, counted.in_cells) == (branch.rows - held, 0)
+        found = stored_rows(loop)
+        assert found.keys() - stored.keys()
+        assert all(found[place] == raw for place, raw in stored.items() if place in found)
+        assert {at for at in stored if at[0].startswith("full.")} <= found.keys()
+        stored, held = stored | found, branch.rows
         assert held >= len(answer.prompt)
         assert not loop.memory.faults
         loop.close()
         messages += [assistant(answer.text), user(f"And then? {turn}")]
+    assert held > 256  # a block was sealed on the way
 
 
 # ---- the real model
@@ -230,6 +313,7 @@ class Crossing:
 
 
 N, MORE = 78, 50
+SHARE = 20  # of the first N, computed by either engine where they take turns
 
 
 @pytest.fixture(scope="module")
@@ -290,32 +374,59 @@ def test_smollm2_goes_on_from_four_bits(
 
 @pytest.mark.model
 @pytest.mark.timeout(600)
-def test_ten_hops_are_no_worse_than_two(engines: tuple[Any, Any], crossing: Crossing) -> None:
-    """What hops cost, and what it costs that both engines compute in turns, 25 or 5 tokens each:
-    never more than it costs to compute all on the other one."""
+@pytest.mark.parametrize("codec", [F16, Q4], ids=["f16", "q4"])
+def test_ten_hops_are_no_worse_than_two(
+    engines: tuple[Any, Any], crossing: Crossing, codec: Any
+) -> None:
+    """Of rows that llama.cpp, MLX and llama.cpp again have computed, and the same text after them.
+    Every hop loads what the one before exported; what was stored stays as it was encoded."""
     llama, mlx = engines
-    ids = llama.vocab.tokenize(STORY)[N : N + MORE]
+    ids, spec = llama.vocab.tokenize(STORY)[: N + MORE], llama.key.spec
 
-    def bounced(n: int) -> float:
-        rows = through(Q4, llama, crossing.rows)
-        for number in range(n):
-            rows = both(replace_rows((mlx, llama)[number % 2], rows), 0, 0, N)
-        return kl(crossing.llama, go_on(replace_rows(llama, rows), ids))
+    def walked(detours: int) -> float:
+        """Two hops and two more for each detour, taken before each engine's share."""
+        first = slice_rows(encode_rows(spec, F16, crossing.rows), 0, N - 2 * SHARE)
+        stored = encode_rows(spec, codec, decode_rows(spec, F16, first))
+        for at, engine in ((N - 2 * SHARE, mlx), (N - SHARE, llama)):
+            rows = decode_rows(spec, codec, stored)
+            for _ in range(detours):
+                other = llama if engine is mlx else mlx
+                rows = both(replace_rows(engine, rows), 0, 0, at)
+                rows = both(replace_rows(other, rows), 0, 0, at)
+            feed(replace_rows(engine, rows), 0, ids[at : at + SHARE])
+            added = encode_rows(spec, codec, engine.export(0, at, at + SHARE))
+            stored = concat_rows([stored, added])
+        ended = replace_rows(llama, decode_rows(spec, codec, stored))
+        return kl(crossing.llama, go_on(ended, ids[N:]))
 
-    def in_turns(n: int) -> float:
-        seen, at, rows = [], 0, crossing.rows
-        for number in range(n):
-            engine = replace_rows((mlx, llama)[number % 2], rows)
-            part = ids[at : at + MORE // n]
-            seen.append(go_on(engine, part, keep=True))
-            at += len(part)
-            rows = both(engine, 0, 0, N + at)
-        return kl(crossing.llama, np.concatenate(seen))
+    two, ten, floor = walked(0), walked(2), kl(crossing.llama, crossing.mlx)
+    print(f"{codec.name}: 2 hops KL {two:.4f}, 10 hops {ten:.4f}, without rows {floor:.4f}")
+    assert ten <= 1.1 * two
 
-    two, ten, floor = in_turns(2), in_turns(10), kl(crossing.llama, crossing.mlx)
-    print(f"in turns: 2 hops KL {two:.4f}, 10 hops {ten:.4f}, without rows {floor:.4f}")
+
+@pytest.mark.model
+@pytest.mark.timeout(600)
+def test_engines_that_take_ten_turns_are_no_worse_than_two(
+    engines: tuple[Any, Any], crossing: Crossing
+) -> None:
+    """Each computes half of the same 40 rows, a half at once or 4 rows at a time, and llama.cpp
+    the same text after them. Which rows are MLX's changes the KL by a tenth and more: so either
+    begins once, and every row is computed by both."""
+    llama, mlx = engines
+    ids = llama.vocab.tokenize(STORY)[: N + MORE]
+
+    def in_turns(hops: int, order: tuple[Any, Any]) -> float:
+        at, rows = N - 2 * SHARE, crossing.rows
+        rows = tuple(GroupRows(x.k[:, :at], x.v[:, :at]) for x in rows)
+        for number in range(hops):
+            engine, n = order[number % 2], 2 * SHARE // hops
+            feed(replace_rows(engine, rows), 0, ids[at : at + n])
+            at += n
+            rows = both(engine, 0, 0, at)
+        return kl(crossing.llama, go_on(replace_rows(llama, rows), ids[N:]))
+
+    found = [[in_turns(hops, order) for order in ((mlx, llama), (llama, mlx))] for hops in (2, 10)]
+    (two, ten), floor = np.mean(found, axis=1), kl(crossing.llama, crossing.mlx)
+    print(f"in turns: 2 hops KL {two:.4f}, 10 hops {ten:.4f}, without rows {floor:.4f}", found)
     assert two <= LIMIT
-    assert ten <= 1.1 * max(two, floor) + 1e-3
-    two, ten = bounced(2), bounced(10)
-    print(f"stored in q4: 2 hops KL {two:.4f}, 10 hops {ten:.4f}")
     assert ten <= 1.1 * two

@@ -272,6 +272,14 @@ def test_no_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
     assert checks.check_build("llama.cpp")[-1].status == "fail"
 
 
+@pytest.mark.parametrize("package", ["mlx", "mlx-lm"])
+def test_no_mlx(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    monkeypatch.setenv("KVFERRY_ENGINE", "mlx")
+    without(package, monkeypatch)
+    failed = {check.name: check for check in checks.check_build("mlx") if check.status == "fail"}
+    assert failed["mlx"].text == f"{package} is not installed"
+
+
 def test_no_c_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "storage._codec", None)
     assert run()[1]["codec"].status == "warn"

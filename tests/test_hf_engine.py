@@ -1,6 +1,7 @@
 """transformers as the reference: the engine contract, and cards that llama.cpp has written.
 
-torch is large: the tests are skipped without it, unless KVFERRY_REQUIRE lists `hf`.
+torch is large: the tests are skipped without it, unless KVFERRY_REQUIRE lists `hf`. `make test
+EXTRAS=hf` installs it.
 """
 
 import importlib
@@ -29,6 +30,7 @@ from tests.test_cross_engine import go_on, kl, open_llama, replace_rows
 FLOOR = 1e-4  # nats: float32 against llama.cpp's float16 rows and kernels
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(300),  # torch takes long to load on a busy machine
     # torch and transformers warn of their own deprecations
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),

@@ -269,6 +269,23 @@ def test_prompts_padded_on_the_left(mlx: Any):
         batch.prepare(left_padding=[1, 1])
 
 
+def test_a_batch_is_filtered_before_its_padding_is_fed(mlx: Any):
+    """Columns that are not there yet are not cut off."""
+    name = "grouped"
+    batch = mlx.BatchQuantizedKVCache(Q4.keys, Q4.values, [1, 4, 3])
+    x = [noise(i, name, 6) for i in range(3)]
+    batch.filter([1, 2])
+    _, k, v = stack([(q[:, :, :2], k[:, :, :2], v[:, :, :2]) for q, k, v in x[1:]])
+    batch.update_and_fetch(k, v)
+    batch.filter([1])
+    assert (batch.size(), batch.offset.tolist(), batch.left_padding.tolist()) == (0, [-1], [1])
+    found = attend(batch, *(y[:, :, 2:] for y in x[2]))
+    short = new(mlx, name)
+    wanted = attend(short, *(y[:, :, 3:] for y in x[2]))
+    np.testing.assert_allclose(found[:, :, 1:], wanted, atol=TOLERANCE)
+    assert batch.n_rows(0) == 3
+
+
 @pytest.mark.parametrize("n", [1, 7])
 def test_a_window_sees_the_last_rows_only(mlx: Any, n: int):
     """However many rows are still held, and beside sequences of other lengths."""

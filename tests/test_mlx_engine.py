@@ -339,12 +339,12 @@ def test_quantized_weights_are_taken_over_without_loss(kind: str) -> None:
     gguf = pytest.importorskip("gguf")
     import mlx.core as mx
 
-    from actors.engines import mlx_gguf
+    from actors.engines import mlx_gguf, mlx_gguf_file
 
     x = np.random.default_rng(1).standard_normal((24, 96)).astype(np.float32)
     x[0], x[1, :32] = 0, 5
     number = gguf.GGMLQuantizationType[kind]
-    tensor = mlx_gguf.Tensor(x.shape, number, gguf.quants.quantize(x, number))
+    tensor = mlx_gguf_file.Tensor(x.shape, number, gguf.quants.quantize(x, number))
     fields = dict(mlx_gguf._weights(tensor, mx.float32, packed=True))
     found = mx.dequantize(
         fields["weight"],
@@ -363,10 +363,10 @@ def write_directory(folder: Path, gguf: Path, tokenizer_from: Path, **changes: A
     from mlx.utils import tree_flatten
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    from actors.engines import mlx_gguf, mlx_gguf_spec
+    from actors.engines import mlx_gguf, mlx_gguf_file, mlx_gguf_spec
 
     described = mlx_gguf_spec.describe(gguf)
-    spec, rope, file = described.key.spec, dict(described.key.rope), mlx_gguf.read(gguf)
+    spec, rope, file = described.key.spec, dict(described.key.rope), mlx_gguf_file.read(gguf)
     net = mlx_gguf.build(file, spec, rope, mx.float32, packed=False)
     folder.mkdir()
     mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(net.parameters())))

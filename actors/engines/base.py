@@ -58,7 +58,8 @@ class Vocab(Protocol):
 
 
 class Engine(Protocol):
-    """Sequences are 0 .. n_seq_max - 1. Raises actors.errors.EngineFault when it breaks."""
+    """Sequences are 0 .. n_seq_max - 1. Raises actors.errors.EngineFault when it breaks. Engines
+    inherit from it what follows from the rest."""
 
     name: str
     device: str
@@ -118,7 +119,9 @@ class Engine(Protocol):
     def can_truncate(self, seq_id: int, n_rows: int) -> bool:
         """Whether the sequence can be cut to its first n_rows and go on correctly; asked with its
         present length, whether it can go on as it is. Without sliding layers: always."""
-        ...
+        if not 0 < n_rows <= self.n_rows(seq_id):
+            return n_rows == 0
+        return self.window_start(seq_id) <= max(0, n_rows - self.window + 1)
 
     def truncate(self, seq_id: int, n_rows: int) -> None:
         """Keep the first n_rows; 0 frees the sequence, its length or more changes nothing. Raises

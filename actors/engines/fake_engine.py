@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.engines.base import Chunk, Logits, Vocab, count_rows
+from actors.engines.base import Chunk, Engine, Logits, Vocab, count_rows
 from actors.errors import EngineFault
 from storage.codec import Tensors
 from storage.spec import CompatibilityKey, GroupRows, KVRows, LayerSpec, ModelCacheSpec, Part
@@ -62,7 +62,7 @@ class FakeVocab:
         return bytes([token_id]) if token_id < 256 else b""
 
 
-class FakeEngine:
+class FakeEngine(Engine):
     """See the module docstring. A reply is lower-case letters and spaces, and ends by itself."""
 
     name = "fake"
@@ -233,11 +233,6 @@ class FakeEngine:
         while first - 1 in self._sliding[seq_id]:
             first -= 1
         return first
-
-    def can_truncate(self, seq_id: int, n_rows: int) -> bool:
-        if not 0 < n_rows <= len(self._rows[seq_id]):
-            return n_rows == 0
-        return self.window_start(seq_id) <= max(0, n_rows - self.window + 1)
 
     def truncate(self, seq_id: int, n_rows: int) -> None:
         if 0 < len(self._rows[seq_id]) <= n_rows:

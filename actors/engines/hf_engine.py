@@ -2,9 +2,8 @@
 
 Small and slow on purpose. A sequence is its rows, in the stored form, in numpy; for a step they are
 put into a transformers DynamicCache, whose sliding layers keep the window alone, and the model runs
-over it in float32, one sequence after another, as transformers has written it. Weights come from
-the GGUF that llama.cpp serves, dequantized by transformers; what that leaves out of the
-configuration is taken from the spec, and what it cannot express is refused. Used by tests.
+over it in float32, one sequence after another, as transformers has written it (hf_models loads it).
+Used by tests.
 """
 
 from __future__ import annotations
@@ -15,20 +14,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGUFReader
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
-from actors.engines.base import Chunk, Logits, count_rows
+from actors.engines import hf_models
+from actors.engines.base import Chunk, Engine, Logits, count_rows
 from actors.engines.mlx_gguf_spec import describe
 from actors.errors import EngineFault, ModelUnavailable
 from storage.codec import Tensors
-from storage.spec import CompatibilityKey, GroupRows, KVRows, Part
+from storage.spec import GroupRows, KVRows, Part
 
 _N_BATCH = 512
-_ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
 
 
-class HfEngine:
+class HfEngine(Engine):
     """n_seq_max sequences of n_cells tokens in all; see Engine for the calls.
 
     Raises ModelUnavailable for a model that transformers would not compute as llama.cpp does.
@@ -45,7 +43,7 @@ class HfEngine:
         self.key, self.vocab, self._close = described.key, described.vocab, described.close
         self._spec = self.key.spec
         try:
-            self._model = _load(path, self.key)
+            self._model = hf_models.load(path, self.key)
         except ModelUnavailable:
             self._close()
             raise
@@ -207,11 +205,6 @@ class HfEngine:
         held = min(int(rows.k.shape[1]) for group, rows in groups if group.part == "sliding")
         return self.n_rows(seq_id) - held
 
-    def can_truncate(self, seq_id: int, n_rows: int) -> bool:
-        if not 0 < n_rows <= self.n_rows(seq_id):
-            return n_rows == 0
-        return self.window_start(seq_id) <= max(0, n_rows - self.window + 1)
-
     def truncate(self, seq_id: int, n_rows: int) -> None:
         if n_rows >= self.n_rows(seq_id) > 0:
             return
@@ -259,53 +252,3 @@ class HfEngine:
 def _states(rows: Any) -> Any:
     """(T, heads, D) float16 -> (1, heads, T, D) float32."""
     return torch.from_numpy(np.ascontiguousarray(rows)).float().transpose(0, 1)[None]
-
-
-def _load(path: Path, key: CompatibilityKey) -> Any:
-    """Raises ModelUnavailable."""
-    spec, rope = key.spec, dict(key.rope)
-    arch, shapes = spec.architecture, {(x.n_kv_heads, x.key_dim) for x in spec.layers}
-
-    def refuse(reason: str) -> ModelUnavailable:
-        return ModelUnavailable(f"{path}: {arch} with {reason}, not supported by the hf engine")
-
-    if arch not in _ARCHITECTURES or len(shapes) > 1:
-        raise refuse("this architecture, or layers of several shapes")
-    scaled = any(tensor.name == "rope_freqs.weight" for tensor in GGUFReader(path).tensors)
-    if scaled or rope["scaling"] != "none" or rope["factor"] != 1.0:
-        raise refuse("scaled rope")
-    head_dim = spec.layers[0].key_dim
-    changed: dict[str, Any] = {} if arch == "qwen2" else {"head_dim": head_dim}
-    if arch == "gemma3":
-        changed |= {"query_pre_attn_scalar": head_dim, "sliding_window": spec.window}
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            str(path.parent),
-            gguf_file=path.name,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            **changed,
-        )
-    except (ValueError, RuntimeError, ImportError) as error:
-        raise ModelUnavailable(f"{path}: {str(error).splitlines()[0]}") from error
-    _check_config(model.config, key, refuse)
-    return model.eval()
-
-
-def _check_config(config: Any, key: CompatibilityKey, refuse: Any) -> None:
-    """transformers reads a GGUF's fields by a table of its own: what it read must be the spec's."""
-    layers, rope = key.spec.layers, dict(key.rope)
-    slides = [kind == "sliding_attention" for kind in getattr(config, "layer_types", None) or []]
-    if slides and slides != [layer.kind == "sliding" for layer in layers]:
-        raise refuse("sliding layers that transformers places elsewhere")
-    if not slides and key.spec.window:
-        raise refuse("sliding layers that transformers does not know of")
-    found = config.rope_parameters
-    bases = {"base": found.get("full_attention", found)["rope_theta"]}
-    if "sliding_attention" in found:
-        bases["base_sliding"] = found["sliding_attention"]["rope_theta"]
-    for name, base in bases.items():
-        if not np.isclose(base, float(rope[name])):
-            raise refuse(f"rope {name} {rope[name]}, which transformers takes for {base}")
-    if config.num_hidden_layers != len(layers):
-        raise refuse(f"{len(layers)} layers, of which transformers sees {config.num_hidden_layers}")

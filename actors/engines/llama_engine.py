@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.engines import llama_lora, llama_spec, llama_state
-from actors.engines.base import Chunk, Logits, Vocab, count_rows
+from actors.engines.base import Chunk, Engine, Logits, Vocab, count_rows
 from actors.engines.llama_batch import Batch
 from actors.engines.llama_context import check_options, open_context, open_model
 from actors.engines.llama_lora import Lora
@@ -53,7 +53,7 @@ def _log(level: int, text: bytes, _: Any) -> None:
         logger.error("llama.cpp: %s", text.decode(errors="replace").strip())
 
 
-class LlamaEngine:
+class LlamaEngine(Engine):
     """n_seq_max sequences that share n_cells cells; see Engine for the calls.
 
     Raises ModelUnavailable for a file llama.cpp cannot load or a cache this engine cannot carry.
@@ -273,11 +273,6 @@ class LlamaEngine:
         if last + 1 != self._rows[seq_id]:  # none at the end: loaded without, or lost
             return self._rows[seq_id]
         return max(first, self._run[seq_id], 0)
-
-    def can_truncate(self, seq_id: int, n_rows: int) -> bool:
-        if not 0 < n_rows <= self._rows[seq_id]:
-            return n_rows == 0
-        return self.window_start(seq_id) <= max(0, n_rows - self.window + 1)
 
     def truncate(self, seq_id: int, n_rows: int) -> None:
         if 0 < self._rows[seq_id] <= n_rows:

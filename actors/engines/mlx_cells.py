@@ -40,7 +40,8 @@ class Cells:
                 odd.setdefault(str(error), []).append(i)
         if odd:
             reasons = "; ".join(f"layers {layers}: {reason}" for reason, layers in odd.items())
-            raise ModelUnavailable(f"cells of {codec.name}: {reasons}")
+            todo = "kv_type = 'f16' keeps all in float, and codec = 'f16' stores any"
+            raise ModelUnavailable(f"cells of {codec.name}: {reasons}; {todo}")
 
     def _check_layer(self, layer: LayerSpec) -> None:
         if layer.kind == "sliding":

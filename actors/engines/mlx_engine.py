@@ -20,7 +20,7 @@ import mlx.core as mx
 import numpy as np
 
 from actors.engines import mlx_models
-from actors.engines.base import Chunk, Logits, count_rows
+from actors.engines.base import Chunk, Engine, Logits, count_rows
 from actors.engines.mlx_batches import Batches
 from actors.engines.mlx_cells import Cells
 from actors.errors import EngineFault, ModelUnavailable
@@ -32,7 +32,7 @@ _N_BATCH = 512
 _FAULTS = (RuntimeError, ValueError, MemoryError)  # what MLX raises
 
 
-class MlxEngine:
+class MlxEngine(Engine):
     """n_seq_max sequences of n_cells tokens in all; see Engine for the calls.
 
     Raises ModelUnavailable for a model mlx-lm or this engine cannot serve.
@@ -229,11 +229,6 @@ class MlxEngine:
         caches, place = self._batches.find(seq_id)
         held = min(c.n_held(place) for c, s in zip(caches, self._slides, strict=True) if s)
         return self.n_rows(seq_id) - held
-
-    def can_truncate(self, seq_id: int, n_rows: int) -> bool:
-        if not 0 < n_rows <= self.n_rows(seq_id):
-            return n_rows == 0
-        return self.window_start(seq_id) <= max(0, n_rows - self.window + 1)
 
     def truncate(self, seq_id: int, n_rows: int) -> None:
         held = self.n_rows(seq_id)

@@ -126,7 +126,8 @@ class BatchKVCache:
         keep: list[int] = _ints(batch_indices)
         self._held = [self._held[i] for i in keep]
         self._offset = [self._offset[i] for i in keep]
-        first = max(0, self._idx - max(self._held))
+        # padding that no sequence needs; what `prepare` announced may not have been fed yet
+        first = min(self._idx, max(0, self._idx - max(self._held)))
         self._fields = [x[:, :, first : self._idx] for x in self._fields]
         if keep != [0] or (len(self._fields) and self._fields[0].shape[0] > 1):
             self._fields = [x[mx.array(keep)] for x in self._fields]

@@ -1,7 +1,6 @@
 """A GGUF as one of mlx-lm's models: the file's fields and tensors, renamed and put in MLX's order.
 
 llama.cpp has loaded the file before (mlx_models), so it is sound; what MLX cannot say is refused.
-Reads the header itself: the gguf package unpacks every word of the vocabulary, which takes seconds.
 Weights are dequantized to the dtype asked for, or, where MLX has the format, taken over as they
 are: Q4_0, Q4_1 and Q8_0 are MLX's affine codes in groups of 32.
 """
@@ -9,26 +8,18 @@ are: Q4_0, Q4_1 and Q8_0 are MLX's affine codes in groups of 32.
 from __future__ import annotations
 
 import importlib
-import mmap
-import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
+from gguf import GGML_QUANT_SIZES
 from mlx.nn.layers.quantized import quantize
-from numpy.typing import NDArray
 
 from actors.engines.llama_q4 import from_q4_1_numpy
-from actors.errors import ModelUnavailable
+from actors.engines.mlx_gguf_file import GgufFile, Tensor, Type
 from storage.spec import ModelCacheSpec
 
-Type = GGMLQuantizationType
-_SCALARS = dict(enumerate(("B", "b", "H", "h", "I", "i", "f", "?"))) | {10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
 _MODULES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text",
             "deepseek2": "deepseek_v2"}  # fmt: skip
 _NAMES = {
@@ -46,81 +37,20 @@ _GEMMA_NAMES = {
     "post_attention_norm": "post_attention_layernorm", "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """(rows, bytes of a row) uint8, and what it stands for."""
-
-    shape: tuple[int, ...]
-    type: Type
-    rows: NDArray[np.uint8]
-
-    def floats(self) -> NDArray[np.float32]:
-        return np.asarray(dequantize(self.rows, self.type), np.float32).reshape(self.shape)
-
-
-@dataclass(frozen=True)
-class GgufFile:
-    """`fields` without arrays; tensors are views of the file."""
-
-    path: Path
-    fields: dict[str, Any]
-    tensors: dict[str, Tensor]
-
-    def refuse(self, reason: str) -> ModelUnavailable:
-        return ModelUnavailable(f"{self.path}: {reason}, not supported by the mlx engine")
-
-
-def read(path: Path) -> GgufFile:
-    with path.open("rb") as file:
-        raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    n_tensors, n_fields = struct.unpack_from("<QQ", raw, 8)
-    at, fields = 24, {}
-    for _ in range(n_fields):
-        name, at = _string(raw, at)
-        (kind,) = struct.unpack_from("<I", raw, at)
-        value, at = _value(raw, at + 4, kind)
-        if value is not None:
-            fields[name.decode()] = value
-    infos = []
-    for _ in range(n_tensors):
-        name, at = _string(raw, at)
-        (n_dims,) = struct.unpack_from("<I", raw, at)
-        *dims, kind, offset = struct.unpack_from(f"<{n_dims}QIQ", raw, at + 4)
-        infos.append((name.decode(), tuple(dims[::-1]), Type(kind), offset))
-        at += 4 + 8 * n_dims + 12
-    alignment = fields.get("general.alignment", 32)
-    start, tensors = -(-at // alignment) * alignment, {}
-    for tensor, shape, form, offset in infos:
-        block, size = GGML_QUANT_SIZES[form]
-        row = shape[-1] // block * size
-        count = int(np.prod(shape[:-1], dtype=np.int64)) * row
-        data = np.frombuffer(raw, np.uint8, count, start + offset)
-        tensors[tensor] = Tensor(shape, form, data.reshape(-1, row))
-    return GgufFile(path, fields, tensors)
-
-
-def _string(raw: mmap.mmap, at: int) -> tuple[bytes, int]:
-    (n,) = struct.unpack_from("<Q", raw, at)
-    return raw[at + 8 : at + 8 + n], at + 8 + n
-
-
-def _value(raw: mmap.mmap, at: int, kind: int) -> tuple[Any, int]:
-    """(value, where the next field begins); arrays are skipped: None."""
-    if kind == _STRING:
-        text, at = _string(raw, at)
-        return text.decode(errors="replace"), at
-    if kind != _ARRAY:
-        form = "<" + _SCALARS[kind]
-        return struct.unpack_from(form, raw, at)[0], at + struct.calcsize(form)
-    of, n = struct.unpack_from("<IQ", raw, at)
-    at += 12
-    if of != _STRING:
-        return None, at + n * struct.calcsize("<" + _SCALARS[of])
-    for _ in range(n):
-        at += 8 + int.from_bytes(raw[at : at + 8], "little")
-    return None, at
+# An architecture's fields that are taken over, or that change nothing here. llama.cpp computes by
+# many more: a model with one of those would be computed otherwise.
+_FIELDS = {
+    "attention.head_count", "attention.head_count_kv", "attention.key_length",
+    "attention.key_length_mla", "attention.kv_lora_rank", "attention.layer_norm_rms_epsilon",
+    "attention.q_lora_rank", "attention.sliding_window", "attention.sliding_window_pattern",
+    "attention.value_length", "attention.value_length_mla", "block_count", "context_length",
+    "embedding_length", "expert_count", "expert_feed_forward_length", "expert_gating_func",
+    "expert_shared_count", "expert_used_count", "expert_weights_norm", "expert_weights_scale",
+    "feed_forward_length", "leading_dense_block_count", "mm.tokens_per_image",
+    "nextn_predict_layers", "rope.dimension_count", "rope.freq_base", "rope.freq_base_swa",
+    "rope.scaling.factor", "rope.scaling.finetuned", "rope.scaling.original_context_length",
+    "rope.scaling.type", "tensor_data_layout", "vocab_size",
+}  # fmt: skip
 
 
 def build(
@@ -131,12 +61,17 @@ def build(
     arch = spec.architecture
     if arch not in _MODULES:
         raise file.refuse(f"architecture {arch}")
+    _check_fields(file, spec, rope)
     module = importlib.import_module(f"mlx_lm.models.{_MODULES[arch]}")
     model = module.Model(module.ModelArgs.from_dict(_config(file, spec, rope)))
     weights: dict[str, mx.array] = {}
-    for name, tensor in _tensors(file, arch):
-        for suffix, array in _weights(tensor, dtype, packed and name.endswith(".weight")):
-            weights[f"{name.rpartition('.')[0]}.{suffix}" if suffix else name] = array
+    for name, tensor in _tensors(file, spec):
+        stem = name.rpartition(".")[0]
+        try:
+            for suffix, array in _weights(tensor, dtype, packed and name.endswith(".weight")):
+                weights[f"{stem}.{suffix}" if suffix else name] = array
+        except NotImplementedError as error:  # gguf's
+            raise file.refuse(f"{name} of type {tensor.type.name}") from error
     if arch == "gemma3":
         model.sanitize(weights)  # ties the head to the embedding where there is none
         for name in weights:
@@ -146,8 +81,22 @@ def build(
     try:
         model.load_weights(list(weights.items()), strict=True)
     except ValueError as error:
-        raise file.refuse(f"{arch} with other weights ({str(error).splitlines()[0]})") from error
+        names = ", ".join(str(error).rstrip(".").splitlines()[1:4])
+        raise file.refuse(f"{arch} with weights that are missing or unknown ({names})") from error
     return model
+
+
+def _check_fields(file: GgufFile, spec: ModelCacheSpec, rope: dict[str, Any]) -> None:
+    """Raises ModelUnavailable for what llama.cpp would heed and the model of `_config` cannot."""
+    arch = spec.architecture
+    for name, value in file.fields.items():
+        if name.startswith(f"{arch}.") and name.removeprefix(f"{arch}.") not in _FIELDS:
+            raise file.refuse(f"{name} = {value}")
+    if file.fields.get("split.count", 1) > 1:
+        raise file.refuse("a GGUF in several files (gguf-split --merge makes one)")
+    dims, head_dim = int(rope["dims"]), spec.layers[0].key_dim
+    if arch != "deepseek2" and dims != head_dim:
+        raise file.refuse(f"rope over {dims} of {head_dim} dims")
 
 
 def _config(file: GgufFile, spec: ModelCacheSpec, rope: dict[str, Any]) -> dict[str, Any]:
@@ -219,12 +168,13 @@ def _period(file: GgufFile, spec: ModelCacheSpec) -> int:
     return period
 
 
-def _tensors(file: GgufFile, arch: str) -> Iterator[tuple[str, Tensor]]:
+def _tensors(file: GgufFile, spec: ModelCacheSpec) -> Iterator[tuple[str, Tensor]]:
     """(mlx-lm's name, tensor), rows of q and k in half-split order."""
+    arch = spec.architecture
     names = _NAMES | (_GEMMA_NAMES if arch == "gemma3" else {})
     heads = {
         "attn_q": file.fields[f"{arch}.attention.head_count"],
-        "attn_k": file.fields.get(f"{arch}.attention.head_count_kv", 0),
+        "attn_k": spec.layers[0].n_kv_heads,
     }
     for name, tensor in file.tensors.items():
         stem, _, kind = name.rpartition(".")

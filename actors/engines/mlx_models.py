@@ -91,14 +91,14 @@ def _lay_for_cpu(net: Any) -> None:
 
 def _gguf(path: Path, dtype: mx.Dtype, packed: bool) -> Network:
     try:
-        from actors.engines import mlx_gguf, mlx_gguf_spec
+        from actors.engines import mlx_gguf, mlx_gguf_file, mlx_gguf_spec
     except ImportError as error:
         raise ModelUnavailable(
             f"{path}: a GGUF's tokenizer is llama.cpp's; install it (pip install '.[llama]')"
         ) from error
     described = mlx_gguf_spec.describe(path)
     spec, rope = described.key.spec, dict(described.key.rope)
-    file = mlx_gguf.read(path)
+    file = mlx_gguf_file.read(path)
     try:
         net = mlx_gguf.build(file, spec, rope, dtype, packed=packed)
         factors = file.tensors.get("rope_freqs.weight")
