@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip $(if $(V),,-qq) --disable-pip-version-check
 # What an installation depends on. The code itself does not count: it is installed editable.
 INPUTS := pyproject.toml setup.py constraints.txt $(wildcard storage/_codec.c)
 
-DEBIAN_PACKAGES := build-essential cmake iproute2 openssh-server python3-venv
+DEBIAN_PACKAGES := build-essential cmake iproute2 openssh-server python3-venv redis-server
 
 # llama.cpp's build uses one core unless told otherwise.
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
