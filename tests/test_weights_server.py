@@ -109,8 +109,9 @@ class Router:
     def __init__(self) -> None:
         self.told: list[Progress | None] = []
 
-    def fetching(self, node: str, progress: Progress | None) -> None:
+    def fetching(self, node: str, progress: Progress | None) -> str:
         self.told.append(progress)
+        return "a reference"
 
 
 def test_a_node_fetches_through_the_actor(model: Path, tmp_path: Path) -> None:
