@@ -17,7 +17,7 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 CPU_TORCH := $(if $(filter Linux,$(shell uname -s)),torch==$(TORCH)+cpu)
 DEV := $(VENV)/.dev-ready$(if $(EXTRAS),-$(subst $(comma),-,$(EXTRAS)))
 
-DEBIAN_PACKAGES := build-essential cmake iproute2 openssh-server python3-venv
+DEBIAN_PACKAGES := build-essential cmake iproute2 openssh-server python3-venv redis-server
 
 # llama.cpp's build uses one core unless told otherwise.
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)

@@ -112,16 +112,18 @@ class NodeWeights:
 
     def manifest(self, setting: str, node: str) -> Manifest | None:
         tell, deadline = _Teller(self.router, node), time.monotonic() + _READY_S
-        while time.monotonic() < deadline:
-            try:
-                answer: Answer = ray.get(self.server.manifest.remote(setting), timeout=_ANSWER_S)
-            except RayError as error:
-                logger.warning("what the head has is unknown: %s", error)
-                return None
-            if answer.manifest is not None or answer.error:
-                return answer.manifest
-            tell(Progress(setting, 0, 0, waiting="the head, which reads it"))
-            time.sleep(_POLL_S)
+        try:
+            while time.monotonic() < deadline:
+                pending = self.server.manifest.remote(setting)
+                answer: Answer = ray.get(pending, timeout=_ANSWER_S)
+                if answer.manifest is not None or answer.error:
+                    return answer.manifest
+                tell(Progress(setting, 0, 0, waiting="the head, which reads it"))
+                time.sleep(_POLL_S)
+        except RayError as error:
+            logger.warning("what the head has is unknown: %s", error)
+        finally:
+            tell(None)
         return None
 
     def fetch(self, manifest: Manifest, folder: str, node: str) -> Path:
@@ -158,12 +160,15 @@ class _Teller:
         self._next = 0.0
 
     def __call__(self, progress: Progress | None) -> None:
+        """None: it is over."""
         if progress is not None and time.monotonic() < self._next:
             return
         if self._pending is not None:
             done, _ = ray.wait([self._pending], timeout=0 if progress is not None else _REPORT_S)
-            if not done:
+            if progress is not None and not done:
                 return
+        elif progress is None:
+            return
         self._next = time.monotonic() + _REPORT_S
         self._pending = self._tell(progress)
 

