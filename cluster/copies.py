@@ -15,7 +15,7 @@ from typing import Any
 from actors.config import ReplicaConfig
 from cluster.disks import SCHEME, RemoteDisk, parse_url
 from cluster.remote import ReplicaLost, call
-from storage.disks import missing_copies
+from storage.buddies import missing_copies
 
 logger = logging.getLogger(__name__)
 RATE = 32e6  # bytes per second, on the average

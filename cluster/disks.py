@@ -172,7 +172,8 @@ class ClusterDisks:
     def __init__(self, folder: str) -> None:
         self._folder = folder
         self._head: RemoteDisk | None = None
-        self._living: dict[str, RemoteDisk] = {}
+        self._opened: dict[str, RemoteDisk] = {}  # by Ray's id of the node
+        self._living: dict[str, RemoteDisk] = {}  # by its name
         self._own: tuple[str, Disk] | None = None
         self._looked = float("-inf")
         self._lock = threading.Lock()
@@ -204,17 +205,18 @@ class ClusterDisks:
 
         _connect()
         here = ray.get_runtime_context().get_node_id()
-        known = {disk.actor._ray_actor_id: disk for disk in self._living.values()}
-        found = {}
         list_nodes: Any = ray.nodes  # has no types
-        for node in named(list_nodes()).values():
-            if not node.has_device:
-                continue
-            disk = open_disk(node.id, node.ray_id, node_folder(self._folder, node.id))
-            found[node.id] = known.get(disk.actor._ray_actor_id, disk)
+        nodes = [node for node in named(list_nodes()).values() if node.has_device]
+        self._opened = {
+            node.ray_id: self._opened.get(node.ray_id)
+            or open_disk(node.id, node.ray_id, node_folder(self._folder, node.id))
+            for node in nodes
+        }
+        self._living = {node.id: self._opened[node.ray_id] for node in nodes}
+        for node in nodes:
             if node.ray_id == here:
                 self._own = node.id, FolderDisk(node_folder(self._folder, node.id))
-        self._living, self._looked = found, time.monotonic()
+        self._looked = time.monotonic()
 
 
 def disk_folder(config: ReplicaConfig) -> str:
