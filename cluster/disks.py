@@ -109,15 +109,15 @@ class RemoteDisk:
 
     def _call(self, method: str, *arguments: Any, size: int = 0) -> Any:
         """Raises what the disk raised; TimeoutError or ConnectionError where nobody answers."""
-        import ray
-        from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+        from ray.exceptions import RayError, RayTaskError
 
         timeout = _ANSWER_S + size / _SLOWEST
         try:
-            return ray.get(getattr(self.actor, method).remote(*arguments), timeout=timeout)
+            # Not ray.get, which in an asynchronous actor warns whatever the thread.
+            return getattr(self.actor, method).remote(*arguments).future().result(timeout)
         except RayTaskError as error:
             raise error.cause if error.cause is not None else error from error
-        except GetTimeoutError as error:
+        except TimeoutError as error:
             raise TimeoutError(f"no answer in {timeout:.1f} s") from error
         except RayError as error:
             reason = (str(error).strip().splitlines() or [""])[0]
