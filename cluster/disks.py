@@ -31,6 +31,7 @@ MAX_BLOCK_BYTES = 1 << 30
 _CALLS = 4  # that one disk answers at a time
 _WAITING = 64  # calls of one caller that wait for an answer
 _ANSWER_S, _SLOWEST = 2.0, 4e6  # seconds for an answer to begin; bytes per second at the least
+_WRITTEN_S = 10.0  # and of a write, which nobody waits for
 _LARGE_BLOCK = 16 << 20  # bytes; of a file whose size is not known
 _MEMBERS_S = 2.0  # so old may be what is known of the cluster's nodes
 _DIGEST = re.compile(r"[0-9a-f]{64}\Z")
@@ -95,7 +96,7 @@ class RemoteDisk:
         return raw
 
     def create(self, path: str, raw: bytes) -> None:
-        self._call("create", path, raw, size=len(raw))
+        self._call("create", path, raw, size=len(raw), answer_s=_WRITTEN_S)
 
     def rename(self, path: str, target: str) -> None:
         self._call("rename", path, target)
@@ -107,11 +108,13 @@ class RemoteDisk:
         now: float = self._call("clock")
         return now
 
-    def _call(self, method: str, *arguments: Any, size: int = 0) -> Any:
+    def _call(
+        self, method: str, *arguments: Any, size: int = 0, answer_s: float = _ANSWER_S
+    ) -> Any:
         """Raises what the disk raised; TimeoutError or ConnectionError where nobody answers."""
         from ray.exceptions import RayError, RayTaskError
 
-        timeout = _ANSWER_S + size / _SLOWEST
+        timeout = answer_s + size / _SLOWEST
         try:
             # Not ray.get, which in an asynchronous actor warns whatever the thread.
             return getattr(self.actor, method).remote(*arguments).future().result(timeout)
