@@ -15,13 +15,13 @@ from typing import Any
 from actors.config import ReplicaConfig
 from cluster.disks import SCHEME, RemoteDisk, parse_url
 from cluster.remote import ReplicaLost, call
-from storage.disks import missing_copies
+from storage.buddies import missing_copies
 
 logger = logging.getLogger(__name__)
 RATE = 32e6  # bytes per second, on the average
 _LOOK_S = 1.0
 _GRACE_S = 10.0  # a node that comes back so soon need not be replaced
-_AGAIN_S = 300.0  # between two passes without a change
+_AGAIN_S = 60.0  # between two passes without a change
 _LIST_S, _COPY_S = 30.0, 30.0
 
 

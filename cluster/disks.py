@@ -31,6 +31,7 @@ MAX_BLOCK_BYTES = 1 << 30
 _CALLS = 4  # that one disk answers at a time
 _WAITING = 64  # calls of one caller that wait for an answer
 _ANSWER_S, _SLOWEST = 2.0, 4e6  # seconds for an answer to begin; bytes per second at the least
+_WRITTEN_S = 10.0  # and of a write, which nobody waits for
 _LARGE_BLOCK = 16 << 20  # bytes; of a file whose size is not known
 _MEMBERS_S = 2.0  # so old may be what is known of the cluster's nodes
 _DIGEST = re.compile(r"[0-9a-f]{64}\Z")
@@ -95,7 +96,7 @@ class RemoteDisk:
         return raw
 
     def create(self, path: str, raw: bytes) -> None:
-        self._call("create", path, raw, size=len(raw))
+        self._call("create", path, raw, size=len(raw), answer_s=_WRITTEN_S)
 
     def rename(self, path: str, target: str) -> None:
         self._call("rename", path, target)
@@ -107,17 +108,19 @@ class RemoteDisk:
         now: float = self._call("clock")
         return now
 
-    def _call(self, method: str, *arguments: Any, size: int = 0) -> Any:
+    def _call(
+        self, method: str, *arguments: Any, size: int = 0, answer_s: float = _ANSWER_S
+    ) -> Any:
         """Raises what the disk raised; TimeoutError or ConnectionError where nobody answers."""
-        import ray
-        from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+        from ray.exceptions import RayError, RayTaskError
 
-        timeout = _ANSWER_S + size / _SLOWEST
+        timeout = answer_s + size / _SLOWEST
         try:
-            return ray.get(getattr(self.actor, method).remote(*arguments), timeout=timeout)
+            # Not ray.get, which in an asynchronous actor warns whatever the thread.
+            return getattr(self.actor, method).remote(*arguments).future().result(timeout)
         except RayTaskError as error:
             raise error.cause if error.cause is not None else error from error
-        except GetTimeoutError as error:
+        except TimeoutError as error:
             raise TimeoutError(f"no answer in {timeout:.1f} s") from error
         except RayError as error:
             reason = (str(error).strip().splitlines() or [""])[0]
@@ -172,7 +175,8 @@ class ClusterDisks:
     def __init__(self, folder: str) -> None:
         self._folder = folder
         self._head: RemoteDisk | None = None
-        self._living: dict[str, RemoteDisk] = {}
+        self._opened: dict[str, RemoteDisk] = {}  # by Ray's id of the node
+        self._living: dict[str, RemoteDisk] = {}  # by its name
         self._own: tuple[str, Disk] | None = None
         self._looked = float("-inf")
         self._lock = threading.Lock()
@@ -204,17 +208,18 @@ class ClusterDisks:
 
         _connect()
         here = ray.get_runtime_context().get_node_id()
-        known = {disk.actor._ray_actor_id: disk for disk in self._living.values()}
-        found = {}
         list_nodes: Any = ray.nodes  # has no types
-        for node in named(list_nodes()).values():
-            if not node.has_device:
-                continue
-            disk = open_disk(node.id, node.ray_id, node_folder(self._folder, node.id))
-            found[node.id] = known.get(disk.actor._ray_actor_id, disk)
+        nodes = [node for node in named(list_nodes()).values() if node.has_device]
+        self._opened = {
+            node.ray_id: self._opened.get(node.ray_id)
+            or open_disk(node.id, node.ray_id, node_folder(self._folder, node.id))
+            for node in nodes
+        }
+        self._living = {node.id: self._opened[node.ray_id] for node in nodes}
+        for node in nodes:
             if node.ray_id == here:
                 self._own = node.id, FolderDisk(node_folder(self._folder, node.id))
-        self._living, self._looked = found, time.monotonic()
+        self._looked = time.monotonic()
 
 
 def disk_folder(config: ReplicaConfig) -> str:

@@ -13,18 +13,17 @@ for one that is. Knows disks by the calls of `Disk`; cluster.disks has them.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, TypeVar
 
 from storage.backends import Entry, LocalBackend
 from storage.blocks import BLOCK_NAME
+from storage.buddies import ranked
 from storage.cache_file import sha256
 
 logger = logging.getLogger(__name__)
@@ -120,45 +119,6 @@ class Disks(Protocol):
 
     def living(self) -> Mapping[str, Disk]:
         """By node, the own one among them."""
-
-
-def ranked(name: str, nodes: Iterable[str]) -> list[str]:
-    """The nodes in the order in which they are to keep a file (rendezvous hashing): one that joins
-    or leaves changes nothing about the order of the others."""
-
-    def weight(node: str) -> bytes:
-        return hashlib.sha256(f"{node}/{name}".encode()).digest()
-
-    return sorted(nodes, key=weight)
-
-
-@dataclass(frozen=True)
-class Copy:
-    """A file to be copied from one node's disk to another's."""
-
-    path: str
-    source: str
-    target: str
-
-
-def missing_copies(
-    holdings: Mapping[str, Mapping[str, int]], replicas: int
-) -> tuple[list[Copy], int]:
-    """`holdings`: of every living node, path -> bytes. (what to copy, so that every file is on as
-    many disks as there can be; how many files have fewer than `replicas` now)."""
-    holders: dict[str, list[str]] = {}
-    for node in sorted(holdings):
-        for path in holdings[node]:
-            holders.setdefault(path, []).append(node)
-    copies, short = [], 0
-    for path, has in holders.items():
-        lacks = replicas - len(has)
-        if lacks <= 0:
-            continue
-        short += 1
-        order = ranked(path.rsplit("/", 1)[-1], holdings.keys() - set(has))
-        copies += [Copy(path, has[0], target) for target in order[:lacks]]
-    return copies, short
 
 
 class DisksBackend:

@@ -13,15 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.blocks import BLOCK_NAME
+from storage.buddies import Copy, missing_copies, ranked
 from storage.card import BlockRef
-from storage.disks import (
-    PAUSE_S,
-    Copy,
-    DisksBackend,
-    FolderDisk,
-    missing_copies,
-    ranked,
-)
+from storage.disks import PAUSE_S, DisksBackend, FolderDisk
 from storage.errors import StoreUnavailable
 from storage.files import Files
 from storage.store import CacheStore

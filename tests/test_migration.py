@@ -724,6 +724,7 @@ def test_every_branch_comes_along(pair_of: MakePair) -> None:
     disk = lagging(pair)
     for text in (LONG, "Once upon a time " + LONG):
         run(real(pair.a)._loop, [user(text)], n=5)
+    real(pair.a)._memory.persister.flush().result(WAIT)
     rows = [branch.rows for branch in memory_of(real(pair.a)._loop).branches]
     assert len(rows) == 2
     assert min(rows) > 512
