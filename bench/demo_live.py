@@ -37,13 +37,12 @@ _STORED_S = 30.0
 
 @dataclass(frozen=True)
 class Shown:
-    """What happened to one speaker; seconds. `kept` and `again`: tokens of its memory that its next
-    runner had, and prefilled."""
+    """What happened to one speaker; seconds. `kept` and `again`: tokens of its memory that came to
+    its next node, and that were prefilled there."""
 
     agent: str
     source: str
     target: str
-    memory: int
     kept: int
     again: int
     shipped_bytes: int
@@ -134,12 +133,11 @@ def _moved(play: Play, speaker: Speaker) -> Shown:
         f"{speaker.name} speaks on {done['target']}: frozen for {seconds(frozen)}, "
         f"{done['rows']} tokens kept, {size(done['bytes'])} shipped"
     )
-    memory = reply.prompt_tokens + _BEFORE
+    again = _turn_of(play, speaker)["outcome"]["again_tokens"]
     play.check_whole(speaker)
     return Shown(
-        speaker.name, done["source"], done["target"], memory, done["rows"],
-        max(0, memory - done["rows"]), done["bytes"], reply.longest_pause[1], frozen,
-        reply.completion_tokens,
+        speaker.name, done["source"], done["target"], done["rows"], again, done["bytes"],
+        reply.longest_pause[1], frozen, reply.completion_tokens,
     )  # fmt: skip
 
 
@@ -169,10 +167,18 @@ def _failover(play: Play) -> list[Shown]:
     play.stage.event(
         f"{first.name} said all {shown.reply_tokens} tokens; {shown.again} prefilled again"
     )
+    play.stage.event(_around(first, shown.pause_s))
     _await_return(play, blow.node, nodes)
     for speaker in play.speakers:
         play.check_whole(speaker)
     return [shown]
+
+
+def _around(speaker: Speaker, pause_s: float) -> str:
+    """The sentence, with the pause in it."""
+    at = speaker.marks[0][0] if speaker.marks else 0
+    before, after = " ".join(speaker.text[:at].split()), " ".join(speaker.text[at:].split())
+    return f"  …{before[-40:]} ⟦{seconds(pause_s)}⟧ {after[:40]}…"
 
 
 class _Kill:
@@ -208,21 +214,14 @@ class _Kill:
     def shown(self) -> Shown:
         """With what the router's log says of the turn. Raises CheckFailed, EndpointError."""
         play, speaker = self._play, self._speaker
-        reply, latest = play.replies[speaker.name], dict[str, Any]()
-        deadline = time.monotonic() + 10.0
-        while not latest.get("outcome") and time.monotonic() < deadline:
-            log = play.endpoint.request("GET", "/v1/place/log?limit=50")["data"]
-            found = (entry for entry in log if entry["agent"] == speaker.session)
-            latest = next(found, {})
-            time.sleep(0.05)
-        outcome = latest.get("outcome")
-        if not outcome or not outcome["failovers"]:
+        reply, turn = play.replies[speaker.name], _turn_of(play, speaker)
+        if not turn["outcome"]["failovers"]:
             raise CheckFailed("the router knows of no failover")
-        again = outcome["again_tokens"]
-        memory = reply.prompt_tokens + _BEFORE
-        speaker.kept, speaker.node = max(0, memory - again), latest["node"]
+        again = turn["outcome"]["again_tokens"]
+        memory = reply.prompt_tokens + max(_BEFORE, reply.longest_pause[0])
+        speaker.kept, speaker.node = max(0, memory - again), turn["node"]
         return Shown(
-            speaker.name, self.node, latest["node"], memory, speaker.kept, again, 0,
+            speaker.name, self.node, turn["node"], speaker.kept, again, 0,
             reply.longest_pause[1], None, reply.completion_tokens,
         )  # fmt: skip
 
@@ -253,17 +252,30 @@ def _await_return(play: Play, node: str, nodes: dict[str, Any]) -> None:
 # ---- both
 
 
+def _turn_of(play: Play, speaker: Speaker) -> dict[str, Any]:
+    """The router's last decision on a speaker, once its outcome is known. Raises CheckFailed."""
+    deadline = time.monotonic() + 10.0
+    while time.monotonic() < deadline:
+        log = play.endpoint.request("GET", "/v1/place/log?limit=50")["data"]
+        entry: dict[str, Any] = next((e for e in log if e["agent"] == speaker.session), {})
+        if entry.get("outcome"):
+            return entry
+        time.sleep(0.05)
+    raise CheckFailed(f"the router does not know what came of {speaker.name}'s turn")
+
+
 def _table(shown: list[Shown]) -> Table:
+    moved = any(x.frozen_s is not None for x in shown)
     table = Table(title="what happened")
     table.add_column("agent", no_wrap=True)
     table.add_column("spoke on", no_wrap=True)
-    for name in ("memory", "kept", "prefilled again", "shipped", "frozen", "longest pause", "said"):
+    names = ["kept", "prefilled again", *(["shipped", "frozen"] if moved else [])]
+    for name in (*names, "longest pause", "said"):
         table.add_column(name, justify="right", no_wrap=True)
     for x in shown:
+        shipping = [] if x.frozen_s is None else [size(x.shipped_bytes), seconds(x.frozen_s)]
         table.add_row(
-            x.agent, f"{x.source} → {x.target}", f"{x.memory} tokens", str(x.kept), str(x.again),
-            size(x.shipped_bytes) if x.shipped_bytes else "–",
-            "–" if x.frozen_s is None else seconds(x.frozen_s),
+            x.agent, f"{x.source} → {x.target}", f"{x.kept} tokens", str(x.again), *shipping,
             seconds(x.pause_s), f"{x.reply_tokens} tokens",
         )  # fmt: skip
     return table

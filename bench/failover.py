@@ -16,24 +16,31 @@ from __future__ import annotations
 import json
 import secrets
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import pairwise
 from statistics import median
 from typing import Any, Literal
 
 from rich.table import Table
 
-from bench.client import Endpoint, EndpointError, Message, Reply
-from bench.sites import Kill, Site, chars_per_token, filling, host_site, local_site, wait_stored
+from bench.client import Endpoint, EndpointError, Message
+from bench.sites import (
+    Blow,
+    Kill,
+    Site,
+    chars_per_token,
+    filling,
+    host_site,
+    local_site,
+    progress,
+    wait_stored,
+)
 from bench.ttft import BenchFailed
 from cluster.config import ClusterConfig
 from cluster.console import console
 
 _FIRST_TOKENS, _REPLY_TOKENS = 8, 64
-_BEFORE = 16  # deltas, until the kill
 _NEAR_TIE = 0.1  # between the two likeliest tokens: another batch may choose the other one
 _PROCESS_S, _AFTER_S, _DETECTION_S = 1.0, 1.0, 3.0
 _AGAIN_TOKENS = 256  # and the new message
@@ -69,8 +76,10 @@ class Quiet:
     def compare(self, text: str) -> Equal:
         if text == self.text:
             return "identical"
-        pairs = zip(text, self.text, strict=False)
-        at = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(text), len(self.text)))
+        pairs = enumerate(zip(text, self.text, strict=False))
+        at = next((n for n, (a, b) in pairs if a != b), None)
+        if at is None:  # tokens are missing, or there are too many
+            return "differs"
         gap = [gap for begin, gap in self.gaps if begin <= at]
         return "near tie" if gap and gap[-1] < _NEAR_TIE else "differs"
 
@@ -87,7 +96,7 @@ def run(
     except (BenchFailed, EndpointError) as error:
         print(f"kvferry bench: {error}", file=sys.stderr)
         return 1
-    held = correct(found, kills) | fast(found, kills)
+    held = correct(found) | fast(found, kills)
     _print(found, held)
     if as_json:
         report = {
@@ -100,7 +109,7 @@ def run(
             "targets": held,
         }
         print(json.dumps({"failover": report}), flush=True)
-    return 0 if all(held[name] for name in correct(found, kills)) else 1
+    return 0 if all(held[name] for name in correct(found)) else 1
 
 
 @dataclass
@@ -121,13 +130,13 @@ class _Bench:
             {"role": "system", "content": f"You answer questions about these notes.\n{text}"},
             {"role": "user", "content": "Sum them up in one sentence."},
         ]
-        _progress(f"{self.length} tokens: the undisturbed answers")
+        progress(f"{self.length} tokens: the undisturbed answers")
         self._undisturbed()
         session, held = self._agent()
         found: list[Lost] = []
         for number in range(runs):
             for kill in kills:
-                _progress(f"{kill}: {number + 1} of {runs}")
+                progress(f"{kill}: {number + 1} of {runs}")
                 found.append(self._lose(kill, session, held, len(found)))
                 self.site.recover()
         self._delete(session)
@@ -168,7 +177,7 @@ class _Bench:
 
     def _lose(self, kill: Kill, session: str, held: int, number: int) -> Lost:
         """Raises BenchFailed when the figure would mean nothing."""
-        blow = _Blow(self.site, kill)
+        blow = Blow(self.site, kill)
         reply = self._endpoint.chat(
             self._messages(number), session=session, max_tokens=_REPLY_TOKENS,
             on_delta=blow.on_delta, ignore_eos=True,
@@ -195,43 +204,6 @@ class _Bench:
         raise BenchFailed("the router has no decision after the kill: was the answer over?")
 
 
-class _Blow:
-    """Kills what speaks after some deltas, and notes when the others came."""
-
-    def __init__(self, site: Site, kill: Kill) -> None:
-        self._site, self._kill = site, kill
-        self._came: list[float] = []
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
-        self.node, self.at, self.wall = "", 0.0, 0.0
-
-    def on_delta(self, reply: Reply) -> None:
-        self._came.append(time.monotonic())
-        if len(reply.deltas) == _BEFORE:
-            self.node = reply.node
-            self._thread = threading.Thread(target=self._strike, daemon=True)
-            self._thread.start()
-
-    def _strike(self) -> None:
-        self.at, self.wall = time.monotonic(), time.time()
-        try:
-            self._site.kill(self._kill, self.node)
-        except (BenchFailed, EndpointError, OSError) as error:
-            self._error = error
-
-    def next_token_s(self) -> float:
-        """From the kill to the end of the longest pause after it. Raises BenchFailed."""
-        if self._thread is None:
-            raise BenchFailed("the answer was over before anything was killed")
-        self._thread.join(60.0)
-        if self._error is not None:
-            raise BenchFailed(f"nothing was killed: {self._error}") from self._error
-        after = [at for at in self._came if at > self.at]
-        if not after:
-            raise BenchFailed("the answer was over when its replica died")
-        return max((b - a, b) for a, b in pairwise([self.at, *after]))[1] - self.at
-
-
 def _quiet(choice: Any) -> Quiet:
     gaps, begin = [], 0
     for token in choice["logprobs"]["content"]:
@@ -253,7 +225,7 @@ def _medians(found: Sequence[Lost], kill: Kill) -> dict[str, float]:
     return {name: round(median(getattr(x, name) for x in _of(found, kill)), 3) for name in names}
 
 
-def correct(found: Sequence[Lost], kills: Sequence[Kill]) -> dict[str, bool]:
+def correct(found: Sequence[Lost]) -> dict[str, bool]:
     """What must hold of every run."""
     again = f"prefilled again <= {_AGAIN_TOKENS} + the new message"
     return {
@@ -299,7 +271,3 @@ def _print(found: Sequence[Lost], held: dict[str, bool]) -> None:
         console.print(f"{ties} of {len(found)} texts part at a near tie (gap under {_NEAR_TIE})")
     for target, holds in held.items():
         console.print(f"{'holds' if holds else 'MISSED'}: {target}")
-
-
-def _progress(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -22,7 +22,7 @@ from rich.table import Column, Table
 
 from bench.client import EndpointError, Message, Reply
 from bench.migrate import Moved, move, print_moves, print_targets, targets
-from bench.sites import HostSite, chars_per_token, filling, host_site, wait_stored
+from bench.sites import HostSite, chars_per_token, filling, host_site, progress, wait_stored
 from bench.ttft import BenchFailed
 from cluster.config import ClusterConfig
 from cluster.console import console
@@ -77,7 +77,7 @@ def run(
             bench = _Bench(site)
             bench.prefill(lengths)
             for name, mbit in links.items():
-                _progress(f"{name}: starting the replicas again, so that they measure this link")
+                progress(f"{name}: starting the replicas again, so that they measure this link")
                 bench.change(mbit)
                 cases += [bench.choice(name, length) for length in lengths]
                 moves[name] = [
@@ -113,7 +113,7 @@ class _Bench:
         self._warm()
         chars = chars_per_token(self._endpoint)
         for length in lengths:
-            _progress(f"{length} tokens: prefill")
+            progress(f"{length} tokens: prefill")
             session, messages = _name(), _asked(text := filling(length, chars))
             reply = self._endpoint.chat(messages, session=session, max_tokens=4)
             if reply.cached_tokens:
@@ -140,7 +140,7 @@ class _Bench:
 
     def choice(self, link: str, length: int) -> Case:
         """Held against a fresh agent whose rows are shipped, and against the prefill before."""
-        _progress(f"{link}, {length} tokens: ship or prefill")
+        progress(f"{link}, {length} tokens: ship or prefill")
         session, messages = self._kept[length]
         asked = [*messages, {"role": "user", "content": _QUESTION}]
         n_chars = sum(len(message["content"]) for message in asked)
@@ -161,7 +161,7 @@ class _Bench:
         )  # fmt: skip
 
     def move(self, link: str, length: int, mbit: float) -> Moved:
-        _progress(f"{link}, {length} tokens: a migration")
+        progress(f"{link}, {length} tokens: a migration")
         return move(self._endpoint, length, self._texts[length], mbit)
 
 
@@ -220,7 +220,3 @@ def _print(
     for name in moves:
         console.print(f"{name}: shipping is faster {_where(_of(cases, name))}")
     console.print(f"median of the choices over the better: {median(c.over for c in cases):.2f}")
-
-
-def _progress(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

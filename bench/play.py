@@ -89,12 +89,13 @@ class Play:
         reply = self.replies[speaker.name]
         if reply.reason != "length" or reply.completion_tokens != REPLY_TOKENS:
             self.failures.append(f"{speaker.name}: the answer is not whole")
-        held = speaker.tokens
+        held, said = speaker.tokens, speaker.text
         after = self._turn(speaker, _QUESTIONS[1], _SUMMARY_TOKENS)
         if after.cached_tokens < held - 1:  # the last token of a reply is never computed
             self.failures.append(
                 f"{speaker.name}: of {held} tokens only {after.cached_tokens} were remembered"
             )
+        speaker.text, speaker.state = said, f"remembers {after.cached_tokens} tokens"
         self.replies[speaker.name] = reply
 
 

@@ -13,15 +13,17 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from actors.config import ReplicaConfig
-from bench.client import Endpoint, Message
+from bench.client import Endpoint, EndpointError, Message, Reply
 from bench.kill import KillRefused, check_node, kill_node
 from bench.texts import context
 from bench.ttft import BenchFailed, await_ready, free_port
@@ -30,6 +32,7 @@ from cluster.local import LocalCluster, divided
 
 Kill = Literal["process", "node", "host"]
 KILLS: tuple[Kill, ...] = ("process", "node", "host")
+_BEFORE = 16  # deltas, until the kill
 STAY_S = 1e6  # an agent moves only when told to
 _ROOT = Path(__file__).resolve().parent.parent
 _HOSTS = ["a", "b"]
@@ -172,6 +175,43 @@ def _told(replica: ReplicaConfig) -> dict[str, Any]:
 # ---- of both
 
 
+class Blow:
+    """Kills what speaks after some deltas, and notes when the others came."""
+
+    def __init__(self, site: Site, kill: Kill) -> None:
+        self._site, self._kill = site, kill
+        self._came: list[float] = []
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self.node, self.at, self.wall = "", 0.0, 0.0
+
+    def on_delta(self, reply: Reply) -> None:
+        self._came.append(time.monotonic())
+        if len(reply.deltas) == _BEFORE:
+            self.node = reply.node
+            self._thread = threading.Thread(target=self._strike, daemon=True)
+            self._thread.start()
+
+    def _strike(self) -> None:
+        self.at, self.wall = time.monotonic(), time.time()
+        try:
+            self._site.kill(self._kill, self.node)
+        except (BenchFailed, EndpointError, OSError) as error:
+            self._error = error
+
+    def next_token_s(self) -> float:
+        """From the kill to the end of the longest pause after it. Raises BenchFailed."""
+        if self._thread is None:
+            raise BenchFailed("the answer was over before anything was killed")
+        self._thread.join(60.0)
+        if self._error is not None:
+            raise BenchFailed(f"nothing was killed: {self._error}") from self._error
+        after = [at for at in self._came if at > self.at]
+        if not after:
+            raise BenchFailed("the answer was over when its replica died")
+        return max((b - a, b) for a, b in pairwise([self.at, *after]))[1] - self.at
+
+
 def node_of(endpoint: Endpoint, node: str) -> Any:
     """A node's entry in /v1/cluster. Raises BenchFailed, EndpointError."""
     nodes = endpoint.request("GET", "/v1/cluster")["nodes"]
@@ -205,3 +245,7 @@ def filling(n_tokens: int, chars: float) -> str:
     while len(text) < n_tokens * chars:
         text += " " + context(secrets.randbits(31), n_tokens)
     return text[: int(n_tokens * chars)]
+
+
+def progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

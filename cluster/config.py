@@ -39,7 +39,7 @@ class HttpConfig:
     temperature: float = 0.7  # of requests that do not say
     top_p: float = 0.95
     request_timeout_s: float = 600.0  # a whole turn, waiting included
-    item_timeout_s: float = 3.0  # without a sign of life from the replica: fail over
+    item_timeout_s: float = 2.5  # without a sign of life from the replica: fail over
 
 
 @dataclass(frozen=True)

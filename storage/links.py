@@ -48,7 +48,7 @@ class Line:
 
     def measure(self, x: float, y: float, weight: float = 1.0) -> None:
         self._least = min(y, self._least * (1.0 + _SMOOTHING / 2))
-        weight /= y**2 if self._flat else (x + self._spread) ** 2
+        weight /= self._expected(x, y) ** 2 if self._flat else (x + self._spread) ** 2
         point = (weight, weight * x, weight * y, weight * x * x, weight * x * y)
         kept = 1.0 - _SMOOTHING
         self._sums = tuple(  # type: ignore[assignment]
@@ -59,6 +59,12 @@ class Line:
         # With little weight on what is large, the spread looks smaller than it is.
         if variance > self._spread**2 / (1.0 if self._flat else 4.0):
             self._slope = max(0.0, (wxy / w - wx * wy / w**2) / variance)
+
+    def _expected(self, x: float, y: float) -> float:
+        """What the line says of x, where y is not far from it. To weigh a point by its own y would
+        draw the line down: of two that err as much, the lower one would count more."""
+        fit = self.fit()
+        return min(max(fit[0] + fit[1] * x, y / 2), y * 2) if fit is not None else y
 
     def fit(self) -> tuple[float, float] | None:
         """(intercept, slope); None before the first measurement."""

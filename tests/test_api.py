@@ -845,6 +845,10 @@ def test_a_broken_turn_is_resumed_and_its_text_is_whole(
     assert len(second.resume.prompt_ids) == len(prompt)
     assert (second.id, second.agent, second.sampling) == (first.id, first.agent, first.sampling)
     assert patient.metric("kvferry_failovers_total") == (0 if moved else 1)
+    if headers:  # of a one-off agent the router hears nothing
+        outcome = http.router.outcomes[-1]
+        assert outcome is not None
+        assert outcome.failovers == (0 if moved else 1)
     avoided = frozenset() if moved else frozenset({"life-a"})
     assert http.router.placed[-1]["avoid"] == avoided
     alive = moved or fault in ("engine", "engine item", "store")

@@ -1,5 +1,6 @@
 """How fast bytes come is learned from the reads themselves."""
 
+import random
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,19 @@ def test_a_line_that_is_flat_at_first_needs_a_spread() -> None:
     line.measure(50.0, 2.0)
     line.measure(60.0, 2.0)
     assert line.fit() == (pytest.approx(2.0), 0.0)
+
+
+def test_noise_does_not_draw_a_line_down() -> None:
+    draw, off = random.Random(5), []
+    for _ in range(60):
+        line = Line(10.0, flat=True)
+        for _ in range(80):
+            x = draw.uniform(0, 1000)
+            line.measure(x, (2.0 + x / 500) * draw.lognormvariate(0, 0.2))
+        fit = line.fit()
+        assert fit is not None
+        off.append((fit[0] + 500 * fit[1]) / 3.0)
+    assert 0.99 < sum(off) / len(off) < 1.05  # the noise's own mean is 1.02
 
 
 def test_the_probe_measures_and_leaves_nothing(tmp_path: Path) -> None:

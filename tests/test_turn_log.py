@@ -1,5 +1,7 @@
 """TurnLog: one stream over several attempts, in which nothing is doubled and nothing is missing."""
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,6 +37,19 @@ def test_the_first_attempt_resumes_nothing() -> None:
 
 def test_ids_are_logged_in_order() -> None:
     assert running().ids == [1, 2, 3]
+
+
+def test_what_a_later_attempt_prefills_is_counted() -> None:
+    log = running()
+    assert log.again_tokens == 0, "the first one prefills nothing again"
+    log.next_request()
+    assert not log.accept_start(replace(started(2), rows=2))
+    assert log.again_tokens == len(PROMPT) + 3 - 2
+    assert not log.accept_start(replace(started(1), rows=0)), "given up: it counts for nothing"
+    assert log.again_tokens == 4
+    log.next_request()
+    assert not log.accept_start(replace(started(3), rows=6))
+    assert log.again_tokens == 4
 
 
 def test_a_gap_is_refused() -> None:
