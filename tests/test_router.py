@@ -13,6 +13,7 @@ from actors.handoff import Copied
 from actors.preload import Fetched
 from actors.rates import Rates
 from actors.report import AgentReport, ReplicaInfo, ReplicaStatus
+from cluster import recall
 from cluster import router as router_module
 from cluster.config import ClusterConfig
 from cluster.decisions import DecisionLog, Outcome
@@ -22,10 +23,14 @@ from cluster.migration import Migration
 from cluster.placement import Candidate, PlacementConfig
 from cluster.pool import Node, Replica, ReplicaPool
 from cluster.router import PlacementRouter
-from storage.card import AgentId
+from storage.card import AgentId, Owner
+from storage.errors import StoreUnavailable
+from storage.spec import CompatibilityKey
+from storage.store import CacheStore, LoadedCard, new_card
 from tests.fake_cluster import Handle, lost
 
 AGENT = AgentId("default", "s")
+STORED = recall.stored_agents
 TURN_S = ClusterConfig().http.request_timeout_s
 
 
@@ -296,6 +301,38 @@ def test_a_target_that_is_not_ready_is_refused(cluster: Cluster) -> None:
     with pytest.raises(NoReplica, match="b is not ready"):
         cluster.migrate("b")
     assert cluster.asked == UNTOUCHED
+
+
+def test_a_store_that_fails_at_the_start_is_read_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = FakeEngine().key
+    asleep = AgentId("default", "asleep")
+    card = (
+        CacheStore(tmp_path.as_uri()).claim(new_card(asleep, key, "f16", Owner("a", "life"))).card
+    )
+    asked: list[CompatibilityKey] = []
+
+    def stored(config: ReplicaConfig, key: CompatibilityKey) -> list[LoadedCard]:
+        asked.append(key)
+        if len(asked) < 3:
+            raise StoreUnavailable(config.store, "no answer")
+        return STORED(config, key)
+
+    monkeypatch.setattr(recall, "stored_agents", stored)
+    monkeypatch.setattr(recall, "_FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr(router_module, "ReplicaPool", QuietPool)
+    config = ClusterConfig(ReplicaConfig(model="fake://", store=tmp_path.as_uri(), codec="f16"))
+
+    async def agents() -> list[str]:
+        return [record["id"] for record in await cluster.router.agents("default")]
+
+    with asyncio.Runner() as runner:
+        cluster = Cluster(config, runner)
+        assert runner.run(agents()) == ["s"]  # at once, though the store is gone
+        runner.run(asyncio.sleep(0.5))
+        assert set(runner.run(agents())) == {"s", card.agent.session}
+    assert len(asked) == 3
 
 
 def test_an_unknown_agent_is_refused(cluster: Cluster) -> None:
