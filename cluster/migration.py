@@ -14,6 +14,8 @@ the two claims wins. Knows replicas only as handles with the calls of actors.rep
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import time
 from dataclasses import dataclass
@@ -71,23 +73,29 @@ async def migrate(
     """(node, handle) of both; without a source the target claims what the store has. `prefetch_s`:
     for all rounds of pre-copy, whose rest the target reads after its claim; 0 if it is to prefill.
 
-    Raises MigrationFailed; the agent is then served where its next claim succeeds.
+    Raises MigrationFailed; the agent is then served where its next claim succeeds. May be cancelled
+    at any time: until the claim that is a failure, after it nothing.
     """
     began = time.monotonic()
     shipped = _Shipped()
     if prefetch_s:
         await _precopy(agent, source, target, timeout, prefetch_s, shipped)
-    froze = time.monotonic()
-    frozen = source is not None and await _freeze(agent, source, shipped.most, timeout)
+    froze, frozen = time.monotonic(), False
     try:
+        frozen = source is not None and await _freeze(agent, source, shipped.most, timeout)
         epoch = await call(target[1].adopt.remote(agent), timeout)
     except (ReplicaLost, ActorError, StorageError) as error:
         if frozen and source is not None:
             await _quietly(call(source[1].thaw.remote(agent), timeout))
         raise MigrationFailed(f"{target[0]} could not take agent {agent}: {error}") from error
+    except asyncio.CancelledError:
+        if source is not None:
+            source[1].thaw.remote(agent)  # nothing to one that is not frozen
+        raise
     if frozen and source is not None:
         # A lost release heals itself: the source's claim fails at its deadline, and it releases.
-        await _quietly(call(source[1].release.remote(agent), timeout))
+        with contextlib.suppress(asyncio.CancelledError):  # it has moved
+            await _quietly(call(source[1].release.remote(agent), timeout))
     now = time.monotonic()
     return Migration(
         source[0] if source else None, target[0], epoch, now - froze, now - began,

@@ -12,9 +12,9 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -23,11 +23,12 @@ from actors.config import ReplicaConfig
 from actors.errors import ActorError
 from actors.replica import ModelReplica
 from actors.report import ReplicaInfo, ReplicaStatus, versions
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, MigrationFailed
 from cluster.placement import Candidate, link_cost
 from cluster.remote import ReplicaLost, call
 from storage.errors import StorageError
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 NAMESPACE = "kvferry"
 DEVICE = "kvferry_device"  # the Ray resource of a node that carries a device
@@ -37,6 +38,7 @@ _LOAD_TIMEOUT_S = 300.0
 _STATUS_TIMEOUT_S = 3.0
 _SHOWN = 3  # differences of a model that is refused
 _TICK_S = 0.5
+_WATCH_S = 0.1
 _MAX_BACKOFF_S = 30.0
 _SHORT_LIFE_S = 15.0  # a replica that was ready for less has failed
 _LOOP_FAILURES, _LOOP_S = 5, 600.0  # so many within so long: it is crash looping
@@ -130,6 +132,23 @@ class ReplicaPool:
         for replica in self.healthy():
             if replica.info is not None and replica.info.incarnation == incarnation:
                 replica.healthy = False
+
+    async def unless_lost(self, work: Coroutine[Any, Any, T], *replicas: Replica) -> T:
+        """What `work` returns; it is cancelled when one of these replicas, healthy at first, is
+        not any more: turns of the agent wait for it. Raises MigrationFailed then."""
+        task = asyncio.create_task(work)
+        watched = [replica for replica in replicas if replica.healthy]
+        try:
+            while not (await asyncio.wait([task], timeout=_WATCH_S))[0]:
+                lost = [r.node.id for r in watched if not r.healthy]
+                if lost:
+                    task.cancel()
+                    await asyncio.wait([task])
+                    if task.cancelled():
+                        raise MigrationFailed(f"{' and '.join(lost)} does not answer")
+            return await task
+        finally:
+            task.cancel()
 
     async def _tick(self) -> None:
         self.nodes = _named(await asyncio.to_thread(ray.nodes))

@@ -196,7 +196,8 @@ class PlacementRouter:
         pair = (source.node.id, source.actor) if source is not None else None
         try:
             to = target.node.id, target.actor
-            done = await migrate(agent, pair, to, prefetch_s=prefetch_s)
+            moving = migrate(agent, pair, to, prefetch_s=prefetch_s)
+            done = await self._pool.unless_lost(moving, *filter(None, (source, target)))
         except MigrationFailed:
             self._moves.failed(reason)
             raise

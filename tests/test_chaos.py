@@ -25,7 +25,7 @@ from tests.clusters import InBackground, Reply, Stream, assistant, recital, user
 from tests.hosts import Hosts, cluster
 from tests.s3_proxy import Rule
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.cluster, pytest.mark.chaos, pytest.mark.timeout(400)]
 STEP_S, TOKEN_S = 0.02, 0.0005
 MODEL = f"fake://?step_delay={STEP_S}&token_delay={TOKEN_S}"
 SEED = int(os.environ.get("KVFERRY_SEED", datetime.date.today().toordinal()))
