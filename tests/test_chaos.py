@@ -30,7 +30,7 @@ STEP_S, TOKEN_S = 0.02, 0.0005
 MODEL = f"fake://?step_delay={STEP_S}&token_delay={TOKEN_S}"
 SEED = int(os.environ.get("KVFERRY_SEED", datetime.date.today().toordinal()))
 PAUSE = 10.0  # s
-N = 150  # tokens of a reply
+N = 200  # tokens of a reply
 NEW = 6000  # tokens of a message that takes seconds to prefill
 NEXT = user("And now?")
 
@@ -145,7 +145,7 @@ Fault = Callable[[Scene, str], None]
 # Seconds from the fault to the end of the stream, where an undisturbed one takes CALM; on a machine
 # that others use, as many times that as this takes. A store that is gone may cost each call its
 # deadline before serving goes on without it.
-CALM = 4.0
+CALM = 5.0
 FAULTS: dict[Fault, float] = {
     replica_killed: 20, raylet_killed: 20, host_cut: 25, host_paused: 25, router_killed: 20,
     store_fails: 20, store_gone: 45,
@@ -170,7 +170,7 @@ def prefill(scene: Scene) -> Stream:
 def decode(scene: Scene) -> Stream:
     before = scene.failovers
     with _stream(scene) as stream:
-        stream.take(scene.random.randrange(2, N // 3))
+        stream.take(scene.random.randrange(2, N // 4))
         scene.happens(stream.node)
         stream.rest()
     return _taken_over(scene, stream, before)
@@ -242,15 +242,17 @@ def _while_it_moves(
     with _stream(scene) as stream:
         stream.take(5)
         assert stream.node == scene.node
+        hearing = InBackground(stream.rest)
         faults.hold(first)
         moving = InBackground(lambda: scene.hosts.migrate(scene.session, scene.target))
         faults.held()
         if second is not None:
             faults.release("lose" if lose else "pass", second)
             faults.held()
+        assert stream.reason is None, "the reply had ended before the fault"
         scene.happens(scene.victim)
         faults.release()
-        stream.rest()
+        hearing.result()
         answered = time.monotonic()
         assert moving.result().status_code in (200, 409, 502, 503)
         assert time.monotonic() - answered < scene.deadline
