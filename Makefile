@@ -39,7 +39,7 @@ test: $(DEV) ## all tests, or ARGS="tests/test_codec.py -k golden"; EXTRAS=hf
 unit: $(VENV)/.dev-ready ## the fast tests, which need neither a Ray cluster nor the real model
 	@exec $(BIN)/pytest -q -m "not cluster and not model and not slow" $(ARGS)
 
-soak: $(VENV)/.dev-ready ## 200 agents on the real model for minutes; TURNS= LOG=docs/soak.log
+soak: $(VENV)/.dev-ready ## every fault at every moment, storms, 200 agents: 40 minutes; LOG=docs/soak.log
 	@exec bash scripts/soak.sh $(BIN)/python $(ARGS)
 
 check: $(VENV)/.dev-ready ## formatting, lint, types

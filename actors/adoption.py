@@ -7,24 +7,23 @@ node's disk, then in the shared store. Runs on workers; may reach the store.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 from actors.branches import Run
 from actors.faults import Faults
+from actors.outage import Outage
 from actors.rows import Rows
 from actors.turn import CacheState
 from storage.errors import StorageError
 from storage.tiers import Tiers
 
-_PAUSE_S = 30.0  # a store that did not answer is not asked so long
 _FAR: dict[CacheState, int] = {"hot": 0, "warm": 1, "remote": 2}
 
 
 class Adoption:
-    def __init__(self, rows: Rows, tiers: Tiers, faults: Faults) -> None:
+    def __init__(self, rows: Rows, tiers: Tiers, faults: Faults, outage: Outage) -> None:
         self._rows, self._tiers, self._faults = rows, tiers, faults
-        self._ask_again = 0.0
+        self._outage = outage
 
     def find(self, tenant: str, block_ids: Sequence[str]) -> tuple[list[Run], CacheState]:
         """(the first of these blocks that are stored, without a gap; the farthest place)."""
@@ -68,11 +67,11 @@ class Adoption:
             if ref is not None:
                 run.note("local", "full", ref)
                 return run, "warm"
-            if time.monotonic() >= self._ask_again:
+            if not self._outage.lasts:
                 ref = self._tiers.shared.find_block(tenant, block_id, "full")
         except StorageError as error:
             self._faults.count("store_unavailable", error)
-            self._ask_again = time.monotonic() + _PAUSE_S
+            self._outage.began()
         if ref is None:
             return None
         run.note("shared", "full", ref)

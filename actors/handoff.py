@@ -1,15 +1,17 @@
 """The source's side of a migration: pre-copy, freeze, then release or thaw. See cluster.migration.
 
 Runs on the loop's thread, between two steps. A frozen agent takes no step until this replica has
-itself claimed the next epoch; if the target was faster, it is released. What was copied while the
-agent ran is not copied again: a freeze waits for the store only where too much is missing there.
-A target that reads this node's disk needs nothing of the store: then all of this is about the card
-and the blocks here (`near`).
+itself claimed the next epoch; if the target was faster, it is released. While the store gives no
+answer its turns leave, to go on without a memory. What was copied while the agent ran is not copied
+again: a freeze waits for the store only where too much is missing there. A target that reads this
+node's disk needs nothing of the store: then all of this is about the card and the blocks here
+(`near`).
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -28,6 +30,7 @@ from storage.errors import Fenced, StorageError
 
 logger = logging.getLogger(__name__)
 FEW_ROWS = 8  # computed again sooner than stored and read
+_UNANSWERED_S = 3.0  # a claim back; then the agent's turns go on elsewhere
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Handoff:
         self._exporter, self._move, self._call = exporter, move, call
         self._timeout_s = timeout_s
         self._deadlines: dict[AgentId, float] = {}
+        self._reclaims: dict[AgentId, float] = {}  # until when their claims back are waited for
 
     def precopy(self, agent: AgentId, *, near: bool = False) -> tuple[int | None, Future[None]]:
         """While the agent runs on: hand over what the shared store lacks of it. (What that was, as
@@ -116,7 +120,7 @@ class Handoff:
 
     def release(self, agent: AgentId) -> None:
         """Another replica owns the agent now: its turns move, its cells are freed."""
-        self._deadlines.pop(agent, None)
+        self._settled(agent)
         self._move(agent)
         self.drop(agent)
         memory = self._memory.get(agent)
@@ -127,7 +131,9 @@ class Handoff:
         """The migration failed: claim the agent back and go on, or release it."""
         memory = self._memory.get(agent)
         if memory is not None and memory.state == "frozen":
-            self._deadlines[agent] = time.monotonic() + self._timeout_s
+            now = time.monotonic()
+            self._deadlines[agent] = now + self._timeout_s
+            self._reclaims.setdefault(agent, now + _UNANSWERED_S)
             self._memory.persister.submit(lambda: self._reclaim(memory))
 
     def thaw_overdue(self) -> None:
@@ -135,6 +141,15 @@ class Handoff:
         now = time.monotonic()
         for agent in [a for a, deadline in self._deadlines.items() if now > deadline]:
             self.thaw(agent)
+        for agent in [a for a, deadline in self._reclaims.items() if now > deadline]:
+            self._reclaims[agent] = math.inf
+            logger.warning("the claim of frozen agent %s has no answer; its turns leave", agent)
+            self._memory.outage.began()
+            self._move(agent)
+
+    def _settled(self, agent: AgentId) -> None:
+        self._deadlines.pop(agent, None)
+        self._reclaims.pop(agent, None)
 
     def drop(self, agent: AgentId) -> None:
         """Free the cells of an agent that has no turn under way."""
@@ -156,7 +171,7 @@ class Handoff:
             self._call(lambda: self._unpause(memory))
 
     def _unpause(self, memory: AgentMemory) -> None:
-        self._deadlines.pop(memory.agent, None)
+        self._settled(memory.agent)
         self._memory.commit_later(memory)  # what the epoch before could not
         turn = self._book.active.get(memory.agent)
         if turn is not None and turn.sequence is not None:

@@ -27,6 +27,7 @@ from actors.branches import (
 from actors.errors import AgentMoved
 from actors.faults import Faults
 from actors.matching import Match
+from actors.outage import Outage
 from actors.persister import Persister
 from actors.replicator import Replicator, Snapshot
 from actors.rows import Rows
@@ -66,6 +67,7 @@ class Memory:
         self.persister, self.faults = Persister(), Faults()
         self.rows = Rows(key, codec, tiers, self.persister, self.faults, config.codec_threads)
         store.on_fault = self.faults.card
+        self.outage = Outage(lambda: store.files.names(store.files.path("probe")))
         self.replicator: Replicator | None = None
         if tiers.local is not None:
             tiers.local.store.on_fault = self.faults.card
@@ -91,33 +93,42 @@ class Memory:
         """The agent's memory, owned by this replica: known, or claimed from the store.
 
         While the store does not answer, serving goes on: from what is known here, or for one turn
-        whose memory is not kept. Raises Fenced when another replica wins the claim, AgentMoved
-        while it is frozen here.
+        whose memory is not kept, as for an agent that is frozen. Raises Fenced when another replica
+        wins the claim, AgentMoved while it is frozen here.
         """
         try:
             with self._claiming[hash(agent) % len(self._claiming)]:
                 return self._known(agent) or self._claimed(agent)
         except StoreUnavailable as error:
+            self.outage.began()
             self.faults.count("unclaimed", error)
             memory = self.get(agent)
-            return memory if memory is not None else self.one_off(agent)
+            owned = memory is not None and memory.state == "owned"
+            return memory if memory is not None and owned else self.one_off(agent)
 
     def _known(self, agent: AgentId) -> AgentMemory | None:
         memory = self.get(agent)
         if memory is None or memory.card is None:
             return None
-        if memory.state == "frozen":
+        if memory.state == "frozen" and not self.outage.lasts:
             raise AgentMoved(f"agent {agent} is being migrated")
+        self._reach()
         if self.store.epoch(agent, self.key) != memory.card.epoch:
             self.forget(memory)  # claimed elsewhere while we looked away
             return None
         return memory
+
+    def _reach(self) -> None:
+        """Raises StoreUnavailable at once while nobody expects an answer."""
+        if self.outage.lasts:
+            raise StoreUnavailable(self.store.url, "it has not answered since an earlier call")
 
     def _claimed(
         self, agent: AgentId, handed: CacheCard | None = None, peer: BlockSource | None = None
     ) -> AgentMemory:
         """`handed`: the frozen owner's card, whose blocks are on the disk of `peer` and, as far as
         they were fetched, on ours. Had the owner gone on since, its claim would win."""
+        self._reach()
         after = handed.epoch if handed is not None else None
         claim = self.store.claim(self.template(agent), after=after)
         before = claim.previous

@@ -54,7 +54,7 @@ class Preparer:
         self._memory, self._template = memory, template
         self._default_max_tokens = default_max_tokens
         self._grammars = GrammarCompiler(engine.vocab)
-        self._adoption = Adoption(memory.rows, memory.tiers, memory.faults)
+        self._adoption = Adoption(memory.rows, memory.tiers, memory.faults, memory.outage)
 
     def warm(self) -> None:
         """What the first turn with a grammar would keep all others waiting for."""

@@ -4,8 +4,8 @@
              -> stuck        some agent cannot leave: nothing is closed, nobody new comes
 
 Under critical pressure (battery, memory) a node is emptied likewise, but its replica stays, and
-comes back into use when the pressure falls. Lives in the router and is forgotten with it: the next
-router starts a replica wherever none is. Knows replicas by the pool, decisions by dispatch.
+comes back into use when the pressure falls. Lives in the router; a note of it outlives the router,
+so that the next one goes on. Knows replicas by the pool, decisions by dispatch.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from cluster import notes
 from cluster.dispatch import Ask, Dispatch
 from cluster.errors import LastNode, MigrationFailed, NoReplica, UnknownNode
 from cluster.pool import Replica, ReplicaPool
@@ -28,6 +29,7 @@ PARALLEL = 4  # agents that leave a node at a time
 _ATTEMPTS = 3  # to move one agent
 _POLL_S = 0.1
 _DEADLINE_S = 900.0  # longer than a turn may take
+_FOUND_S = 60.0  # until a new router has found a node's replica
 
 Lock = Callable[[AgentId], asyncio.Lock]
 Move = Callable[[AgentId, Replica, Replica], Coroutine[Any, Any, Any]]
@@ -77,6 +79,24 @@ class Drains:
         self._drains: dict[str, Drain] = {}
         self._pressure: dict[str, Level] = {}
 
+    def go_on(self) -> None:
+        """With what the router before was at, as it noted. A node that was empty stays held; one
+        that was not is emptied, once its replica is found."""
+        note = notes.read()
+        self._pressure = note.get("pressure", {})
+        for node, state, release in note.get("drains", ()):
+            drain = self._drains[node] = Drain(node, release)
+            if state == "drained":
+                drain.state = state
+                if release:
+                    self._pool.hold(node)
+            else:
+                drain.task = asyncio.create_task(self._found(drain))
+
+    def _note(self) -> None:
+        drains = [(d.node, d.state, d.release) for d in self._drains.values()]
+        notes.write({"drains": drains, "pressure": self._pressure})
+
     # ---- for placement
 
     def candidates(self) -> dict[str, Replica]:
@@ -116,6 +136,7 @@ class Drains:
         drain = self._drains[node] = Drain(node, release)
         if release:
             self._pool.hold(node)
+        self._note()
         drain.task = asyncio.create_task(self._run(drain))
         return drain.to_json()
 
@@ -125,6 +146,7 @@ class Drains:
         self._device(node)
         self._cancel(self._drains.pop(node, None))
         self._pool.rejoin(node)
+        self._note()
         return {"node": node, "state": "open"}
 
     def progress(self, node: str) -> dict[str, Any]:
@@ -142,6 +164,7 @@ class Drains:
         elif drain is not None and not drain.release:  # an operator's drain goes on
             self.undrain(node)
         self._pressure[node] = level
+        self._note()
         return self.progress(node) | {"pressure": level}
 
     def report(self, node: str) -> dict[str, Any]:
@@ -163,6 +186,19 @@ class Drains:
 
     # ---- the work
 
+    async def _found(self, drain: Drain) -> None:
+        """Wait for the replica of a node whose drain a router before has begun."""
+        deadline = asyncio.get_running_loop().time() + _FOUND_S
+        while asyncio.get_running_loop().time() < deadline:
+            replica = self._pool.replicas.get(drain.node)
+            if replica is not None and replica.healthy:
+                break
+            await asyncio.sleep(_POLL_S)
+        if self._drains.get(drain.node) is drain:
+            if drain.release:
+                self._pool.hold(drain.node)
+            await self._run(drain)
+
     async def _run(self, drain: Drain) -> None:
         try:
             async with asyncio.timeout(self._deadline_s):
@@ -179,6 +215,9 @@ class Drains:
         except Exception as error:
             logger.exception("draining %s failed", drain.node)
             drain.state, drain.error = "stuck", f"{type(error).__name__}: {error}"
+        finally:
+            if self._drains.get(drain.node) is drain:
+                self._note()
 
     async def _empty(self, drain: Drain) -> None:
         """Until the node has neither agents, but those that cannot leave, nor turns."""

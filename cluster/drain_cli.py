@@ -92,7 +92,7 @@ def _empty(node: str, url: str, api_key: str, timeout: float) -> None:
         console.print(f"{node}: {state['moved']} agents moved")
         return
     if state["state"] == "open":
-        fail(f"{node} was taken back into use, or the router was restarted", code=1)
+        fail(f"{node} was taken back into use", code=1)
     for entry in state["failed"]:
         console.print(f"{entry['agent']}: {entry['error']}", markup=False)
     fail(f"{node}: {state['error']}; it gets no turns until `kvferry undrain {node}`", code=1)

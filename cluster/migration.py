@@ -17,6 +17,8 @@ the two claims wins. Knows replicas only as handles with the calls of actors.rep
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import time
 from dataclasses import dataclass
@@ -89,17 +91,17 @@ async def migrate(
     for all rounds of pre-copy, whose rest the target reads after its claim; 0 if it is to prefill.
     `disk`: the source's, if the target is to fetch from there; both have one.
 
-    Raises MigrationFailed; the agent is then served where its next claim succeeds.
+    Raises MigrationFailed; the agent is then served where its next claim succeeds. May be cancelled
+    at any time: until the claim that is a failure, after it nothing.
     """
     began = time.monotonic()
     shipped = _Shipped(disk if source is not None else None)
     if prefetch_s:
         await _precopy(agent, source, target, timeout, prefetch_s, shipped)
-    froze = time.monotonic()
-    frozen, handed = False, None
-    if source is not None:
-        frozen, handed = await _freeze(agent, source, shipped, timeout)
+    froze, frozen, handed = time.monotonic(), False, None
     try:
+        if source is not None:
+            frozen, handed = await _freeze(agent, source, shipped, timeout)
         if handed is not None and prefetch_s and _rows(handed) > _rows(shipped.card):
             # Too many to be computed again: they are fetched before the claim, or never.
             await _quietly(_fetch(agent, target, timeout, shipped, handed))
@@ -108,9 +110,14 @@ async def migrate(
         if frozen and source is not None:
             await _quietly(call(source[1].thaw.remote(agent), timeout))
         raise MigrationFailed(f"{target[0]} could not take agent {agent}: {error}") from error
+    except asyncio.CancelledError:
+        if source is not None:
+            source[1].thaw.remote(agent)  # nothing to one that is not frozen
+        raise
     if frozen and source is not None:
         # A lost release heals itself: the source's claim fails at its deadline, and it releases.
-        await _quietly(call(source[1].release.remote(agent), timeout))
+        with contextlib.suppress(asyncio.CancelledError):  # it has moved
+            await _quietly(call(source[1].release.remote(agent), timeout))
     now = time.monotonic()
     return Migration(
         source[0] if source else None, target[0], epoch, now - froze, now - began,

@@ -13,9 +13,9 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -27,7 +27,7 @@ from actors.report import ReplicaInfo, ReplicaStatus, versions
 from actors.weights import WeightsProvider
 from cluster.disks import NAMESPACE as NAMESPACE
 from cluster.disks import RemoteDisk, disk_folder, node_folder, open_disk
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, MigrationFailed
 from cluster.nodes import DEVICE, named
 from cluster.nodes import Node as Node
 from cluster.placement import Candidate, link_cost
@@ -35,6 +35,7 @@ from cluster.remote import ReplicaLost, call
 from storage.errors import StorageError
 from storage.fetch import Progress
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 _LOAD_TIMEOUT_S = 300.0
 _STALL_S = 120.0  # without a word of a download, which itself notices earlier that it stalls
@@ -42,6 +43,7 @@ _LONGEST_LOAD_S = 7 * 86400.0  # however slow the link
 _STATUS_TIMEOUT_S = 3.0
 _SHOWN = 3  # differences of a model that is refused
 _TICK_S = 0.5
+_WATCH_S = 0.1
 _MAX_BACKOFF_S = 30.0
 _SHORT_LIFE_S = 15.0  # a replica that was ready for less has failed
 _LOOP_FAILURES, _LOOP_S = 5, 600.0  # so many within so long: it is crash looping
@@ -129,6 +131,23 @@ class ReplicaPool:
         for replica in self.healthy():
             if replica.info is not None and replica.info.incarnation == incarnation:
                 replica.healthy = False
+
+    async def unless_lost(self, work: Coroutine[Any, Any, T], *replicas: Replica) -> T:
+        """What `work` returns; it is cancelled when one of these replicas, healthy at first, is
+        not any more: turns of the agent wait for it. Raises MigrationFailed then."""
+        task = asyncio.create_task(work)
+        watched = [replica for replica in replicas if replica.healthy]
+        try:
+            while not (await asyncio.wait([task], timeout=_WATCH_S))[0]:
+                lost = [r.node.id for r in watched if not r.healthy]
+                if lost:
+                    task.cancel()
+                    await asyncio.wait([task])
+                    if task.cancelled():
+                        raise MigrationFailed(f"{' and '.join(lost)} does not answer")
+            return await task
+        finally:
+            task.cancel()
 
     async def _tick(self) -> None:
         self.nodes = named(await asyncio.to_thread(ray.nodes))

@@ -27,7 +27,7 @@ from cluster.migration import Migration, migrate
 from cluster.moves import Moves, Reason
 from cluster.placement import Placement, over_peer
 from cluster.pool import Replica, ReplicaPool, candidate
-from cluster.recall import stored_agents
+from cluster.recall import Recall
 from cluster.registry import AgentRecord
 from cluster.remote import ReplicaLost, call
 from cluster.views import agent_json, nodes_json
@@ -71,8 +71,9 @@ class PlacementRouter:
         )
         self._drains = Drains(self._pool, self._dispatch, self._lock, self._evacuate)
         self._key: CompatibilityKey | None = None
-        self._scanned = asyncio.Event()
+        self._recall = Recall(config.replica, self._registry.found_in_store)
         self._moves = Moves()
+        self._drains.go_on()
         self._tasks = [asyncio.create_task(self._pool.run())]
         self._copies = copies_of(config.replica, lambda: self._pool.disks)
         if self._copies is not None:
@@ -217,7 +218,8 @@ class PlacementRouter:
         pair = (source.node.id, source.actor) if source is not None else None
         try:
             to, disk = (target.node.id, target.actor), self._disk(agent, source, target)
-            done = await migrate(agent, pair, to, prefetch_s=prefetch_s, disk=disk)
+            moving = migrate(agent, pair, to, prefetch_s=prefetch_s, disk=disk)
+            done = await self._pool.unless_lost(moving, *filter(None, (source, target)))
         except MigrationFailed:
             self._moves.failed(reason)
             raise
@@ -274,7 +276,7 @@ class PlacementRouter:
         await self._pool.refresh_all()
         try:
             async with asyncio.timeout(_CALL_TIMEOUT_S):
-                await self._scanned.wait()
+                await self._recall.tried.wait()
         except TimeoutError:
             logger.warning("answering before the store has been read")
 
@@ -341,13 +343,7 @@ class PlacementRouter:
             self._dispatch.reported(told[0], cells, replica.info.slots)
         if self._key != replica.info.key:
             self._key = replica.info.key
-            self._tasks.append(asyncio.create_task(self._scan(self._key)))
-
-    async def _scan(self, key: CompatibilityKey) -> None:
-        """After a start: learn of the agents that the store remembers."""
-        for loaded in await asyncio.to_thread(stored_agents, self._config.replica, key):
-            self._registry.found_in_store(loaded)
-        self._scanned.set()
+            self._tasks.append(asyncio.create_task(self._recall.run(self._key)))
 
     def _lock(self, agent: AgentId) -> asyncio.Lock:
         return self._locks.setdefault(agent, asyncio.Lock())

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Run the tests marked `soak` with the interpreter $1 and log what they print, under the commit and
-# the date. LOG: the file; TURNS: of the crowd. Arguments after the first go to pytest.
+# Run what takes long with the interpreter $1: every cell of the chaos matrix, ten minutes of faults
+# under load, the crowd of 200 agents on the real model. Log what they print, under the commit, the
+# date and the seed. LOG: the file; TURNS: of the crowd; KVFERRY_SEED: of everything that is drawn.
+# Arguments after the first go to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -11,6 +13,7 @@ commit=$(git rev-parse HEAD 2>/dev/null || echo "no git")
 if [[ -n $(git status --porcelain 2>/dev/null) ]]; then
     commit+=" and changes"
 fi
+seed=${KVFERRY_SEED:-$("$python" -c 'import datetime; print(datetime.date.today().toordinal())')}
 mkdir -p "$(dirname "$log")"
 {
     echo "commit   $commit"
@@ -18,7 +21,9 @@ mkdir -p "$(dirname "$log")"
     echo "machine  $(uname -sm), $(getconf _NPROCESSORS_ONLN) cores"
     echo "python   $("$python" -VV | head -n 1)"
     echo "engine   llama-cpp-python $("$python" -c 'from importlib.metadata import version as v; print(v("llama-cpp-python"))')"
+    echo "seed     KVFERRY_SEED=$seed"
     echo
-    KVFERRY_REQUIRE=model,llama KVFERRY_SOAK_TURNS=${TURNS:-1000} \
-        "$python" -m pytest -m soak -s -v --durations=0 --no-header "$@" 2>&1
+    KVFERRY_REQUIRE=model,llama,netns,s3 KVFERRY_CHAOS=all KVFERRY_SEED=$seed \
+        KVFERRY_SOAK_TURNS=${TURNS:-1000} \
+        "$python" -m pytest -m "soak or chaos" -s -v --durations=0 --no-header "$@" 2>&1
 } | tee "$log"

@@ -316,7 +316,7 @@ class Up(Endpoint):
 
     def actor(self, name: str) -> psutil.Process:
         """The process of an actor's class. Ray names it in the process table."""
-        return next(p for p in self.family() if _command(p).startswith(f"ray::{name}"))
+        return next(p for p in self.family() if command(p).startswith(f"ray::{name}"))
 
     def logged(self) -> str:
         """What the actors wrote to stderr, all of them."""
@@ -336,7 +336,8 @@ class Up(Endpoint):
         self.process.wait(WAIT)
 
 
-def _command(process: psutil.Process) -> str:
+def command(process: psutil.Process) -> str:
+    """Its program, as the process table names it; nothing once it is gone."""
     try:
         return "".join(process.cmdline()[:1])
     except psutil.NoSuchProcess:

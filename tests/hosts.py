@@ -231,10 +231,9 @@ class Hosts(Endpoint):
         def whole() -> bool:
             for name in self.devices:
                 self.rejoin(name)
-            return self.answers() and all(
-                name in self.nodes() and self.nodes()[name]["replica"] == "ready"
-                for name in self.devices
-            )
+            nodes = self.nodes() if self.answers() else {}
+            ready = {name for name, node in nodes.items() if node["replica"] == "ready"}
+            return ready >= set(self.devices)
 
         until(whole, "a ready replica on every host", START)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.clusters import ROOT, InBackground, Up, assistant, until, up, user
+from tests.clusters import ROOT, InBackground, Up, assistant, kill, until, up, user
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
@@ -52,9 +52,12 @@ def test_a_drained_node_is_empty_and_comes_back(cluster: Up) -> None:
     assert "node-1 is drained" in done.stdout
     assert cluster.nodes()["node-1"]["replica"] == "drained"
     assert {record["node"] for n in range(6) if (record := cluster.agent(f"d{n}"))} == {"node-2"}
+    kill(cluster.actor("PlacementRouter").pid)
+    cluster.wait_ready(1)
     refused = kvferry(cluster, "drain", "node-2")
     assert refused.returncode == 1
     assert "no other node" in refused.stderr
+    assert cluster.nodes()["node-1"]["replica"] == "drained"  # the next router knows of it
     assert kvferry(cluster, "undrain", "node-1").returncode == 0
     cluster.wait_ready(2)
 

@@ -4,6 +4,7 @@ only say what they own (`stub`), or on real ones with the fake engine (`served`)
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from actors.config import ReplicaConfig
 from actors.replica import ModelReplica
 from api.app import assemble
 from api.context import Context
+from cluster import notes
 from cluster import pool as pool_module
 from cluster import router as router_module
 from cluster.config import ClusterConfig
@@ -43,14 +45,14 @@ class Stub(Device):
         status = super().status(since)
         return status.__class__(**vars(status) | {"running": self.running})
 
-    async def adopt(self, agent: AgentId) -> int:  # type: ignore[override]
+    async def adopt(self, agent: AgentId) -> int:
         self.adopting += 1
         self.most = max(self.most, self.adopting)
         await asyncio.sleep(0.001)
         self.adopting -= 1
         if agent in self.refuses:
             raise StoreUnavailable("memory://x", "no answer")
-        return super().adopt(agent)
+        return await super().adopt(agent)
 
     def flush(self) -> None:
         self.flushed += 1
@@ -217,6 +219,91 @@ def test_a_drain_that_is_taken_back_stops(stub: Stubs) -> None:
     assert stub.run(go()) == 9
     assert "a" in stub.pool.replicas
     assert stub.place(AGENTS[0]) == "a"
+
+
+# ---- a router that dies meanwhile
+
+
+@pytest.fixture
+def note(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the head holds."""
+    held: dict[str, Any] = {}
+
+    def write(note: dict[str, Any]) -> None:
+        held.clear()
+        held.update(json.loads(json.dumps(note)))
+
+    monkeypatch.setattr(notes, "read", lambda: dict(held))
+    monkeypatch.setattr(notes, "write", write)
+    return held
+
+
+def next_router(stub: Stubs, config: ClusterConfig, *, found: bool = True) -> None:
+    """It knows what the note and the replicas say. `found`: those are there at once."""
+
+    async def start() -> None:
+        before = stub.pool
+        stub.router = PlacementRouter(config)
+        stub.pool = stub.router._pool
+        for name, node in before.nodes.items():
+            stub.pool.nodes[name] = node
+            if found and name in before.replicas:
+                device = {"a": stub.a, "b": stub.b}[name]
+                handle = Handle(device)
+                stub.pool.replicas[name] = Replica(node, handle, device.info(), healthy=True)
+        await stub.pool.refresh_all()
+
+    stub.run(start())
+
+
+def test_a_drained_node_stays_drained(
+    note: dict[str, Any], stub: Stubs, config: ClusterConfig
+) -> None:
+    stub.drained()
+    next_router(stub, config)
+    assert stub.pool.held == {"a"}
+    assert stub.report("a")["replica"] == "drained"
+    with pytest.raises(NoReplica, match="drained"):
+        stub.router._drains.check_open("a")
+
+    async def back() -> dict[str, Any]:
+        return stub.router.undrain("a")
+
+    stub.run(back())
+    next_router(stub, config)
+    assert stub.pool.held == set()
+    assert stub.router._drains.progress("a")["state"] == "open"
+
+
+def test_a_drain_goes_on_with_the_next_router(
+    note: dict[str, Any], stub: Stubs, config: ClusterConfig
+) -> None:
+    async def begin() -> None:
+        stub.a.running = 1  # it cannot end yet
+        stub.router.drain("a")
+        await asyncio.sleep(0)
+        drain = stub.router._drains._drains["a"]
+        assert drain.task is not None
+        drain.task.cancel()  # with its router
+
+    stub.run(begin())
+    next_router(stub, config)
+    assert stub.place(AGENTS[0]) == "b"
+    stub.a.running = 0
+    assert stub.drained(begin=False)["state"] == "drained"
+    assert stub.pool.killed == ["a"]
+    assert stub.a.owns == {}
+
+
+def test_pressure_is_known_to_the_next_router(
+    note: dict[str, Any], stub: Stubs, config: ClusterConfig
+) -> None:
+    pressed(stub, "critical")
+    stub.drained(begin=False)
+    next_router(stub, config)
+    assert stub.report("a")["pressure"] == "critical"
+    assert stub.place(AGENTS[0]) == "b"
+    assert pressed(stub, "none")["state"] == "open"
 
 
 def test_agents_of_a_node_that_dies_while_it_is_drained_are_left_to_the_store(stub: Stubs) -> None:

@@ -1,10 +1,15 @@
-"""A cluster on hosts that really differ: addresses, links and disks of their own."""
+"""A cluster on hosts that really differ: addresses, links and disks of their own. Two replicas of
+the ingress carry its HTTP."""
 
+import re
+import threading
 from collections.abc import Iterator
 
+import httpx
+import psutil
 import pytest
 
-from tests.clusters import InBackground, assistant, recital, user
+from tests.clusters import START, WAIT, InBackground, assistant, command, recital, until, user
 from tests.hosts import Hosts, cluster
 from tests.s3_proxy import Rule
 
@@ -14,8 +19,19 @@ FAKE = "fake://?step_delay=0.01"
 
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[Hosts]:
-    with cluster(["a", "b"], model=FAKE, codec="f16", hysteresis_s=60) as running:
+    with cluster(["a", "b"], ingresses=2, model=FAKE, codec="f16", hysteresis_s=60) as running:
+        until(lambda: len(ingresses(running)) == 2, "two ingresses", START)
         yield running
+
+
+def ingresses(hosts: Hosts) -> list[psutil.Process]:
+    name = "ray::ServeReplica:kvferry:ingress"
+    return [p for p in hosts["head"].processes() if command(p).startswith(name)]
+
+
+def durable(hosts: Hosts, session: str) -> int:
+    record = hosts.agent(session)
+    return int(record["durable_tokens"]) if record else 0
 
 
 def test_an_agent_moves_between_hosts(hosts: Hosts) -> None:
@@ -93,3 +109,105 @@ def test_a_claim_whose_answer_is_lost_is_a_claim(hosts: Hosts) -> None:
     record = hosts.agent("lost")
     assert record is not None
     assert record["epoch"] == 2
+
+
+# ---- the store is lost
+
+
+def test_serving_goes_on_without_the_store_and_the_lag_is_told(hosts: Hosts) -> None:
+    question = recital("Piano", 20)
+    one = hosts.chat(question, "lags", max_tokens=24)
+    held = one.usage.prompt + one.usage.completion - 1
+    until(lambda: durable(hosts, "lags") == held, "the rows in the store")
+    second = [*question, assistant(one.text), user("And now?")]
+    wanted = hosts.chat(second, max_tokens=24).text
+    third = [*second, assistant(wanted), user("And then?")]
+    wanted_then = hosts.chat(third, max_tokens=24).text
+    assert hosts.metric("kvferry_lagging_bytes", node=one.node) == 0
+    hosts["store"].cut()
+    try:
+        two = hosts.chat(second, "lags", max_tokens=24)
+        assert (two.text, two.cached, two.node) == (wanted, held, one.node)
+        assert int(two.headers["x-kvferry-durable-tokens"]) == held
+        three = hosts.chat(third, "lags", max_tokens=24)
+        assert (three.text, three.node) == (wanted_then, one.node)
+        assert three.cached == two.usage.prompt + two.usage.completion - 1
+        assert int(three.headers["x-kvferry-durable-tokens"]) == held < three.cached
+        until(lambda: hosts.metric("kvferry_lagging_bytes", node=one.node), "the lag to be told")
+        assert hosts.nodes()[one.node]["local"]["lagging_agents"] == 1
+        record = hosts.agent("lags")
+        assert record is not None
+        assert record["durable_tokens"] == held < record["tokens"]
+    finally:
+        hosts["store"].heal()
+    held = three.usage.prompt + three.usage.completion - 1
+    until(lambda: durable(hosts, "lags") == held, "the rows in the store")
+    until(lambda: not hosts.metric("kvferry_lagging_bytes", node=one.node), "the lag to go")
+    assert hosts.nodes()[one.node]["local"]["lagging_agents"] == 0
+    fourth = [*third, assistant(three.text), user("And in the end?")]
+    four = hosts.chat(fourth, "lags", max_tokens=2)
+    assert int(four.headers["x-kvferry-durable-tokens"]) == four.cached == held
+    assert hosts.migrate("lags", hosts.other(one.node)).status_code == 200  # the store has it all
+    five = hosts.chat(fourth, "lags", max_tokens=2)
+    assert (five.text, five.cached >= held) == (four.text, True)
+
+
+# ---- two ingresses
+
+
+def test_two_ingresses_agree(hosts: Hosts) -> None:
+    """Turns of one agent, at the same time, through both."""
+    question = recital("Boat", 20)
+    one = hosts.chat(question, "both", max_tokens=12)
+    wanted = {}
+    for n in range(4):
+        messages = [*question, assistant(one.text), user(f"And {n}?")]
+        wanted[n] = hosts.chat(messages, max_tokens=30).text
+
+    def ask(n: int) -> tuple[int, str, str]:
+        messages = [*question, assistant(one.text), user(f"And {n % 4}?")]
+        reply = hosts.chat(messages, "both", max_tokens=30)
+        return n % 4, reply.text, reply.node
+
+    before = len(hosts["head"].output)
+    asked = [InBackground(lambda n=n: ask(n)) for n in range(16)]  # type: ignore[misc]
+    replies = [turn.result() for turn in asked]
+    assert all(text == wanted[n] for n, text, _ in replies)
+    assert {node for _, _, node in replies} == {one.node}
+    lines = hosts["head"].output[before:].splitlines()
+    told = [re.search(r"kvferry_ingress (\w+) .* POST /v1/chat", line) for line in lines]
+    assert len({found[1] for found in told if found}) == 2, "all went through one ingress"
+    hosts.wait_stored("both")
+    hosts.check_owner("both", one.node)
+    record = hosts.agent("both")
+    assert record is not None
+    assert record["epoch"] == 1
+
+
+def test_an_ingress_dies_in_the_middle_of_its_streams(hosts: Hosts) -> None:
+    """Its clients' streams break, and say so; the other's go on. Whoever asks again is answered as
+    if nothing had been, and nobody speaks to the dead."""
+    questions = {f"ingress-{n}": recital("Rose", 10 + n) for n in range(6)}
+    wanted = {s: hosts.chat(question, max_tokens=400).text for s, question in questions.items()}
+    begun = threading.Barrier(len(questions) + 1)
+
+    def ask(session: str) -> str | None:
+        try:
+            with hosts.stream(questions[session], session, max_tokens=400) as stream:
+                stream.take(2)
+                begun.wait(WAIT)
+                return stream.rest()
+        except (httpx.TransportError, StopIteration):  # no more lines, and no last one
+            return None
+
+    asked = {session: InBackground(lambda s=session: ask(s)) for session in questions}  # type: ignore[misc]
+    begun.wait(WAIT)
+    ingresses(hosts)[0].kill()
+    texts = {session: turn.result() for session, turn in asked.items()}
+    broken = [session for session, text in texts.items() if text is None]
+    assert 0 < len(broken) < len(texts), "all went through one ingress"
+    assert all(text in (None, wanted[session]) for session, text in texts.items())
+    until(lambda: not any(n["running"] + n["waiting"] for n in hosts.nodes().values()), "silence")
+    for session in broken:
+        assert hosts.chat(questions[session], session, max_tokens=400).text == wanted[session]
+    until(lambda: len(ingresses(hosts)) == 2, "two ingresses", START)

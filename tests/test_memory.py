@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from actors.engines.fake_engine import FakeEngine
 from actors.loop import ReplicaLoop
 from actors.memory import MemoryConfig
-from actors.turn import TurnFinished
+from actors.turn import Resume, TurnFinished, TurnMoved
 from storage.card import PartRef
 from storage.errors import StoreUnavailable
 from storage.store import CacheStore
@@ -25,6 +26,7 @@ from tests.loops import (
     memory_of,
     run,
     settle,
+    start,
     talk,
     user,
 )
@@ -442,6 +444,93 @@ def test_a_store_that_cannot_write_costs_no_turn(
     fourth = talk(fresh, messages, "And the rain?")
     assert fourth.cached == len(third.prompt) + len(third.ids) - 1
     assert not fresh.memory.faults
+
+
+class GoneStore(CacheStore):
+    """While `gone`, it has no answer, and counts who wanted one."""
+
+    gone, asked = False, 0
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        names = self.files.names
+        self.files.names = lambda folder: self._answer(names, folder)  # type: ignore[method-assign]
+
+    def _answer(self, function, *arguments):  # type: ignore[no-untyped-def]
+        if self.gone and threading.current_thread().name != "outage":
+            self.asked += 1
+        if self.gone:
+            raise StoreUnavailable(self.url, "no answer")
+        return function(*arguments)
+
+
+def test_a_store_that_is_gone_is_waited_for_once(
+    loop_on: MakeLoop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("actors.outage._PAUSE_S", 0.01)
+    store = GoneStore(str(tmp_path / "store"))
+    loop, messages = loop_on(store=store, local=tmp_path / "local"), []
+    talk(loop, messages, LONG)
+    settle(loop)
+    store.gone = True
+    memory = loop.memory
+    first = memory.open(agent_id())
+    assert (first, store.asked) == (memory.get(agent_id()), 1)
+    assert memory.outage.lasts
+    assert memory.open(agent_id()) is first  # served from what is known here
+    assert memory.open(agent_id("stranger")).card is None  # for one turn
+    with pytest.raises(StoreUnavailable):
+        memory.adopt(agent_id("stranger"))
+    assert store.asked == 1
+    answer = talk(loop, messages, "And the ships?")
+    assert answer.cached > 600
+    store.gone = False
+    wait_for(lambda: not memory.outage.lasts)
+    assert memory.open(agent_id("stranger")).card is not None
+    settle(loop)
+    assert memory.is_stored(agent_id())
+
+
+def test_a_frozen_agent_speaks_on_without_the_store(
+    loop_on: MakeLoop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its migration failed, and it cannot be claimed back: its turn leaves, and is taken up without
+    its memory, which is all there when the store is."""
+    monkeypatch.setattr("actors.outage._PAUSE_S", 0.01)
+    monkeypatch.setattr("actors.handoff._UNANSWERED_S", 0.2)
+    store = GoneStore(str(tmp_path / "store"))
+    loop, messages = loop_on(FakeEngine(4, step_delay=0.005), store), []
+    talk(loop, messages, LONG)
+    settle(loop)
+    question = [*messages, user("And the ships?")]
+    undisturbed = run(loop_on(store=tmp_path / "fresh"), question, n=60)
+    turn = start(loop, question, n=60, attempt=1)
+    turn.take(3)
+    loop.call(lambda: loop.handoff.freeze(agent_id())).result().result()
+    store.gone = True
+    loop.call(lambda: loop.handoff.thaw(agent_id())).result()
+    moved = turn.result()
+    assert isinstance(moved.last, TurnMoved)
+    memory = memory_of(loop)
+    assert memory.state == "frozen"  # nobody has claimed it
+    resume = Resume(tuple(moved.prompt), tuple(moved.ids))
+    rest = run(loop, question, n=60, attempt=2, resume=resume)
+    assert isinstance(rest.last, TurnFinished)
+    assert moved.ids + rest.ids == undisturbed.ids
+    store.gone = False
+    wait_for(lambda: not loop.memory.outage.lasts)
+    loop.call(lambda: loop.handoff.thaw(agent_id())).result()
+    wait_for(lambda: memory_of(loop).state == "owned")
+    again = run(loop, question, n=60)
+    assert again.cached > 600
+    assert again.ids == undisturbed.ids
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10.0
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def test_a_card_names_only_what_the_store_holds(loop_on: MakeLoop, tmp_path: Path) -> None:

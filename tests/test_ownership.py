@@ -251,6 +251,8 @@ class Replica:
         with mock.patch("actors.memory.Persister", return_value=self.jobs):
             owner = Owner(node, str(life))
             self.memory = Memory(store, KEY, F16, tiers, owner, MemoryConfig(), {})
+        # Has a thread of its own; here each call of the store is decided by the machine.
+        self.memory.outage = SimpleNamespace(lasts=False, began=lambda: None)  # type: ignore[assignment]
         self.turns: dict[AgentId, Turn] = {}
         self.frozen: dict[AgentId, int] = {}  # epoch at which it was frozen
         self.handoff = Handoff(

@@ -14,6 +14,7 @@ from actors.handoff import Copied
 from actors.preload import Fetched
 from actors.rates import Rates
 from actors.report import AgentReport, ReplicaInfo, ReplicaStatus
+from cluster import recall
 from cluster import router as router_module
 from cluster.config import ClusterConfig
 from cluster.decisions import DecisionLog, Outcome
@@ -23,10 +24,14 @@ from cluster.migration import Migration
 from cluster.placement import Candidate, PlacementConfig
 from cluster.pool import Node, Replica, ReplicaPool
 from cluster.router import PlacementRouter
-from storage.card import AgentId
+from storage.card import AgentId, Owner
+from storage.errors import StoreUnavailable
+from storage.spec import CompatibilityKey
+from storage.store import CacheStore, LoadedCard, new_card
 from tests.fake_cluster import Handle, lost
 
 AGENT = AgentId("default", "s")
+STORED = recall.stored_agents
 TURN_S = ClusterConfig().http.request_timeout_s
 
 
@@ -40,6 +45,7 @@ class Device:
         self.owns: dict[AgentId, int] = {}  # epochs
         self.asked: list[str] = []
         self.fault: Exception | None = None  # of the next adopt
+        self.silent = ""  # a call that gets no answer
 
     def info(self) -> ReplicaInfo:
         key = FakeEngine().key
@@ -55,17 +61,24 @@ class Device:
         rates = Rates(200.0, 0.02, 10_000.0, 2.0)
         return ReplicaStatus(0.0, 0, 0, 0, self.queue_s, rates, 0, 0, len(reports), reports)
 
-    def precopy(self, agent: AgentId) -> Copied:
+    async def _hears(self, what: str) -> None:
+        if what == self.silent:
+            await asyncio.Event().wait()
+
+    async def precopy(self, agent: AgentId) -> Copied:
+        await self._hears("precopy")
         return Copied(0, 0)
 
-    def prefetch(self, agent: AgentId) -> Fetched:
+    async def prefetch(self, agent: AgentId) -> Fetched:
+        await self._hears("prefetch")
         return Fetched(1000, 1000, 0, 200.0)
 
     def freeze(self, agent: AgentId, most: int) -> None:
         self.asked.append("freeze")
 
-    def adopt(self, agent: AgentId) -> int:
+    async def adopt(self, agent: AgentId) -> int:
         self.asked.append("adopt")
+        await self._hears("adopt")
         if self.fault is not None:
             raise self.fault
         self.owns[agent] = 2
@@ -74,8 +87,9 @@ class Device:
     def thaw(self, agent: AgentId) -> None:
         self.asked.append("thaw")
 
-    def release(self, agent: AgentId) -> None:
+    async def release(self, agent: AgentId) -> None:
         self.asked.append("release")
+        await self._hears("release")
         del self.owns[agent]
 
 
@@ -314,11 +328,84 @@ def test_an_unknown_target_is_refused_by_name(cluster: Cluster) -> None:
     assert cluster.asked == UNTOUCHED
 
 
+@pytest.mark.parametrize(
+    ("silent", "call", "asked"),
+    [
+        ("a", "precopy", ([], [])),
+        ("b", "prefetch", ([], [])),
+        ("b", "adopt", (["freeze", "thaw"], ["adopt"])),
+    ],
+)
+def test_a_migration_ends_when_a_host_that_takes_part_falls_silent(
+    cluster: Cluster, silent: str, call: str, asked: tuple[list[str], list[str]]
+) -> None:
+    """Turns of the agent wait for it: they must not wait for its deadlines."""
+    device = {"a": cluster.a, "b": cluster.b}[silent]
+    device.silent = call
+
+    async def go() -> None:
+        moving = asyncio.create_task(cluster.router.migrate(AGENT, "b"))
+        await asyncio.sleep(0.05)
+        cluster.router.suspect(f"life-{silent}")
+        with pytest.raises(MigrationFailed, match=f"{silent} does not answer"):
+            await asyncio.wait_for(moving, 2)
+        await asyncio.wait_for(cluster.router.place(AGENT, 40, 20), 2)
+
+    cluster._runner.run(go())
+    assert cluster.asked[0][: len(asked[0])] == asked[0]
+    assert cluster.asked[1][: len(asked[1])] == asked[1]
+
+
+def test_a_migration_whose_source_is_lost_after_the_claim_is_done(cluster: Cluster) -> None:
+    cluster.a.silent = "release"
+
+    async def go() -> Migration:
+        moving = asyncio.create_task(cluster.router.migrate(AGENT, "b"))
+        await asyncio.sleep(0.1)
+        cluster.router.suspect("life-a")
+        return await asyncio.wait_for(moving, 2)
+
+    assert cluster._runner.run(go()).epoch == 2
+    assert cluster.place() == "b"
+
+
 def test_a_target_that_is_not_ready_is_refused(cluster: Cluster) -> None:
     cluster.replicas["b"].healthy = False
     with pytest.raises(NoReplica, match="b is not ready"):
         cluster.migrate("b")
     assert cluster.asked == UNTOUCHED
+
+
+def test_a_store_that_fails_at_the_start_is_read_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = FakeEngine().key
+    asleep = AgentId("default", "asleep")
+    card = (
+        CacheStore(tmp_path.as_uri()).claim(new_card(asleep, key, "f16", Owner("a", "life"))).card
+    )
+    asked: list[CompatibilityKey] = []
+
+    def stored(config: ReplicaConfig, key: CompatibilityKey) -> list[LoadedCard]:
+        asked.append(key)
+        if len(asked) < 3:
+            raise StoreUnavailable(config.store, "no answer")
+        return STORED(config, key)
+
+    monkeypatch.setattr(recall, "stored_agents", stored)
+    monkeypatch.setattr(recall, "_FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr(router_module, "ReplicaPool", QuietPool)
+    config = ClusterConfig(ReplicaConfig(model="fake://", store=tmp_path.as_uri(), codec="f16"))
+
+    async def agents() -> list[str]:
+        return [record["id"] for record in await cluster.router.agents("default")]
+
+    with asyncio.Runner() as runner:
+        cluster = Cluster(config, runner)
+        assert runner.run(agents()) == ["s"]  # at once, though the store is gone
+        runner.run(asyncio.sleep(0.5))
+        assert set(runner.run(agents())) == {"s", card.agent.session}
+    assert len(asked) == 3
 
 
 def test_an_unknown_agent_is_refused(cluster: Cluster) -> None:

