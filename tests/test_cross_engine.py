@@ -409,9 +409,9 @@ def test_ten_hops_are_no_worse_than_two(
 def test_engines_that_take_ten_turns_are_no_worse_than_two(
     engines: tuple[Any, Any], crossing: Crossing
 ) -> None:
-    """Each computes half of the same 40 rows, a half at once or 4 rows at a time, and llama.cpp
-    the same text after them. Which rows are MLX's changes the KL by a tenth and more: so either
-    begins once, and every row is computed by both."""
+    """Each computes half of the same 40 rows, a half at once or 4 rows at a time; either begins
+    once, so that every row is computed by both. llama.cpp differs from itself when it computes
+    those rows again after others are loaded: what ten turns add is small against that."""
     llama, mlx = engines
     ids = llama.vocab.tokenize(STORY)[: N + MORE]
 
@@ -426,7 +426,7 @@ def test_engines_that_take_ten_turns_are_no_worse_than_two(
         return kl(crossing.llama, go_on(replace_rows(llama, rows), ids[N:]))
 
     found = [[in_turns(hops, order) for order in ((mlx, llama), (llama, mlx))] for hops in (2, 10)]
-    (two, ten), floor = np.mean(found, axis=1), kl(crossing.llama, crossing.mlx)
-    print(f"in turns: 2 hops KL {two:.4f}, 10 hops {ten:.4f}, without rows {floor:.4f}", found)
+    (two, ten), alone = np.mean(found, axis=1), in_turns(2, (llama, llama))
+    print(f"in turns: 2 hops KL {two:.4f}, 10 hops {ten:.4f}, llama.cpp alone {alone:.4f}")
     assert two <= LIMIT
-    assert ten <= 1.1 * two
+    assert ten <= 1.1 * two + alone / 4

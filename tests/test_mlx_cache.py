@@ -161,6 +161,21 @@ def test_however_a_prompt_is_cut_its_tokens_see_the_same(mlx: Any, name: str):
 
 
 @each_geometry
+def test_a_prompts_keys_are_decoded_where_that_is_faster(
+    mlx: Any, name: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Either way gives the same: what differs is the order of sums."""
+    results, calls, decoded = [], [], mlx._decoded
+    monkeypatch.setattr(mlx, "_decoded", lambda *x: calls.append(1) or decoded(*x))
+    for first in (1, 1 << 30):
+        monkeypatch.setattr(mlx.BatchQuantizedKVCache, "decode_from", first)
+        cache = fed(new(mlx, name), 1, name, 90)
+        results.append(attend(cache, *noise(2, name, 40)))
+        assert len(calls) == 1
+    np.testing.assert_allclose(*results, atol=TOLERANCE)
+
+
+@each_geometry
 def test_codes_are_those_of_the_codecs_encoder(mlx: Any, name: str):
     cache = fed(new(mlx, name), 3, name, 30)
     for x, y in zip(cache.read(0, 0, 30), codes(3, name, 30), strict=True):

@@ -501,6 +501,8 @@ def test_the_benchmark_says_what_it_did_not_measure(
     assert found["restore_speedup"] == pytest.approx(found["prefill_s"] / found["restore_s"])
     assert found["restore_speedup"] > 2
     assert found["batch_speedup"] == pytest.approx(found["one_by_one_s"] / found["batch_s"])
+    ratio = found["attention_codes_s"] / found["attention_decoded_s"]
+    assert found["attention_speedup"] == pytest.approx(ratio)
     text = "\n".join(printed)
     for reference in bench.MAC_MODELS.values():
         assert f"kvferry bench mlx --model {reference}" in text
