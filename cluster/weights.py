@@ -7,6 +7,7 @@ for each node. Started by the router; see storage.fetch for what a node does wit
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayError
 
 from actors.config import ReplicaConfig
 from actors.errors import ModelUnavailable
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 SERVER_NAME = "weights"
 _READERS = 4  # reads at a time: the most memory this takes is so many pieces
 _READ_TIMEOUT_S = 20.0
-_ANSWER_S = 10.0
+_ANSWER_S, _SILENT_S = 10.0, 120.0  # of one call; of all of them, until a node goes without
 _READY_S = 3600.0  # until the head knows what its model is: it may have to fetch it from a hub
 _POLL_S, _REPORT_S = 0.5, 0.5
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 300.0  # between attempts to publish
@@ -111,15 +112,19 @@ class NodeWeights:
     store: str
 
     def manifest(self, setting: str, node: str) -> Manifest | None:
-        tell, deadline = _Teller(self.router, node), time.monotonic() + _READY_S
+        tell, asked = _Teller(self.router, node), time.monotonic()
+        heard = asked
         try:
-            while time.monotonic() < deadline:
-                pending = self.server.manifest.remote(setting)
-                answer: Answer = ray.get(pending, timeout=_ANSWER_S)
-                if answer.manifest is not None or answer.error:
-                    return answer.manifest
+            while time.monotonic() - asked < _READY_S and time.monotonic() - heard < _SILENT_S:
+                with contextlib.suppress(GetTimeoutError):  # it may be starting
+                    pending = self.server.manifest.remote(setting)
+                    answer: Answer = ray.get(pending, timeout=_ANSWER_S)
+                    if answer.manifest is not None or answer.error:
+                        return answer.manifest
+                    heard = time.monotonic()
                 tell(Progress(setting, 0, 0, waiting="the head, which reads it"))
                 time.sleep(_POLL_S)
+            logger.warning("the head does not say what its %s is", setting)
         except RayError as error:
             logger.warning("what the head has is unknown: %s", error)
         finally:

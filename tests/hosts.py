@@ -390,7 +390,11 @@ def _start_head(running: Hosts, ingresses: int) -> None:
     ray = [*_ray(host), "--head", f"--port={_GCS}", "--num-cpus=0", "--include-dashboard=false"]
     environment = {k: v for k, v in running.environment.items() if k != "RAY_ADDRESS"}
     process = host.start(ray, environment)
-    until(lambda: "Ray runtime started" in host.output or process.poll() is not None, "the head")
+    until(
+        lambda: "Ray runtime started" in host.output or process.poll() is not None,
+        "the head",
+        START,
+    )
     assert process.poll() is None, host.output
     config = host.disk / "serve.json"
     config.write_text(

@@ -30,6 +30,7 @@ from storage.weights import (
     manifest_of,
     publish,
 )
+from tests.clusters import until
 from tests.servers import BUCKET, s3_server
 
 SIZE = 3 * PIECE + 12_345
@@ -316,13 +317,12 @@ def test_two_on_one_host_fetch_once(model: Path, tmp_path: Path) -> None:
     def run(source: Local, report: Any) -> None:
         found.append(Fetch(manifest, tmp_path / "node", [source], report, options).run())
 
-    one = threading.Thread(target=run, args=(first, lambda p: None))
+    one = threading.Thread(target=run, args=(first, lambda p: None), daemon=True)
     one.start()
     assert started.wait(20)
-    two = threading.Thread(target=run, args=(second, seen.append))
+    two = threading.Thread(target=run, args=(second, seen.append), daemon=True)
     two.start()
-    while not seen:
-        time.sleep(0.01)
+    until(lambda: seen, "word of the second", 20)
     assert "another replica" in seen[0].waiting
     go.set()
     for thread in (one, two):
@@ -340,8 +340,7 @@ def test_one_that_waits_for_a_fetch_that_is_stuck_gives_up(model: Path, tmp_path
     one = threading.Thread(target=Fetch(manifest, tmp_path / "node", [first], options=patient).run)
     one.start()
     try:
-        while not (tmp_path / "node").exists():
-            time.sleep(0.01)
+        until(lambda: (tmp_path / "node").exists(), "the folder of the first", 20)
         time.sleep(0.2)
         with pytest.raises(WeightsUnavailable, match="another process fetches it"):
             get(model, tmp_path / "node")

@@ -139,7 +139,28 @@ def test_a_head_that_does_not_answer_is_a_source_that_failed(
     server = Remote(WeightsServer(ReplicaConfig(model=str(model))))
     with pytest.raises(SourceFailed, match="too late"):
         HeadSource(server).read(describe(model), 0, 10)
-    assert NodeWeights(server, None, "").manifest("model", "n") is None
+
+
+@pytest.mark.parametrize("silent", [0, 2, 10**6])
+def test_a_head_that_is_slow_is_waited_for_but_not_for_ever(
+    model: Path, monkeypatch: pytest.MonkeyPatch, silent: int
+) -> None:
+    server, asked = WeightsServer(ReplicaConfig(model=str(model))), []
+    ready(server)
+
+    def get(call: Any, timeout: float) -> Any:
+        asked.append(call)
+        if len(asked) <= silent:
+            raise GetTimeoutError("too late")
+        return call[0](*call[1])
+
+    monkeypatch.setattr(weights.ray, "get", get)
+    monkeypatch.setattr(weights, "_SILENT_S", 1.0)
+    router = Router()
+    tell = type("Now", (), {"fetching": type("M", (), {"remote": router.fetching})})
+    found = NodeWeights(Remote(server), tell, "").manifest("model", "n")
+    assert found == (manifest_of(model) if silent < 10 else None)
+    assert not router.told or router.told[-1] is None
 
 
 @pytest.mark.parametrize("config", [{"model": "fake://"}, {"share_model": "off"}])
