@@ -113,7 +113,8 @@ def decode(scene: Scene, fault: Fault) -> str:
 
 
 def pre_copy(scene: Scene, fault: Fault) -> str:
-    return _while_it_moves(scene, fault, "GET", r"/agents/blocks/")
+    """The card or, where they do not come from the source's disk, the blocks."""
+    return _while_it_moves(scene, fault, "GET", r"/agents/(blocks|agents)/.*\.safe")
 
 
 def freeze(scene: Scene, fault: Fault) -> str:
