@@ -184,8 +184,9 @@ def _taken_over(scene: Scene, stream: Stream, before: float) -> Stream:
 
 
 def pre_copy(scene: Scene) -> Stream:
-    """The target reads the first rows."""
-    return _while_it_moves(scene, Rule("GET", "/agents/blocks/", scene.address))
+    """The target reads the card or, where they do not come from the source's disk, the blocks."""
+    rule = Rule("GET", r"/agents/(blocks|agents)/.*\.safe", scene.address)
+    return _while_it_moves(scene, rule)
 
 
 def freeze(scene: Scene) -> Stream:

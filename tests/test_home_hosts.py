@@ -11,7 +11,7 @@ from tests.clusters import START, Reply, assistant, recital, until, user
 from tests.hosts import Hosts, cluster
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
-FAKE = "fake://?step_delay=0.01"
+FAKE = "fake://?step_delay=0.01&token_delay=0.005"  # so slow that rows are always brought
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -13,24 +14,27 @@ from actors.engines.fake_engine import FakeEngine
 from actors.handoff import Copied
 from actors.preload import Fetched
 from actors.rates import Rates
-from actors.report import AgentReport, ReplicaInfo, ReplicaStatus
+from actors.report import AgentReport, LocalStatus, ReplicaInfo, ReplicaStatus
 from cluster import recall
 from cluster import router as router_module
 from cluster.config import ClusterConfig
 from cluster.decisions import DecisionLog, Outcome
+from cluster.disks import RemoteDisk
 from cluster.dispatch import Ask, Dispatch
 from cluster.errors import MigrationFailed, NoReplica, UnknownAgent, UnknownNode
 from cluster.migration import Migration
 from cluster.placement import Candidate, PlacementConfig
 from cluster.pool import Node, Replica, ReplicaPool
 from cluster.router import PlacementRouter
-from storage.card import AgentId, Owner
+from storage.card import AgentId, CacheCard, Owner
 from storage.errors import StoreUnavailable
+from storage.links import LinkRate, peer_link
 from storage.spec import CompatibilityKey
 from storage.store import CacheStore, LoadedCard, new_card
 from tests.fake_cluster import Handle, lost
 
 AGENT = AgentId("default", "s")
+CARD = new_card(AGENT, FakeEngine().key, "f16", Owner("a", "life"))
 STORED = recall.stored_agents
 TURN_S = ClusterConfig().http.request_timeout_s
 
@@ -46,11 +50,14 @@ class Device:
         self.asked: list[str] = []
         self.fault: Exception | None = None  # of the next adopt
         self.silent = ""  # a call that gets no answer
+        self.local: LocalStatus | None = None
+        self.links: dict[str, LinkRate] = {}
+        self.told: list[tuple[Any, ...]] = []  # what precopy and adopt were given besides the agent
 
     def info(self) -> ReplicaInfo:
         key = FakeEngine().key
         return ReplicaInfo(
-            self.node, f"life-{self.node}", 1, 1, "fake", "none", 4096, 4, "f16", key, 0
+            self.node, f"life-{self.node}", 1, 1, "fake", "none", 4096, 4, "f16", key, 0, 100
         )
 
     def status(self, since: float) -> ReplicaStatus:
@@ -59,24 +66,30 @@ class Device:
             for agent, epoch in self.owns.items()
         )
         rates = Rates(200.0, 0.02, 10_000.0, 2.0)
-        return ReplicaStatus(0.0, 0, 0, 0, self.queue_s, rates, 0, 0, len(reports), reports)
+        return ReplicaStatus(
+            0.0, 0, 0, 0, self.queue_s, rates, 0, 0, len(reports), reports, self.local,
+            links=self.links,
+        )  # fmt: skip
 
     async def _hears(self, what: str) -> None:
         if what == self.silent:
             await asyncio.Event().wait()
 
-    async def precopy(self, agent: AgentId) -> Copied:
+    async def precopy(self, agent: AgentId, *near: Any) -> Copied:
+        self.told.append(near)
         await self._hears("precopy")
-        return Copied(0, 0)
+        return Copied(0, 0, CARD if near else None)
 
-    async def prefetch(self, agent: AgentId) -> Fetched:
+    async def prefetch(self, agent: AgentId, *near: Any) -> Fetched:
         await self._hears("prefetch")
         return Fetched(1000, 1000, 0, 200.0)
 
-    def freeze(self, agent: AgentId, most: int) -> None:
+    def freeze(self, agent: AgentId, most: int, *near: Any) -> CacheCard | None:
         self.asked.append("freeze")
+        return CARD if near else None
 
-    async def adopt(self, agent: AgentId) -> int:
+    async def adopt(self, agent: AgentId, *near: Any) -> int:
+        self.told.append(near)
         self.asked.append("adopt")
         await self._hears("adopt")
         if self.fault is not None:
@@ -150,6 +163,40 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster
         clock = SimpleNamespace(monotonic=lambda: made.now)
         monkeypatch.setattr(router_module, "time", clock)
         yield made
+
+
+# ---- from disk to disk
+
+WRITES, FULL = LocalStatus(0, 0, 0, 0, True), LocalStatus(0, 0, 0, 0, False)
+FAST, SLOW = LinkRate(0.0, 1e9), LinkRate(0.0, 1e6)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "links", "near"),
+    [
+        (WRITES, WRITES, {}, True),
+        (WRITES, WRITES, {"store": SLOW, peer_link("a"): FAST}, True),
+        (WRITES, WRITES, {"store": FAST, peer_link("a"): SLOW}, False),
+        (WRITES, FULL, {}, False),
+        (FULL, WRITES, {}, False),
+        (None, WRITES, {}, False),
+        (WRITES, None, {}, False),
+    ],
+)
+def test_an_agent_comes_from_its_owners_disk_where_that_pays(
+    cluster: Cluster,
+    a: LocalStatus | None,
+    b: LocalStatus | None,
+    links: dict[str, LinkRate],
+    near: bool,
+) -> None:
+    cluster.a.local, cluster.b.local, cluster.b.links = a, b, links
+    disk: Any = RemoteDisk("a", None)
+    cluster.router._pool.disks = {"a": disk}
+    cluster.busy()
+    cluster.migrate("b")
+    assert cluster.a.told == [(True,) if near else ()]
+    assert cluster.b.told == [(CARD, disk) if near else ()]
 
 
 # ---- an idle agent
