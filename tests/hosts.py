@@ -277,7 +277,7 @@ def cluster(devices: list[str], mbit: float = 0, **settings: Any) -> Iterator[Ho
                 running.join(name)
             with _relay(running) as running.url:
                 until(running.answers, "the ingress", START)
-                running.wait_ready(len(devices))
+                running.restore()  # a raylet that was too slow to start is started again
                 yield running
     finally:
         shutil.rmtree(folder, ignore_errors=True)
