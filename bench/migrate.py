@@ -22,7 +22,7 @@ from typing import Any
 from rich.table import Column, Table
 
 from bench.client import Endpoint, EndpointError, Message, Reply
-from bench.sites import chars_per_token, filling, local_site, node_of
+from bench.sites import chars_per_token, filling, local_site, node_of, show
 from bench.ttft import BenchFailed
 from cluster.config import ClusterConfig
 from cluster.console import console
@@ -104,7 +104,7 @@ def move(endpoint: Endpoint, length: int, text: str, mbit: float | None) -> Move
     messages: list[Message] = [{"role": "user", "content": text}]
     done: dict[str, Any] = {}
     moving: list[threading.Thread] = []
-    replies: list[Reply] = []
+    replies: list[Reply] = []  # the one
     since: list[int] = []  # deltas that came from the new node
 
     def move(source: str) -> None:
@@ -114,7 +114,7 @@ def move(endpoint: Endpoint, length: int, text: str, mbit: float | None) -> Move
             done["error"] = str(error)
 
     def on_delta(reply: Reply) -> None:
-        replies.append(reply)
+        replies[:] = [reply]
         if len(reply.deltas) == _BEFORE:
             moving.append(threading.Thread(target=move, args=(reply.node,), daemon=True))
             moving[0].start()
@@ -201,4 +201,4 @@ def print_moves(moves: Sequence[Moved], title: str = "") -> None:
             f"{median(m.rows for m in of_length):.0f}",
             f"{median(m.n_bytes for m in of_length) / 1e6:.1f}",
         )
-    console.print(table, soft_wrap=False)
+    show(table)
