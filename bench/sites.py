@@ -148,7 +148,7 @@ def _harness() -> Any:
 
 
 @contextmanager
-def host_site(settings: ClusterConfig, mbit: float = 0) -> Iterator[HostSite]:
+def host_site(settings: ClusterConfig) -> Iterator[HostSite]:
     """A head, a store, and two devices, each on a host of its own. Nothing is kept on the devices'
     disks: what is not in RAM comes over the link. Raises BenchFailed, ConfigError."""
     harness = _harness()
@@ -156,7 +156,7 @@ def host_site(settings: ClusterConfig, mbit: float = 0) -> Iterator[HostSite]:
     given |= {"hysteresis_s": STAY_S, "local_bytes": 0}
     given |= {"item_timeout_s": settings.http.item_timeout_s}
     try:
-        with harness.cluster(_HOSTS, mbit=mbit, **given) as hosts, Endpoint(hosts.url) as endpoint:
+        with harness.cluster(_HOSTS, **given) as hosts, Endpoint(hosts.url) as endpoint:
             yield HostSite(endpoint, hosts)
     except AssertionError as error:
         raise BenchFailed(f"the hosts do not start: {error}") from error
