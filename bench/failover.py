@@ -34,6 +34,7 @@ from bench.sites import (
     host_site,
     local_site,
     progress,
+    show,
     wait_stored,
 )
 from bench.ttft import BenchFailed
@@ -264,7 +265,7 @@ def _print(found: Sequence[Lost], held: dict[str, bool]) -> None:
             f"{median(x.new for x in of_kill):.0f}",
             ", ".join(sorted({x.equal for x in of_kill})),
         )
-    console.print(table, soft_wrap=False)
+    show(table)
     console.print("again: tokens prefilled again; new: tokens of the question that was answered")
     ties = sum(x.equal == "near tie" for x in found)
     if ties:

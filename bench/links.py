@@ -22,7 +22,7 @@ from rich.table import Column, Table
 
 from bench.client import EndpointError, Message, Reply
 from bench.migrate import Moved, move, print_moves, print_targets, targets
-from bench.sites import HostSite, chars_per_token, filling, host_site, progress, wait_stored
+from bench.sites import HostSite, chars_per_token, filling, host_site, progress, show, wait_stored
 from bench.ttft import BenchFailed
 from cluster.config import ClusterConfig
 from cluster.console import console
@@ -215,7 +215,7 @@ def _print(
             case.link, str(case.context), *(f"{x:.2f}" for x in seconds), case.chosen,
             f"{case.over:.2f}",
         )  # fmt: skip
-    console.print(table, soft_wrap=False)
+    show(table)
     print_targets(held["placement"])
     for name in moves:
         console.print(f"{name}: shipping is faster {_where(_of(cases, name))}")

@@ -13,7 +13,7 @@ import secrets
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from statistics import median
@@ -22,13 +22,13 @@ from typing import Any
 from rich.table import Column, Table
 
 from bench.client import Endpoint, EndpointError, Message, Reply
-from bench.sites import chars_per_token, filling, local_site, node_of
+from bench.sites import chars_per_token, filling, local_site, node_of, show
 from bench.ttft import BenchFailed
 from cluster.config import ClusterConfig
 from cluster.console import console
 
-_REPLY_TOKENS = 160
-_BEFORE = 10  # deltas, until the agent is moved
+_REPLY_TOKENS = 400  # at most
+_BEFORE, _AFTER = 10, 30  # deltas, until the agent is moved, and since it was
 _FREEZE_S, _GAP_S = 0.1, 0.25
 _OVER, _FIXED_S = 1.3, 0.15  # of the link's own time, and besides
 _GROWTH_S = 0.02  # by which a freeze may differ between contexts, for noise
@@ -53,6 +53,10 @@ class Moved:
     def limit_s(self) -> float:
         """What it may take in all."""
         return _OVER * max(self.floor_s, self.restore_s) + _FIXED_S
+
+
+class _Enough(Exception):
+    """The rest of a reply is of no interest."""
 
 
 def run(
@@ -100,6 +104,8 @@ def move(endpoint: Endpoint, length: int, text: str, mbit: float | None) -> Move
     messages: list[Message] = [{"role": "user", "content": text}]
     done: dict[str, Any] = {}
     moving: list[threading.Thread] = []
+    replies: list[Reply] = []  # the one
+    since: list[int] = []  # deltas that came from the new node
 
     def move(source: str) -> None:
         try:
@@ -108,14 +114,20 @@ def move(endpoint: Endpoint, length: int, text: str, mbit: float | None) -> Move
             done["error"] = str(error)
 
     def on_delta(reply: Reply) -> None:
+        replies[:] = [reply]
         if len(reply.deltas) == _BEFORE:
             moving.append(threading.Thread(target=move, args=(reply.node,), daemon=True))
             moving[0].start()
+        if moving and not moving[0].is_alive():
+            since.append(len(reply.deltas))
+            if len(since) > _AFTER:
+                raise _Enough
 
-    reply = endpoint.chat(
-        messages, session=session, max_tokens=_REPLY_TOKENS, on_delta=on_delta, ignore_eos=True
-    )
-    over = bool(moving) and not moving[0].is_alive()
+    with suppress(_Enough):
+        endpoint.chat(
+            messages, session=session, max_tokens=_REPLY_TOKENS, on_delta=on_delta, ignore_eos=True
+        )
+    over = bool(since)
     if moving:
         moving[0].join(60.0)
     if "error" in done or not done:
@@ -124,7 +136,7 @@ def move(endpoint: Endpoint, length: int, text: str, mbit: float | None) -> Move
         raise BenchFailed(f"at {length}: the reply was over before the migration")
     floor_s = 8e-6 * done["bytes"] / mbit if mbit else 0.0
     restore_s = done["rows"] / rate if (rate := _restore_rate(endpoint, done["target"])) else 0.0
-    gap_s = reply.longest_pause[1]
+    gap_s = replies[-1].longest_pause[1]
     return Moved(
         length, done["freeze_s"], gap_s, done["total_s"], done["rounds"],
         done["rows"], done["bytes"], floor_s, restore_s,
@@ -189,4 +201,4 @@ def print_moves(moves: Sequence[Moved], title: str = "") -> None:
             f"{median(m.rows for m in of_length):.0f}",
             f"{median(m.n_bytes for m in of_length) / 1e6:.1f}",
         )
-    console.print(table, soft_wrap=False)
+    show(table)

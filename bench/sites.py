@@ -22,12 +22,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from rich.table import Table
+
 from actors.config import ReplicaConfig
 from bench.client import Endpoint, EndpointError, Message, Reply
 from bench.kill import KillRefused, check_node, kill_node
 from bench.texts import context
 from bench.ttft import BenchFailed, await_ready, free_port
 from cluster.config import ClusterConfig
+from cluster.console import console
 from cluster.local import LocalCluster, divided
 
 Kill = Literal["process", "node", "host"]
@@ -36,6 +39,7 @@ _BEFORE = 16  # deltas, until the kill
 STAY_S = 1e6  # an agent moves only when told to
 _ROOT = Path(__file__).resolve().parent.parent
 _HOSTS = ["a", "b"]
+_WIDTH = 110  # of a table in a file
 
 
 class Site(Protocol):
@@ -144,7 +148,7 @@ def _harness() -> Any:
 
 
 @contextmanager
-def host_site(settings: ClusterConfig, mbit: float = 0) -> Iterator[HostSite]:
+def host_site(settings: ClusterConfig) -> Iterator[HostSite]:
     """A head, a store, and two devices, each on a host of its own. Nothing is kept on the devices'
     disks: what is not in RAM comes over the link. Raises BenchFailed, ConfigError."""
     harness = _harness()
@@ -152,7 +156,7 @@ def host_site(settings: ClusterConfig, mbit: float = 0) -> Iterator[HostSite]:
     given |= {"hysteresis_s": STAY_S, "local_bytes": 0}
     given |= {"item_timeout_s": settings.http.item_timeout_s}
     try:
-        with harness.cluster(_HOSTS, mbit=mbit, **given) as hosts, Endpoint(hosts.url) as endpoint:
+        with harness.cluster(_HOSTS, **given) as hosts, Endpoint(hosts.url) as endpoint:
             yield HostSite(endpoint, hosts)
     except AssertionError as error:
         raise BenchFailed(f"the hosts do not start: {error}") from error
@@ -249,3 +253,8 @@ def filling(n_tokens: int, chars: float) -> str:
 
 def progress(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def show(table: Table) -> None:
+    """Where nobody's window is too narrow for it, whole."""
+    console.print(table, soft_wrap=False, width=None if console.is_terminal else _WIDTH)

@@ -320,13 +320,11 @@ def cluster(
     devices: list[str],
     spares: Sequence[str] = (),
     ingresses: int = 1,
-    mbit: float = 0,
     redis: bool = False,
     **settings: Any,
 ) -> Iterator[Hosts]:
     """A head with the ingress, an S3 store on a host of its own, and a device node per name.
-    `spares`: hosts that can join later; `mbit`: the rate of the devices' links, limited before
-    they start; 0: not at all; `redis`: keeps Ray's tables, on the store's host."""
+    `spares`: hosts that can join later; `redis`: keeps Ray's tables, on the store's host."""
     # Not pytest's tmp_path: the path of a Unix socket has at most 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="kvh"))
     try:
@@ -337,7 +335,6 @@ def cluster(
                 _start_redis(running)
             _start_head(running, ingresses)
             for name in devices:
-                running[name].limit(mbit)
                 running.join(name)
             with _relay(running) as running.url:
                 until(running.answers, "the ingress", START)

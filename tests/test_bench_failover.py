@@ -170,11 +170,30 @@ def test_bench_failover_on_nodes_of_this_machine() -> None:
         assert lost["held"] > 600
 
 
+def require_hosts() -> None:
+    able = os.geteuid() == 0 and all(map(shutil.which, ("ip", "tc")))
+    require("netns", able, "network namespaces need root and iproute2")
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(300)
+def test_bench_failover_of_a_host_that_is_cut_off() -> None:
+    require_hosts()
+    few = ["--tokens", "600", "--runs", "1", "--kills", "host"]
+    done = bench("failover", "--model", FAKE, *few, "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = last(done, "failover")
+    (lost,) = report["runs"]
+    assert report["hosts"]
+    assert (lost["kill"], lost["equal"]) == ("host", "identical")
+    assert 1 < lost["detection_s"] < lost["next_token_s"] < 30, "silence tells, and not Ray"
+    assert 0 < lost["again_tokens"] <= 256 + lost["new"]
+
+
 @pytest.mark.cluster
 @pytest.mark.timeout(300)
 def test_bench_migrate_over_a_limited_link() -> None:
-    able = os.geteuid() == 0 and all(map(shutil.which, ("ip", "tc")))
-    require("netns", able, "network namespaces need root and iproute2")
+    require_hosts()
     contexts, link = ["--contexts", "600"], ["--link", "10mbit"]
     done = bench("migrate", "--model", FAKE, *contexts, *link, "--runs", "1")
     assert done.stdout, done.stderr

@@ -43,7 +43,7 @@ def start_head(hosts: Hosts) -> None:
         (hosts["head"].disk / "ray" / "ray_current_cluster").unlink(missing_ok=True)
         (hosts["head"].disk / "out").write_text("")
         try:
-            return _start_head(hosts)
+            return _start_head(hosts, ingresses=1)
         except AssertionError:  # a busy machine does not start one in the time Ray gives it
             if last or "timed out during startup" not in hosts["head"].output:
                 raise
