@@ -156,7 +156,8 @@ async def _freeze(
     name, replica = source
     near = (True,) if shipped.disk is not None else ()
     try:
-        return True, await call(replica.freeze.remote(agent, shipped.most, *near), timeout)
+        card = await call(replica.freeze.remote(agent, shipped.most, *near), timeout)
+        return True, card if near else None
     except StorageError as error:  # the target would miss what the store lacks
         await _quietly(call(replica.thaw.remote(agent), timeout))
         raise MigrationFailed(f"{name} could not hand over {agent}: {error}") from error
