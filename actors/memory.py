@@ -41,6 +41,8 @@ from storage.spec import CompatibilityKey
 from storage.store import CacheStore, new_card
 from storage.tiers import Tiers
 
+_LOOK_S = 5.0  # at an agent's claim before its turn; then it goes on with what is known here
+
 
 @dataclass(frozen=True)
 class MemoryConfig:
@@ -113,7 +115,7 @@ class Memory:
         if memory.state == "frozen" and not self.outage.lasts:
             raise AgentMoved(f"agent {agent} is being migrated")
         self._reach()
-        if self.store.epoch(agent, self.key) != memory.card.epoch:
+        if self.store.epoch(agent, self.key, _LOOK_S) != memory.card.epoch:
             self.forget(memory)  # claimed elsewhere while we looked away
             return None
         return memory

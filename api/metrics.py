@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import (
@@ -12,6 +12,8 @@ from prometheus_client.core import (
     HistogramMetricFamily,
     Metric,
 )
+
+from cluster.moves import Reason
 
 _TTFT_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
 
@@ -126,7 +128,7 @@ def _moves(moves: dict[str, Any]) -> Iterator[Metric]:
         "kvferry_migrations_failed", "Agents that stayed where they were.", labels=["reason"]
     )
     for family, counts in ((moved, moves["by_reason"]), (failed, moves["failed"])):
-        for reason in ("operator", "placement"):
+        for reason in get_args(Reason):
             family.add_metric([reason], counts.get(reason, 0))
     freeze = HistogramMetricFamily(
         "kvferry_migration_freeze_seconds", "From the freeze of an agent to its release."

@@ -113,9 +113,11 @@ class PlacementRouter:
                 try:
                     await self._move(agent, source, replicas[target], "placement", prefetch_s)
                 except MigrationFailed as error:
-                    logger.warning("agent %s stays on %s: %s", agent, source.node.id, error)
-                    choice.node, choice.move_failed = source.node.id, str(error)
-                    replicas[source.node.id] = source
+                    choice.move_failed = str(error)
+                    if source.healthy:  # else whoever is chosen claims the agent
+                        logger.warning("agent %s stays on %s: %s", agent, source.node.id, error)
+                        choice.node = source.node.id
+                        replicas[source.node.id] = source
             self._dispatch.began(ask, choice, time.monotonic() + self._turn_s)
             return _decision(choice, replicas[choice.node])
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib
+import math
 import random
 import secrets
 import time
@@ -94,12 +95,12 @@ class Files:
     def path(self, *parts: str) -> str:
         return "/".join((self.root, *parts))
 
-    def names(self, folder: str) -> list[str]:
+    def names(self, folder: str, timeout_s: float | None = None) -> list[str]:
         """Names of files and folders in a folder, sorted; empty when there is none. Without the
-        temporary files of writers."""
+        temporary files of writers. `timeout_s`: a deadline sooner than that of all calls."""
         with self.translated():
             try:
-                found = self._call(self.backend.names, folder)
+                found = self._call(self.backend.names, folder, timeout_s=timeout_s)
             except FileNotFoundError:
                 return []
         return sorted(name for name in found if not is_temporary(name))
@@ -170,9 +171,15 @@ class Files:
         except Exception as error:
             raise StoreUnavailable(self.url, repr(error)) from error
 
-    def _call(self, function: Callable[..., T], *args: Any, attempts: int | None = None) -> T:
+    def _call(
+        self,
+        function: Callable[..., T],
+        *args: Any,
+        attempts: int | None = None,
+        timeout_s: float | None = None,
+    ) -> T:
         """One call of the backend before the deadline, tried again after errors that may pass."""
-        deadline = time.monotonic() + self.options.timeout_s
+        deadline = time.monotonic() + min(self.options.timeout_s, timeout_s or math.inf)
         attempts = attempts or self.options.attempts
         attempt = 0
         while True:

@@ -68,9 +68,10 @@ class CardReader:
             unusable.add(left[-1])
         return None
 
-    def epoch(self, agent: AgentId, key: CompatibilityKey) -> int:
-        """The greatest epoch claimed, 0 for an unknown agent."""
-        names = self._card_names(self.agent_folder(agent, key))
+    def epoch(self, agent: AgentId, key: CompatibilityKey, timeout_s: float | None = None) -> int:
+        """The greatest epoch claimed, 0 for an unknown agent. `timeout_s`: a deadline sooner than
+        the store's own."""
+        names = self._card_names(self.agent_folder(agent, key), timeout_s)
         return names[-1][0] if names else 0
 
     def cards(self, tenants: list[str], key: CompatibilityKey | None) -> Iterator[LoadedCard]:
@@ -96,8 +97,9 @@ class CardReader:
     def agent_folder(self, agent: AgentId, key: CompatibilityKey) -> str:
         return self.files.path("agents", agent.tenant, agent.digest(key.digest))
 
-    def _card_names(self, folder: str) -> list[tuple[int, int]]:
-        return sorted(found for found in map(parse_name, self.files.names(folder)) if found)
+    def _card_names(self, folder: str, timeout_s: float | None = None) -> list[tuple[int, int]]:
+        names = self.files.names(folder, timeout_s)
+        return sorted(found for found in map(parse_name, names) if found)
 
     def _read_card(self, path: str, key: CompatibilityKey | None) -> LoadedCard:
         return self.decode(self.files.read(path), path, key)

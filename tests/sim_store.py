@@ -67,7 +67,7 @@ class SimFiles(Files):
     ) -> None:
         self._disk, self._step, self._lag = disk, step, lag
 
-    def names(self, folder: str) -> list[str]:
+    def names(self, folder: str, timeout_s: float | None = None) -> list[str]:
         self._step("list", folder)
         return sorted(self._disk.listing(folder, self._lag(folder)))
 

@@ -30,7 +30,8 @@ STEP_S, TOKEN_S = 0.02, 0.0005
 MODEL = f"fake://?step_delay={STEP_S}&token_delay={TOKEN_S}"
 SEED = int(os.environ.get("KVFERRY_SEED", datetime.date.today().toordinal()))
 PAUSE = 10.0  # s
-N = 200  # tokens of a reply
+N = 150  # tokens of a reply
+MOVING = 300  # of one that is not to end before its agent has moved
 NEW = 6000  # tokens of a message that takes seconds to prefill
 NEXT = user("And now?")
 
@@ -75,6 +76,7 @@ class Scene:
     random: random.Random
     folder: str  # of its cards in the store
     fault: Fault
+    n: int  # tokens of the reply
     slow: float  # how many times its time an undisturbed run takes now
     began: float = 0.0  # when the fault happened
     waking: InBackground | None = None
@@ -142,10 +144,9 @@ def store_gone(scene: Scene, _: str) -> None:
 
 
 Fault = Callable[[Scene, str], None]
-# Seconds from the fault to the end of the stream, where an undisturbed one takes CALM; on a machine
-# that others use, as many times that as this takes. A store that is gone may cost each call its
-# deadline before serving goes on without it.
-CALM = 5.0
+# Seconds from the fault to the end of the stream, where an undisturbed one takes what its steps do;
+# on a machine that others use, as many times that. A store that is gone may cost several calls
+# their deadline before serving goes on without it.
 FAULTS: dict[Fault, float] = {
     replica_killed: 20, raylet_killed: 20, host_cut: 25, host_paused: 25, router_killed: 20,
     store_fails: 20, store_gone: 45,
@@ -231,7 +232,7 @@ def _claim(scene: Scene) -> Rule:
 
 
 def _stream(scene: Scene):  # type: ignore[no-untyped-def]
-    return scene.hosts.stream(scene.messages, scene.session, max_tokens=N)
+    return scene.hosts.stream(scene.messages, scene.session, max_tokens=scene.n)
 
 
 def _while_it_moves(
@@ -290,12 +291,13 @@ def test_nothing_is_lost(
     held = first.usage.prompt + first.usage.completion - 1  # rows that are in the store now
     new = user("".join(chance.choices("abcdef ", k=NEW))) if moment is prefill else NEXT
     messages = [*question, assistant(first.text), new]
+    n = N if moment in (prefill, decode, idle) else MOVING
     began = time.monotonic()
-    wanted = hosts.chat(messages, max_tokens=N)
-    slow = max(1.0, (time.monotonic() - began) / (2 * CALM if moment is prefill else CALM))
+    wanted = hosts.chat(messages, max_tokens=n)
+    slow = max(1.0, (time.monotonic() - began) / (2 + n * STEP_S + wanted.usage.prompt * TOKEN_S))
     target = chance.choice([node for node in hosts.devices if node != first.node])
     folder = hosts.cards(session)[0][0]
-    scene = Scene(hosts, session, messages, first.node, target, chance, folder, fault, slow)
+    scene = Scene(hosts, session, messages, first.node, target, chance, folder, fault, n, slow)
     print(f"KVFERRY_SEED={SEED}: {session} on {scene.node}, to {target}")
     try:
         stream = moment(scene)

@@ -16,6 +16,7 @@ from actors.config import ReplicaConfig
 from actors.replica import ModelReplica
 from api.app import assemble
 from api.context import Context
+from api.metrics import Metrics
 from cluster import notes
 from cluster import pool as pool_module
 from cluster import router as router_module
@@ -132,6 +133,8 @@ def test_a_drain_moves_every_agent_a_few_at_a_time_and_closes_the_replica(stub: 
     assert 1 < stub.b.most <= PARALLEL
     assert (stub.pool.killed, stub.a.flushed, stub.pool.restarts) == (["a"], 1, 0)
     assert stub.report("a")["replica"] == "drained"
+    shown = Metrics().render(stub.run(stub.router.cluster())).decode()
+    assert 'kvferry_migrations_total{reason="drain"} 9.0' in shown
     assert stub.place(AGENTS[0]) == "b"
 
 

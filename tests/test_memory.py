@@ -454,7 +454,7 @@ class GoneStore(CacheStore):
     def __init__(self, url: str) -> None:
         super().__init__(url)
         names = self.files.names
-        self.files.names = lambda folder: self._answer(names, folder)  # type: ignore[method-assign]
+        self.files.names = lambda *folder: self._answer(names, *folder)  # type: ignore[method-assign]
 
     def _answer(self, function, *arguments):  # type: ignore[no-untyped-def]
         if self.gone and threading.current_thread().name != "outage":

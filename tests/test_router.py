@@ -84,8 +84,9 @@ class Device:
         await self._hears("prefetch")
         return Fetched(1000, 1000, 0, 200.0)
 
-    def freeze(self, agent: AgentId, most: int, *near: Any) -> CacheCard | None:
+    async def freeze(self, agent: AgentId, most: int, *near: Any) -> CacheCard | None:
         self.asked.append("freeze")
+        await self._hears("freeze")
         return CARD if near else None
 
     async def adopt(self, agent: AgentId, *near: Any) -> int:
@@ -401,6 +402,21 @@ def test_a_migration_ends_when_a_host_that_takes_part_falls_silent(
     cluster._runner.run(go())
     assert cluster.asked[0][: len(asked[0])] == asked[0]
     assert cluster.asked[1][: len(asked[1])] == asked[1]
+
+
+def test_a_turn_does_not_stay_with_an_owner_that_falls_silent_while_it_leaves(
+    cluster: Cluster,
+) -> None:
+    cluster.busy(a=1000.0)
+    cluster.a.silent = "freeze"
+
+    async def go() -> str:
+        placing = asyncio.create_task(cluster.router.place(AGENT, 40, 20))
+        await asyncio.sleep(0.05)
+        cluster.router.suspect("life-a")
+        return (await asyncio.wait_for(placing, 2)).node
+
+    assert cluster._runner.run(go()) == "b"
 
 
 def test_a_migration_whose_source_is_lost_after_the_claim_is_done(cluster: Cluster) -> None:

@@ -61,7 +61,7 @@ class Undisturbed:
         for n in range(max_tokens):
             token = self._step(new)
             if token in vocab.eog:
-                return said.decode(), n + 1
+                return said.decode(), n
             said, new = said + vocab.token_bytes(token), [token]
         return said.decode(), max_tokens
 
