@@ -53,6 +53,7 @@ def test_a_drained_node_is_empty_and_comes_back(cluster: Up) -> None:
     assert cluster.nodes()["node-1"]["replica"] == "drained"
     assert {record["node"] for n in range(6) if (record := cluster.agent(f"d{n}"))} == {"node-2"}
     kill(cluster.actor("PlacementRouter").pid)
+    until(lambda: cluster.get("/v1/cluster").status_code == 200, "the next router")
     cluster.wait_ready(1)
     refused = kvferry(cluster, "drain", "node-2")
     assert refused.returncode == 1
