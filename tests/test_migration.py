@@ -645,7 +645,7 @@ def test_an_idle_agent_moves_without_the_store_and_its_debt_with_it(
     done = pair.migrate(disk=disk)
     assert (state(pair.a), state(pair.b)) == (None, "owned")
     rows = memory_of(real(pair.b)._loop).branches[0].rows
-    assert done.loaded == done.rows == rows > 780
+    assert done.loaded == done.rows == rows > 256
     assert 0 < done.peer_bytes <= done.n_bytes
     settle(real(pair.b)._loop)  # b's uplink is well
     assert in_store(pair.b) == rows
@@ -799,7 +799,7 @@ def test_the_debt_survives_the_new_owners_death(pair_of: MakePair) -> None:
     try:
         wait_until(lambda: again._memory.get(AGENT) is not None)
         settle(again._loop)
-        assert in_store(pair.b) == rows > 780
+        assert in_store(pair.b) == rows > 256
     finally:
         again._loop.close()
 
