@@ -51,7 +51,7 @@ _TEND_S = 0.02  # between two looks for deadlines
 class LoopConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     default_max_tokens: int = 1024
-    freeze_timeout_s: float = 15.0  # a frozen agent then claims itself back
+    freeze_timeout_s: float = 5.0  # a frozen agent then claims itself back
     preload_timeout_s: float = 30.0  # until a preloaded agent is claimed; then it is dropped
     restore_timeout_s: float = 60.0
     step_timeout_s: float = 120.0  # a round of the loop; then it is stuck

@@ -36,6 +36,7 @@ from storage.peers import BlockSource
 logger = logging.getLogger(__name__)
 _MAX_ROUNDS = 5
 _MOST_ROWS = 256  # computed again rather than stored in the freeze
+_BRIEF_S = 0.03  # of the target's prefill: not worth another round
 
 
 @dataclass(frozen=True)
@@ -193,9 +194,10 @@ async def _precopy(
             return
         # So many rows the target computes in the time that the source takes to store some.
         few = int(store_s * fetched.prefill_tokens_per_s)
-        shipped.most = max(FEW_ROWS, min(_MOST_ROWS, few))
+        enough = max(FEW_ROWS, int(_BRIEF_S * fetched.prefill_tokens_per_s))
+        shipped.most = max(enough, min(_MOST_ROWS, few))
         lacked = copied.lacked
-        if lacked is not None and (lacked <= FEW_ROWS or (before is not None and lacked >= before)):
+        if lacked is not None and (lacked <= enough or (before is not None and lacked >= before)):
             return
         before = lacked
 

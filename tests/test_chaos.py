@@ -148,7 +148,7 @@ Fault = Callable[[Scene, str], None]
 # on a machine that others use, as many times that. A freeze whose router dies ends at its own
 # deadline; a store that is gone may cost several calls theirs before serving goes on without it.
 FAULTS: dict[Fault, float] = {
-    replica_killed: 20, raylet_killed: 20, host_cut: 25, host_paused: 25, router_killed: 30,
+    replica_killed: 20, raylet_killed: 20, host_cut: 25, host_paused: 25, router_killed: 20,
     store_fails: 20, store_gone: 45,
 }  # fmt: skip
 ON_A_HOST = {replica_killed, raylet_killed, host_cut, host_paused}

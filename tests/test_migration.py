@@ -396,6 +396,16 @@ def test_rounds_are_bounded(lacked: list[int | None], rounds: int) -> None:
     assert pair.calls.count("b prefetch") == rounds
 
 
+@pytest.mark.parametrize(("prefill_tokens_per_s", "rounds"), [(100.0, 4), (400.0, 3), (2000.0, 2)])
+def test_a_round_is_not_worth_what_the_target_prefills_at_once(
+    prefill_tokens_per_s: float, rounds: int
+) -> None:
+    pair = Pair()
+    pair.a.told["precopy"] = [Copied(n, 0) for n in (200, 60, 12, 8)]
+    pair.b.told["prefetch"] = [Fetched(100, 90, 80, prefill_tokens_per_s)]
+    assert pair.migrate().rounds == rounds
+
+
 def test_no_more_rounds_when_their_time_is_over() -> None:
     pair = Pair()
     pair.b.instead["prefetch"] = Silence()
