@@ -109,7 +109,7 @@ class Turns:
         began = time.monotonic()
         deadline = began + self._config.request_timeout_s
         avoid: set[str] = set()
-        n_chars = length(request.messages, request.tools)
+        n_chars, spoke = length(request.messages, request.tools), False
         while True:
             decision = await self._place(log, frozenset(avoid))
             attempt = replace(log.next_request(), restore_tokens=decision.restore_tokens)
@@ -118,7 +118,8 @@ class Turns:
                     for event in batch:
                         if isinstance(event, Text):
                             n_chars += len(event.text)
-                            if len(log.ids) == event.n_tokens > 0:
+                            if event.n_tokens and not spoke:
+                                spoke = True
                                 self._metrics.first_token.observe(time.monotonic() - began)
                         elif isinstance(event, Done):
                             chars.append(n_chars)

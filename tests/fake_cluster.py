@@ -87,9 +87,10 @@ def _as_ray_says(error: Exception) -> Exception:
 
 
 class FakeReplica:
-    """A real replica on the fake engine. With `faults` (one per turn, then none), it goes wrong
-    after `after` token items: an exception to raise, or a function from the request and the next
-    index to the items to send; None ends the stream."""
+    """A real replica on the fake engine, which sends its items one by one, or all `at_once`. With
+    `faults` (one per turn, then none), it goes wrong after `after` token items: an exception to
+    raise, or a function from the request and the next index to the items to send; None ends the
+    stream."""
 
     def __init__(self, config: ReplicaConfig, node: str) -> None:
         self.node = node
@@ -98,6 +99,7 @@ class FakeReplica:
         self.cancelled: list[str] = []
         self.faults: Iterator[Any] = iter(())
         self.after = 0
+        self.at_once = False
 
     def fails(self, *faults: Any, after: int = 3) -> None:
         self.faults, self.after = iter(faults), after
@@ -112,6 +114,9 @@ class FakeReplica:
                 yield batch
             return
         async with aclosing(self.real.run_turn(request)) as batches:
+            if self.at_once:
+                yield [item async for batch in batches for item in batch]
+                return
             async for batch in batches:
                 for item in batch:
                     yield [item]

@@ -388,6 +388,21 @@ def streamed_logprobs(chunks: list[Any]) -> list[Any]:
     return [token for c in choices if c["logprobs"] for token in c["logprobs"]["content"]]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_items_that_come_together_are_told_one_by_one(http: Http, stream: bool) -> None:
+    one_by_one = http.chat(stream=stream)
+    http.a.at_once = True
+    together = http.chat(stream=stream)
+    if stream:
+        chunks = events(together)
+        assert len(chunks) == len(events(one_by_one))
+        assert streamed_text(chunks) == streamed_text(events(one_by_one)) != ""
+    else:
+        assert together.json()["choices"] == one_by_one.json()["choices"]
+        assert together.json()["usage"] == one_by_one.json()["usage"]
+    assert http.metric("kvferry_time_to_first_token_seconds_count") == 2
+
+
 def test_a_stream_tells_log_probabilities_of_text_that_is_held_back(http: Http) -> None:
     """Every completion token is told, those that a stop string hides, too."""
     body = {"logprobs": True, "max_tokens": 30, "temperature": 0}
