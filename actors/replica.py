@@ -12,7 +12,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -103,6 +103,7 @@ class ModelReplica:
         self._prefixes = HeldPrefixes(engine.key.spec.block_tokens)
         threading.Thread(target=self._recover, name="recover", daemon=True).start()
         self._workers = ThreadPoolExecutor(8, "replica")
+        self._met: Sequence[BlockSource] = ()
 
     def info(self) -> ReplicaInfo:
         engine = self._loop.engine
@@ -233,6 +234,11 @@ class ModelReplica:
     async def release(self, agent: AgentId) -> None:
         """The agent is another replica's now."""
         await self._on_loop(lambda: self._loop.handoff.release(agent))
+
+    async def meet(self, disks: Sequence[BlockSource]) -> None:
+        """Those of the cluster's nodes, before they are needed: a process asks Ray's head about an
+        actor that it has not met, and stands still until there is an answer."""
+        self._met = disks
 
     async def prefetch(
         self, agent: AgentId, handed: CacheCard | None = None, peer: BlockSource | None = None

@@ -63,6 +63,7 @@ class Replica:
     ready_at: float | None = None
     fetching: Progress | None = None  # of a model that it lacks
     moved: float = 0.0  # the pool's clock when it started, or last told of that
+    met: frozenset[str] = frozenset()  # the disks that it knows, by their nodes' Ray ids
     watcher: asyncio.Task[None] | None = None
 
     @property
@@ -205,6 +206,7 @@ class ReplicaPool:
             silent_since: float | None = None
             while self.replicas.get(name) is replica:
                 try:
+                    await self._introduce(replica)
                     await self.refresh(replica)
                 except ReplicaLost as error:
                     replica.healthy = False
@@ -221,6 +223,14 @@ class ReplicaPool:
         except Exception as error:  # unwatched, it would seem healthy for ever
             logger.exception("watching the replica on %s failed", name)
             self._remove(replica, f"{type(error).__name__}: {error}")
+
+    async def _introduce(self, replica: Replica) -> None:
+        """To the disks that it has not met. Raises ReplicaLost."""
+        known = frozenset(self._opened)
+        if known != replica.met:
+            disks = list(self._opened.values())
+            await call(replica.actor.meet.remote(disks), _STATUS_TIMEOUT_S)
+            replica.met = known
 
     async def _loaded(self, replica: Replica) -> ReplicaInfo:
         """What it says once it has loaded its model: in time, where nothing has to be fetched; else

@@ -121,7 +121,7 @@ def test_streams_and_turns_go_on_while_the_gcs_is_gone(tolerant: Hosts) -> None:
         assert time.monotonic() - began < BOUND
         assert (two.text, two.cache) == (undisturbed, "hot")
         moved = hosts.migrate("Cat", hosts.other(two.node))
-        assert moved.status_code == 200
+        assert moved.status_code == 200, moved.text
         hosts["head"].start(command, environment)
         assert stream.rest() == quiet
     again = hosts.chat(recital("Cat"), "Cat", max_tokens=24)
