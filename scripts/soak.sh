@@ -23,7 +23,7 @@ mkdir -p "$(dirname "$log")"
     echo "engine   llama-cpp-python $("$python" -c 'from importlib.metadata import version as v; print(v("llama-cpp-python"))')"
     echo "seed     KVFERRY_SEED=$seed"
     echo
-    KVFERRY_REQUIRE=model,llama,netns,s3 KVFERRY_CHAOS=all KVFERRY_SEED=$seed \
+    KVFERRY_REQUIRE=model,llama,netns,redis,s3 KVFERRY_CHAOS=all KVFERRY_SEED=$seed \
         KVFERRY_SOAK_TURNS=${TURNS:-1000} \
         "$python" -m pytest -m "soak or chaos" -s -v --durations=0 --no-header "$@" 2>&1
 } | tee "$log"

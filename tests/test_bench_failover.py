@@ -177,6 +177,7 @@ def require_hosts() -> None:
 
 @pytest.mark.cluster
 @pytest.mark.timeout(300)
+@pytest.mark.soak
 def test_bench_failover_of_a_host_that_is_cut_off() -> None:
     require_hosts()
     few = ["--tokens", "600", "--runs", "1", "--kills", "host"]
@@ -192,6 +193,7 @@ def test_bench_failover_of_a_host_that_is_cut_off() -> None:
 
 @pytest.mark.cluster
 @pytest.mark.timeout(300)
+@pytest.mark.soak
 def test_bench_migrate_over_a_limited_link() -> None:
     require_hosts()
     contexts, link = ["--contexts", "600"], ["--link", "10mbit"]

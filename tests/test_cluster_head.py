@@ -67,6 +67,7 @@ def follow(hosts: Hosts, noun: str, one: Reply) -> Reply:
     return hosts.chat(messages, noun, max_tokens=16)
 
 
+@pytest.mark.soak
 def test_a_cluster_that_is_started_again_has_every_memory() -> None:
     with cluster(["a", "b"], **SETTINGS) as hosts:
         nouns = ["Cat", "Lamp", "Piano", "Tree"]

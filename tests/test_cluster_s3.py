@@ -65,6 +65,7 @@ def test_an_agent_outlives_its_nodes_and_their_disks(bucket: str, tmp_path: Path
         assert (last.cached, last.cache != "cold") == (held, True)
 
 
+@pytest.mark.soak
 def test_what_the_bucket_lacks_is_brought_there_after_a_restart(
     bucket: str, tmp_path: Path
 ) -> None:

@@ -83,6 +83,7 @@ def test_a_killed_download_goes_on_and_the_node_speaks_the_same(hosts: Hosts, mo
     assert again.text == one.text
 
 
+@pytest.mark.soak
 def test_another_file_at_the_same_place_is_not_served(hosts: Hosts, model: Path) -> None:
     """b has a file of that name with other bytes: it fetches the head's."""
     question = recital()
