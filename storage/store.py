@@ -34,7 +34,7 @@ from storage.card import (
 )
 from storage.condemned import Condemned
 from storage.crypto import Cipher, seal
-from storage.errors import CorruptData, Fenced, Incompatible, StorageError, StoreUnavailable
+from storage.errors import Fenced, Incompatible, StorageError, StoreUnavailable
 from storage.files import Files, FilesOptions
 from storage.probe import probe
 from storage.reader import CardReader
@@ -165,34 +165,11 @@ class CacheStore(CardReader):
             card = self._inherit(card, found.card, rows)
         folder = self.agent_folder(agent, key)
         self._create_or_read_back(f"{folder}/{card.name}", self._encode(card), card)
-        names = self._card_names(folder)
-        newest = names[-1][0] if names else 0
+        newest = self.epoch(agent, key)
         if newest > epoch:  # claimed and cleaned up by others between our look and our create
             raise Fenced(str(agent), newest)
         self._wrote(folder, card, started)
-        missed = self._missed(folder, names, found) if inherit and not tombstone else None
-        if missed is not None:
-            found = missed
-            card = self.commit(self._inherit(replace(card, generation=1), missed.card, rows)).card
         return Claim(card, found.card if found else None)
-
-    def _missed(
-        self, folder: str, names: list[tuple[int, int]], found: LoadedCard | None
-    ) -> LoadedCard | None:
-        """What the owner before committed between our look and our claim; he may have been told
-        that it counts, so our first commit has it."""
-        base = (found.ref.epoch, found.ref.generation) if found else None
-        for name in reversed(names):
-            if base is None or name <= base:
-                return None
-            if name[0] == base[0]:
-                try:
-                    return self._read_card(f"{folder}/{card_name(*name)}", None)
-                except FileNotFoundError:
-                    continue
-                except CorruptData as error:
-                    self.on_fault(error)
-        return None
 
     def _inherit(self, card: CacheCard, old: CacheCard, rows: bool) -> CacheCard:
         if old.codec != card.codec:  # stored rows are never encoded again

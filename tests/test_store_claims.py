@@ -82,60 +82,6 @@ def test_a_claim_that_lost_to_one_that_has_gone_on_is_fenced(disk):
         sim_store(disk, step).claim(template(ALICE))
 
 
-def test_a_claim_goes_on_from_what_was_committed_while_it_was_made(disk):
-    """The owner commits, and is told so, after the claim has read and before it is there."""
-    owner = sim_store(disk)
-    card = owner.commit(with_tokens(owner.claim(template(ALICE)).card, 1)).card
-    acknowledged = []
-
-    def step(operation: str, path: str) -> None:
-        if operation == "create" and "/agents/" in path and not acknowledged:
-            acknowledged.append(True)
-            acknowledged.append(owner.commit(with_tokens(card, 1, 2)))
-
-    claim = sim_store(disk, step).claim(template(BOB))
-    assert acknowledged[1].card.generation == 2
-    assert claim.previous == acknowledged[1].card
-    assert claim.card.epoch == 2
-    assert claim.card.branches[0].tokens == (1, 2)
-    assert tokens_of(sim_store(disk)) == (1, 2)
-    with pytest.raises(Fenced):
-        owner.commit(with_tokens(acknowledged[1].card, 1, 2, 3))
-
-
-def test_a_damaged_commit_that_was_made_meanwhile_is_passed_over(disk, faults):
-    owner = sim_store(disk)
-    card = owner.commit(with_tokens(owner.claim(template(ALICE)).card, 1)).card
-    committed = []
-
-    def step(operation: str, path: str) -> None:
-        if operation == "create" and "/agents/" in path and not committed:
-            committed.append(True)
-            owner.commit(with_tokens(card, 1, 2))
-            newest = cards(disk)[-1]
-            disk.files[newest] = (flip(disk.files[newest][0], -1), disk.clock)
-
-    claim = sim_store(disk, step, on_fault=faults.append).claim(template(BOB))
-    assert claim.card.branches[0].tokens == (1,)
-    assert [type(fault) for fault in faults] == [CorruptData]
-
-
-def test_a_tombstone_buries_what_was_committed_meanwhile_too(disk):
-    owner = sim_store(disk)
-    card = owner.commit(with_tokens(owner.claim(template(ALICE)).card, 1)).card
-    committed = []
-
-    def step(operation: str, path: str) -> None:
-        if operation == "create" and "/agents/" in path and not committed:
-            committed.append(True)
-            owner.commit(with_tokens(card, 1, 2))
-
-    sim_store(disk, step).delete(template(BOB))
-    loaded = sim_store(disk).latest(AGENT, KEY)
-    assert loaded is not None
-    assert loaded.card.tombstone
-
-
 def test_a_doubtful_create_is_told(store, disk, faults):
     create = store.files.create
 
