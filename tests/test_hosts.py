@@ -65,7 +65,7 @@ def test_a_stream_goes_on_while_its_agent_moves_between_hosts(hosts: Hosts) -> N
 def test_an_agent_moves_from_disk_to_disk_while_the_store_takes_no_blocks(hosts: Hosts) -> None:
     """Its next owner brings them there, when the store takes them again."""
     question = recital("Moon")
-    hosts.faults.hold("PUT", r"/agents/blocks/")
+    hosts.faults.hold(Rule("PUT", "/agents/blocks/"))
     one = hosts.chat(question, "debtor", max_tokens=24)
     hosts.faults.held()
     target = hosts.other(one.node)
