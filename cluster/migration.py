@@ -194,7 +194,7 @@ async def _precopy(
             return
         # So many rows the target computes in the time that the source takes to store some.
         few = int(store_s * fetched.prefill_tokens_per_s)
-        enough = max(FEW_ROWS, int(_BRIEF_S * fetched.prefill_tokens_per_s))
+        enough = max(FEW_ROWS, min(_MOST_ROWS, int(_BRIEF_S * fetched.prefill_tokens_per_s)))
         shipped.most = max(enough, min(_MOST_ROWS, few))
         lacked = copied.lacked
         if lacked is not None and (lacked <= enough or (before is not None and lacked >= before)):
