@@ -297,6 +297,7 @@ class Memory:
                 complete = snapshot.complete("shared", self.key.spec.window)
                 memory.card = memory.shared = self.store.commit(complete).card
                 note_committed(states, memory.card)
+                memory.changed = time.time()  # it is reported again
             else:
                 memory.card = self.replicator.commit(snapshot)
             memory.unsaved = False

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import random
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -174,7 +175,7 @@ class Replicator:
             pass
         committed = self._shared.commit(snapshot.complete("shared", self._window)).card
         note_committed(snapshot.states, committed)
-        memory.shared = committed
+        memory.shared, memory.changed = committed, time.time()  # it is reported again
         with self._changed:
             if self._pending.get(memory.agent) is snapshot:
                 del self._pending[memory.agent]

@@ -130,6 +130,21 @@ def test_when_the_shared_store_has_caught_up_the_local_card_goes(
     assert not loop.memory.faults
 
 
+def test_an_agent_is_reported_again_when_the_shared_store_has_caught_up(
+    node: MakeLoop, shared: Shared
+) -> None:
+    loop, messages = node(), []
+    talk(loop, messages, LONG)
+    settle(loop)
+    shared.down.set()
+    talk(loop, messages, "And the ships?")
+    loop.memory.persister.flush().result(10)
+    before = time.time()
+    shared.down.clear()
+    settle(loop)
+    assert memory_of(loop).changed >= before
+
+
 def test_a_local_card_may_be_ahead_and_no_card_names_what_its_store_lacks(
     node: MakeLoop, shared: Shared, tmp_path: Path
 ) -> None:
