@@ -229,7 +229,7 @@ def test_agents_that_share_few_cells_leave_and_come_back_the_same(
     answers: list[list[Answer]] = []
     engine = Counting()
     for speculating in (False, True):
-        engine = Counting(3, 400, n_cells=500)
+        engine = Counting(3, 400, n_cells=500, step_delay=0.001)  # so that they meet
         draft = Half(3, 400, n_cells=600) if speculating and kind == "draft" else None
         name = f"{kind}-{speculating}"
         loop = loop_on(engine, name, "ngram" if speculating else "off", draft)
@@ -522,7 +522,7 @@ def test_no_index_of_a_turn_is_left_when_it_has_ended(loop_on: MakeLoop) -> None
     start(loop, ASKED, session="b", n=300, ignore_eos=True, turn_id="b").take(1)
     loop.cancel("b")
     settle(loop)
-    assert not [o for o in gc.get_objects() if isinstance(o, NGrams) and o._indexed]
+    assert not [o for o in gc.get_objects() if type(o) is NGrams and o._indexed]
 
 
 def test_a_draft_of_another_vocabulary_is_refused() -> None:

@@ -75,7 +75,7 @@ def test_a_cancelled_turn_frees_its_cells_within_two_steps(
 
     def look() -> None:
         seen.append((len(steps), len(loop.residency._busy)))
-        if seen[-1][0] < seen[0][0] + 4:
+        if seen[-1][0] < seen[1][0] + 4:
             loop.call(look)
 
     loop.call(lambda: seen.append((len(steps), len(loop.residency._busy)))).result(WAIT)
