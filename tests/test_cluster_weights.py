@@ -101,6 +101,7 @@ def test_another_file_at_the_same_place_is_not_served(hosts: Hosts, model: Path)
     assert hosts.chat(messages, "asks", max_tokens=4).node == "b"
 
 
+@pytest.mark.soak
 def test_a_node_fetches_from_the_store_where_the_head_has_put_it(model: Path) -> None:
     with cluster(["a"], spares=["b"], model=model, share_model="store", **SETTINGS) as hosts:
         size, b = model.stat().st_size, hosts["b"]

@@ -68,6 +68,7 @@ def test_a_home_cluster_survives_the_death_of_a_host(tmp_path: Path) -> None:
         until(short, "word of blocks that lost a copy")
 
 
+@pytest.mark.soak
 def test_with_one_copy_the_agent_is_cold_and_says_so(tmp_path: Path) -> None:
     question = recital("Lamp")
     with home(tmp_path, 1) as hosts:
