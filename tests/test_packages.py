@@ -45,7 +45,7 @@ def pure_modules() -> list[str]:
         for path in sorted((ROOT / package).rglob("*.py")):
             module = path.relative_to(ROOT).with_suffix("")
             found.append(".".join(module.parts).removesuffix(".__init__"))
-    need_extras = {"actors.engines.llama_engine", "actors.engines.hf_engine"}
+    need_extras = {f"actors.engines.{name}" for name in ("llama_engine", "hf_engine", "hf_models")}
     return [name for name in found if name not in need_extras]
 
 
