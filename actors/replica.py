@@ -158,12 +158,12 @@ class ModelReplica:
             self._loop.cancel(request.id, request.attempt)
 
     def _interval(self, request: TurnRequest) -> float:
-        """Seconds between two lists of a turn's tokens: a replica sends some 20 lists a second,
+        """Seconds between two lists of a turn's tokens: a replica sends some 10 lists a second,
         and each stream moves five times a second at least. A list costs the processes between the
         engine and the client about 3 ms, on the engine's own cores."""
         if not request.streamed:
             return _UNSTREAMED_S
-        return min(0.2, 0.05 * len(self._loop.scheduler.running))
+        return min(0.2, 0.1 * len(self._loop.scheduler.running))
 
     async def _beat(self, attempt: int, items: Outbox) -> None:
         """Signs of life, while the engine's thread lives and is not stuck."""

@@ -21,7 +21,7 @@ from tests.engine_contract import (
     go_back,
     merge,
 )
-from tests.loops import assistant, make_loop, run, settle, user
+from tests.loops import assistant, make_loop, memory_of, run, settle, user
 
 
 def open_engine(path: Path, n_threads: int = 1) -> Engine:
@@ -476,3 +476,57 @@ def test_gemma_goes_on_from_the_last_window(gemma_270m: Engine) -> None:
     restore(5)  # one block too few: llama.cpp would go on with KL 0.03
     with pytest.raises(EngineFault):
         feed(engine, 0, [7])
+
+
+def test_a_sequence_that_is_left_alone_moves_to_the_front_once(
+    tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from actors.engines.llama_scratch import Scratch
+
+    moved: list[int] = []
+    gather = Scratch.gather
+    monkeypatch.setattr(
+        Scratch, "gather", lambda self, seq_id: (moved.append(seq_id), gather(self, seq_id))
+    )
+    engine = open_engine(tiny_models["llama"], n_threads=2)
+    ids = [(7 * i) % 400 + 300 for i in range(640)]
+    reply = ids[:60]
+    expected = forced(engine, 1, reply, feed(engine, 1, ids[:200]))
+    assert moved == []  # it lay there from the start
+    engine.truncate(1, 0)
+
+    feed(engine, 0, ids[:400])  # an idle neighbour
+    first = feed(engine, 1, ids[:200])
+    before = engine.export(1, 0, 200)
+    beside = forced(engine, 1, reply[:30], first)
+    assert moved == []  # the neighbour's rows would be in the way again
+    engine.truncate(0, 0)
+    engine.truncate(1, 200)
+    after = forced(engine, 1, reply, first)
+    assert moved == [1]
+    for old, new in zip(before, engine.export(1, 0, 200), strict=True):
+        np.testing.assert_array_equal(old.k, new.k)
+        np.testing.assert_array_equal(old.v, new.v)
+    assert engine.n_rows(1) == 200 + len(reply) - 1
+    assert_equal(expected, after, exact=False)
+    assert_equal(expected[:30], beside, exact=False)
+    engine.close()
+
+
+def test_idle_agents_leave_the_cells_for_one_that_computes_long(
+    tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    loop = make_loop(open_engine(tiny_models["llama"]), tmp_path)
+    messages = [user("What did the fishermen see? " * 12)]
+    messages += [assistant(run(loop, messages, n=20).text), user("Why?")]
+    settle(loop)
+    branch = memory_of(loop).branches[0]
+    assert loop.residency.find(branch) is not None
+    run(loop, [user("Tell me all about the sea. " * 10)], session="long", n=20)
+    settle(loop)
+    assert loop.residency.find(branch) is None
+    assert loop.residency.n_idle == 1  # the one that spoke last
+    again = run(loop, messages, n=20)
+    assert again.cache == "hot"  # from RAM
+    assert again.cached > 100
+    loop.close()

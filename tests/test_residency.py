@@ -45,6 +45,30 @@ def test_the_least_recently_used_leaves() -> None:
     assert residency.evictions == 1
 
 
+def test_idle_rows_leave_when_they_have_cost_others_as_much_as_their_return() -> None:
+    engine = engine_of()
+    engine.idle_rows_cost = True
+    residency = Residency(engine)
+    a = parked(residency, engine, 0, 50)
+    residency.charge(40)
+    b = parked(residency, engine, 1, 50)
+    residency.charge(23)
+    assert residency.find(a) is not None
+    residency.charge(1)
+    assert residency.find(a) is None
+    assert residency.find(b) is not None
+    residency.charge(1000)
+    assert (residency.n_idle, residency.evictions, residency.cells_used) == (0, 2, 0)
+
+
+def test_idle_rows_stay_where_they_cost_nothing() -> None:
+    engine = engine_of()
+    residency = Residency(engine)
+    a = parked(residency, engine, 0, 50)
+    residency.charge(1000)
+    assert residency.find(a) is not None
+
+
 def test_cells_that_are_reserved_are_not_given_twice() -> None:
     engine = engine_of()
     residency = Residency(engine)
