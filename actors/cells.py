@@ -63,7 +63,7 @@ class Cells:
         return max(0, min(k, reserved - needed))
 
     def charge(self, n_tokens: int) -> None:
-        """Tokens that running turns have computed, or will before their first."""
+        """Tokens that running turns have drawn."""
         self._residency.charge(n_tokens)
 
     def _turn(self, sequence: Sequence) -> Turn:

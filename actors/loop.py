@@ -276,7 +276,6 @@ class ReplicaLoop:
         self.scheduler.start(sequence)
         self._book.by_sequence[id(sequence)] = turn
         self._prompts["prompt_tokens"] += ready.n_prompt
-        self.residency.charge(len(ready.tokens) - n_rows)
         cached = min(n_rows, ready.n_prompt)
         self._prompts["cached_tokens"] += cached
         prompt = tuple(ready.tokens[: ready.n_prompt])

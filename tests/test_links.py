@@ -50,6 +50,31 @@ def test_fixed_cost_and_rate_are_told_apart_by_reads_of_different_sizes(
     assert told == pytest.approx(fixed_s + 4 * MB / bytes_per_s, rel=0.01)
 
 
+def test_one_read_across_an_outage_does_not_make_a_slow_link() -> None:
+    clock = Clock()
+    link = Link(clock)
+    for _ in range(20):
+        read(link, clock, MB, 0.01)
+    read(link, clock, MB, 30.0)
+    assert link.seconds(MB) < 0.02
+    for _ in range(20):  # this is one
+        read(link, clock, MB, 1.0)
+    assert link.seconds(MB) > 0.5
+
+
+def test_the_first_estimate_is_the_fastest_of_three_reads() -> None:
+    clock = Clock()
+    link = Link(clock)
+    times = iter([3.0, 0.1, 0.5])
+
+    def fetch() -> bytes:
+        clock.now += next(times)
+        return bytes(MB)
+
+    link.probe(fetch)
+    assert link.seconds(MB) == pytest.approx(0.1)
+
+
 def test_one_size_alone_is_a_rate_without_a_fixed_cost() -> None:
     clock = Clock()
     link = Link(clock)

@@ -118,8 +118,7 @@ class LlamaEngine(Engine):
         self.kv_bytes = self._layout.bytes(self.n_cells, self._sliding_cells)
         self._memory = llama.llama_get_memory(self._context)
         self._scratch = Scratch(self._context, self.n_seq_max)
-        split = options.flash_attention and options.kv_type == "f16" and options.threads > 1
-        self._front = Front(self._scratch, split=split and not self._sliding)
+        self._front = Front(self._scratch, moves=not self._sliding)
         self._rows = [0] * self.n_seq_max
         self._run = [0] * self.n_seq_max  # first position of the sliding rows loaded without a gap
         self._check_state()

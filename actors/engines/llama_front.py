@@ -1,10 +1,10 @@
-"""Keep a lone sequence in the first cells.
+"""Keep a lone sequence in the first cells, in order.
 
 For a token alone, flash attention gives every thread an equal run of the cells up to the last one
-in use (ggml-cpu/ops.cpp, split along KV): where the first of them are others' or empty, one thread
-does all the work. A sequence that is left alone behind others' cells moves to the front once its
-steps have taken longer by about what moving takes: 0.04 ms a row of SmolLM2, against 0.002 ms a row
-and step.
+in use (ggml-cpu/ops.cpp, split along KV): where the first of them are empty, one thread does all
+the work. And llama.cpp would put the next tokens there, before the rows they follow: sums in
+another order, logits that differ in the first decimal. So a sequence that is left alone behind
+cells that came free moves before its next step: 0.04 ms a row of SmolLM2.
 """
 
 from __future__ import annotations
@@ -15,16 +15,14 @@ from actors.engines.base import Chunk
 from actors.engines.llama_scratch import Scratch
 
 _ASTRAY = 256  # cells before it that are worth a move
-_LONE_STEPS = 24
 
 
 class Front:
-    """`split`: whether this context computes so at all."""
+    """`moves`: whether a sequence's cells can be moved. Those of sliding layers would lose rows."""
 
-    def __init__(self, scratch: Scratch, *, split: bool) -> None:
-        self._scratch, self._split = scratch, split
+    def __init__(self, scratch: Scratch, *, moves: bool) -> None:
+        self._scratch, self._moves = scratch, moves
         self._placed = 0  # cells handed out since there was no row
-        self._lone = 0  # steps of a sequence that lies astray
 
     def place(self, n_rows: int) -> None:
         """Cells were handed out: the next ones after those before."""
@@ -38,14 +36,10 @@ class Front:
     def look(self, chunks: Sequence[Chunk], rows: Sequence[int]) -> None:
         """Before a step over these chunks; `rows` of every sequence. Raises EngineFault: that of
         the first chunk is then empty."""
-        if not self._split or len(chunks) > 1 or len(chunks[0].token_ids) > 1:
+        if not self._moves or len(chunks) > 1:
             return
         seq_id = chunks[0].seq_id
         n_rows = rows[seq_id]
-        if self._placed - n_rows <= max(_ASTRAY, n_rows // 4) or sum(rows) > n_rows:
-            return
-        self._lone += 1
-        if self._lone > _LONE_STEPS:
-            self._lone = 0
+        if n_rows and self._placed - n_rows > max(_ASTRAY, n_rows // 4) and sum(rows) == n_rows:
             self._scratch.gather(seq_id)
             self._placed = n_rows
