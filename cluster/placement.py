@@ -262,7 +262,10 @@ def way(
 
 def over_peer(links: Mapping[str, LinkCost], location: Location) -> bool:
     """Whether an agent that moves is to come from its owner's disk: that is cheaper, or has not
-    been measured yet."""
+    been measured yet, or the store lacks some of it, as far as is known: nobody can say when it
+    will have that."""
+    if location.lag or not location.tokens:
+        return True
     if "store" not in links or peer_link(location.node or "") not in links:
         return True
     return way(links, location, owner=False, moves=True)[0] != "store"

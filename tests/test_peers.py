@@ -188,8 +188,9 @@ def test_an_agent_moves_over_the_cheaper_link_or_one_that_nobody_knows() -> None
     assert over_peer({"store": STORE}, at_a)
     assert over_peer({"store": STORE, peer_link("a"): NEAR}, at_a)
     assert not over_peer({"store": STORE, peer_link("a"): FAR}, at_a)
-    assert over_peer({"store": STORE, peer_link("a"): FAR}, lags)  # with the upload, dearer still
+    assert over_peer({"store": STORE, peer_link("a"): FAR}, lags)  # the store may take nothing
     assert over_peer({"store": STORE, peer_link("b"): FAR}, at_a)
+    assert over_peer({"store": STORE, peer_link("a"): FAR}, Location("a"))  # nothing reported yet
 
 
 @pytest.mark.parametrize(("cost", "source"), [(NEAR, "from a's disk"), (FAR, "from the store")])
