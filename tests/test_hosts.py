@@ -31,13 +31,13 @@ def ingresses(hosts: Hosts) -> list[psutil.Process]:
 
 
 def busiest(processes: list[psutil.Process]) -> psutil.Process:
-    """Who computes most in half a second."""
+    """Who computes most in a second: clocks of processes tick a hundred times in it."""
 
     def spent() -> list[float]:
         return [sum(p.cpu_times()[:2]) for p in processes]
 
     before = spent()
-    time.sleep(0.5)
+    time.sleep(1.0)
     took = [now - then for now, then in zip(spent(), before, strict=True)]
     return processes[took.index(max(took))]
 
@@ -208,13 +208,13 @@ def test_two_ingresses_agree(hosts: Hosts) -> None:
 def test_an_ingress_dies_in_the_middle_of_its_streams(hosts: Hosts) -> None:
     """Its clients' streams break, and say so; the other's go on. Whoever asks again is answered as
     if nothing had been, and nobody speaks to the dead."""
-    questions = {f"ingress-{n}": recital("Rose", 10 + n) for n in range(6)}
-    wanted = {s: hosts.chat(question, max_tokens=200).text for s, question in questions.items()}
+    questions = {f"ingress-{n}": recital("Rose", 30 + n) for n in range(6)}
+    wanted = {s: hosts.chat(question, max_tokens=400).text for s, question in questions.items()}
     begun = threading.Barrier(len(questions) + 1)
 
     def ask(session: str) -> str | None:
         try:
-            with hosts.stream(questions[session], session, max_tokens=200) as stream:
+            with hosts.stream(questions[session], session, max_tokens=400) as stream:
                 stream.take(2)
                 begun.wait(WAIT)
                 return stream.rest()
@@ -230,4 +230,4 @@ def test_an_ingress_dies_in_the_middle_of_its_streams(hosts: Hosts) -> None:
     assert all(text in (None, wanted[session]) for session, text in texts.items())
     until(lambda: not any(n["running"] + n["waiting"] for n in hosts.nodes().values()), "silence")
     for session in broken:
-        assert hosts.chat(questions[session], session, max_tokens=200).text == wanted[session]
+        assert hosts.chat(questions[session], session, max_tokens=400).text == wanted[session]
