@@ -510,6 +510,31 @@ def test_a_sequence_that_is_left_alone_moves_to_the_front_and_goes_on_bit_for_bi
     engine.close()
 
 
+@pytest.mark.parametrize("step", ["_get", "_set"])
+def test_a_move_that_fails_leaves_an_empty_engine(
+    tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    from actors.engines.llama_scratch import Scratch
+
+    def fail(*_: object) -> None:
+        raise EngineFault("the state cannot be read")
+
+    engine = open_engine(tiny_models["llama"])
+    ids = [(7 * i) % 400 + 300 for i in range(400)]
+    expected = feed(engine, 1, ids[:200])
+    engine.truncate(1, 0)
+    feed(engine, 0, ids)
+    feed(engine, 1, ids[:200])
+    engine.truncate(0, 0)
+    with monkeypatch.context() as broken:
+        broken.setattr(Scratch, step, fail)
+        with pytest.raises(EngineFault):
+            feed(engine, 1, [7])
+    assert engine.n_rows(1) == 0
+    np.testing.assert_array_equal(feed(engine, 1, ids[:200]), expected)
+    engine.close()
+
+
 def test_idle_agents_leave_the_cells_for_one_that_computes_long(
     tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -13,8 +13,12 @@ from actors.memory import Branch
 from actors.residency import Residency
 
 
-def engine_of(n_seq_max: int = 3, n_cells: int = 300) -> FakeEngine:
-    return FakeEngine(n_seq_max, n_ctx=n_cells, n_cells=n_cells)
+def engine_of(
+    n_seq_max: int = 3, n_cells: int = 300, *, idle_rows_cost: bool = False
+) -> FakeEngine:
+    engine = FakeEngine(n_seq_max, n_ctx=n_cells, n_cells=n_cells)
+    engine.idle_rows_cost = idle_rows_cost
+    return engine
 
 
 def fill(engine: FakeEngine, seq_id: int, n: int) -> None:
@@ -46,8 +50,7 @@ def test_the_least_recently_used_leaves() -> None:
 
 
 def test_idle_rows_leave_when_they_have_cost_one_alone_as_much_as_their_return() -> None:
-    engine = engine_of()
-    engine.idle_rows_cost = True
+    engine = engine_of(idle_rows_cost=True)
     residency = Residency(engine)
     a = parked(residency, engine, 0, 50)
     assert residency.acquire(Branch(2), 50) is not None
@@ -63,8 +66,7 @@ def test_idle_rows_leave_when_they_have_cost_one_alone_as_much_as_their_return()
 
 
 def test_beside_others_idle_rows_stay() -> None:
-    engine = engine_of()
-    engine.idle_rows_cost = True
+    engine = engine_of(idle_rows_cost=True)
     residency = Residency(engine)
     a = parked(residency, engine, 0, 50)
     assert residency.acquire(Branch(1), 50) is not None
@@ -75,8 +77,7 @@ def test_beside_others_idle_rows_stay() -> None:
 
 
 def test_a_turn_that_begins_alone_finds_the_cells_empty_but_for_its_own() -> None:
-    engine = engine_of()
-    engine.idle_rows_cost = True
+    engine = engine_of(idle_rows_cost=True)
     residency = Residency(engine)
     a, b, c = (parked(residency, engine, i, 50) for i in range(3))
     residency.make_way(residency.find(b), None)

@@ -180,7 +180,7 @@ class LlamaEngine(Engine):
         try:
             self._front.look(chunks, self._rows)
         except EngineFault:
-            self._rows[chunks[0].seq_id] = 0
+            self.truncate(chunks[0].seq_id, 0)
             raise
 
     def _logits(self, places: range) -> Logits:

@@ -34,8 +34,8 @@ class Front:
         self._placed = 0
 
     def look(self, chunks: Sequence[Chunk], rows: Sequence[int]) -> None:
-        """Before a step over these chunks; `rows` of every sequence. Raises EngineFault: that of
-        the first chunk is then empty."""
+        """Before a step over these chunks; `rows` of every sequence. Raises EngineFault: the first
+        chunk's, the only one there is, cannot go on."""
         if not self._moves or len(chunks) > 1:
             return
         seq_id = chunks[0].seq_id

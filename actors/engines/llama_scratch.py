@@ -73,15 +73,14 @@ class Scratch:
             raise EngineFault(f"the window of a fork was not copied ({got} of {state.size} bytes)")
 
     def gather(self, seq_id: int) -> None:
-        """Move the only sequence there is to the first cells, in order. Raises EngineFault; the
-        sequence is then empty."""
+        """Move the only sequence there is to the first cells, in order. Raises EngineFault; what
+        it then holds is to be thrown away."""
         before = self.held(seq_id)
         state = self._get(seq_id, WHOLE)
         self._state = np.empty(0, np.uint8)  # as large as the sequence: not to be kept
         self.clear()
         got = self._set(state, seq_id, WHOLE)
         if got != state.size or self.held(seq_id) != before:
-            self.clear()
             raise EngineFault(f"a sequence was lost on the way ({got} of {state.size} bytes)")
 
     def clear(self) -> None:
