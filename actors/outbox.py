@@ -1,7 +1,8 @@
 """Between the engine's thread and the event loop: a turn's items on their way out.
 
 Passing every token on by itself costs more than computing the next one is worth on a small machine:
-tokens wait for company, but never long, and the first one not at all.
+tokens wait for company, but never long, and the first one not at all. They leave at moments that
+all turns of a replica share, so that who carries them on wakes up once for all.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from actors.turn import StreamItem, Tokens
 
 class Outbox:
     """`put` from any thread, `take` on the event loop that made it. `interval()` is how many
-    seconds tokens may wait for the next ones; asked once per list of items."""
+    seconds tokens may wait for the next ones: until the next multiple of it. Asked once per list of
+    items."""
 
     def __init__(self, interval: Callable[[], float]) -> None:
         self._interval = interval
@@ -44,6 +46,7 @@ class Outbox:
             self._armed = False  # what is put from here on arms again
             items = [self._items.popleft() for _ in range(len(self._items))]
             if any(isinstance(item, Tokens) for item in items):
-                self._not_before = self._here.time() + self._interval()
+                interval = self._interval()
+                self._not_before = (self._here.time() // interval + 1) * interval
             if items:
                 return items

@@ -163,7 +163,7 @@ class ModelReplica:
         engine and the client about 3 ms, on the engine's own cores."""
         if not request.streamed:
             return _UNSTREAMED_S
-        return min(0.2, 0.1 * len(self._loop.scheduler.running))
+        return min(0.2, 0.1 * max(1, len(self._loop.scheduler.running)))
 
     async def _beat(self, attempt: int, items: Outbox) -> None:
         """Signs of life, while the engine's thread lives and is not stuck."""

@@ -142,7 +142,7 @@ class Columns:
         if peer is not None:
             there = np.isfinite(peer[0])  # 0 tokens over no link cost nothing, else
             cost = np.where(there, peer[0] + location.tokens * peer[1], np.inf)
-            nearer = cost < fixed + location.tokens * token
+            nearer = there if location.lag else cost < fixed + location.tokens * token
             fixed, token = np.where(nearer, peer[0], fixed), np.where(nearer, peer[1], token)
         if owner is not None:
             fixed, token = fixed.copy(), token.copy()

@@ -35,6 +35,9 @@ class LinkCost:
     fixed_s: float
     token_s: float
 
+    def seconds(self, tokens: int) -> float:
+        return self.fixed_s + tokens * self.token_s
+
 
 def link_cost(rate: LinkRate, row_bytes: int) -> LinkCost:
     """Rows come block by block, a read each."""
@@ -245,27 +248,26 @@ def breakpoints(rates: KnownRates, link: LinkCost, shared: int, have: int) -> li
 def way(
     links: Mapping[str, LinkCost], location: Location, *, owner: bool, moves: bool
 ) -> tuple[str, LinkCost]:
-    """The owner's own disk, or the cheapest link and what it costs; of a move over the store, with
-    what the owner has to upload first."""
+    """The owner's own disk, or the cheapest link and what it costs. What the store still lacks
+    comes from the owner's disk where that link is known: nobody can say when the store will have
+    it; else with what the owner has to upload first."""
     store = links["store"]
     if owner:
         return ("disk", links["disk"]) if "disk" in links else ("store", store)
     if not moves:
         return "store", store
-    store = LinkCost(store.fixed_s + location.lag * store.token_s, store.token_s)
-    ways = {"store": store}
     name = peer_link(location.node or "")
-    if name in links:
-        ways[name] = links[name]
-    return min(ways.items(), key=lambda w: w[1].fixed_s + location.tokens * w[1].token_s)
+    if name not in links:
+        return "store", LinkCost(store.fixed_s + location.lag * store.token_s, store.token_s)
+    peer = links[name]
+    if location.lag or peer.seconds(location.tokens) < store.seconds(location.tokens):
+        return name, peer
+    return "store", store
 
 
 def over_peer(links: Mapping[str, LinkCost], location: Location) -> bool:
-    """Whether an agent that moves is to come from its owner's disk: that is cheaper, or has not
-    been measured yet, or the store lacks some of it, as far as is known: nobody can say when it
-    will have that."""
-    if location.lag or not location.tokens:
-        return True
-    if "store" not in links or peer_link(location.node or "") not in links:
+    """Whether an agent that moves is to come from its owner's disk: `way` says so, or it has not
+    been measured or reported yet."""
+    if "store" not in links or peer_link(location.node or "") not in links or not location.tokens:
         return True
     return way(links, location, owner=False, moves=True)[0] != "store"

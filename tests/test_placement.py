@@ -480,6 +480,10 @@ def test_an_owner_reads_its_own_disk_and_a_mover_the_nearer_of_store_and_peer() 
     assert of(at_a, "a").bring_s == pytest.approx(1.0 + 0.1)
     assert of(at_a, "b").bring_s == pytest.approx(1.0 + 0.5)
     assert (of(at_a, "a").link, of(at_a, "b").link) == ("disk", peer_link("a"))
+    nearby = replace(b, links={**b.links, "store": LinkCost(0.0, 1e-6)})
+    assert of(place(200, 0, Location("a", 1000), [a, nearby], FREE), "b").link == "store"
+    lags = place(200, 0, Location("a", 1000, lag=1), [a, nearby], FREE)
+    assert of(lags, "b").link == peer_link("a")  # nobody can say when the store has all
     nowhere = place(200, 0, Location(None, 1000), [a, b], FREE)
     assert of(nowhere, "a").bring_s == of(nowhere, "b").bring_s == pytest.approx(1.0 + 4.0)
 

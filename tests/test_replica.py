@@ -84,7 +84,7 @@ def test_a_step_that_does_not_end_is_a_fault(
 
 def test_tokens_wait_for_company_but_not_the_first() -> None:
     async def take() -> list[list[StreamItem]]:
-        box, lists = Outbox(lambda: 0.2), []
+        box, lists = Outbox(lambda: 1e6), []
         last = TurnFinished(1, 4, "", "stop")
 
         def speak() -> None:
@@ -113,6 +113,24 @@ def test_tokens_that_wait_do_leave() -> None:
             assert len(await asyncio.wait_for(box.take(), 5)) == 1
 
     asyncio.run(take())
+
+
+def test_tokens_of_all_turns_leave_together() -> None:
+    async def left(box: Outbox, began: float) -> float:
+        """When its second token leaves; the first came `began` seconds from here."""
+        await asyncio.sleep(began)
+        for n in range(2):
+            box.put(Tokens(1, n, (n,), "x"))
+            assert len(await asyncio.wait_for(box.take(), 5)) == 1
+        return asyncio.get_running_loop().time()
+
+    async def both() -> tuple[float, float]:
+        loop = asyncio.get_running_loop()
+        await asyncio.sleep(0.4 - loop.time() % 0.4)  # a moment that is shared: both begin after it
+        return await asyncio.gather(*(left(Outbox(lambda: 0.4), began) for began in (0.01, 0.2)))
+
+    one, other = asyncio.run(both())
+    assert abs(one - other) < 0.1
 
 
 def test_a_beat_after_the_last_item_does_not_keep_the_turn_open(
