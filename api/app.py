@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from api import admin, agents, errors, openai, place
 from api.context import Context
 from cluster.config import ClusterConfig
-from cluster.pool import NAMESPACE
+from cluster.disks import NAMESPACE
 from cluster.router import ROUTER_NAME, PlacementRouter
 
 MAX_BODY = 8 << 20  # bytes; while they are parsed no stream goes on

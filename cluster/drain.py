@@ -19,7 +19,8 @@ from typing import Any, Literal
 from cluster import notes
 from cluster.dispatch import Ask, Dispatch
 from cluster.errors import LastNode, MigrationFailed, NoReplica, UnknownNode
-from cluster.pool import Replica, ReplicaPool
+from cluster.member import Replica
+from cluster.pool import ReplicaPool
 from cluster.remote import ReplicaLost
 from storage.card import AgentId
 

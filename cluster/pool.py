@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -23,14 +22,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from actors.config import ReplicaConfig
 from actors.errors import ActorError
 from actors.replica import ModelReplica
-from actors.report import ReplicaInfo, ReplicaStatus, versions
+from actors.report import ReplicaInfo, versions
 from actors.weights import WeightsProvider
-from cluster.disks import NAMESPACE as NAMESPACE
-from cluster.disks import RemoteDisk, disk_folder, node_folder, open_disk
-from cluster.errors import ClusterError, MigrationFailed
-from cluster.nodes import DEVICE, named
-from cluster.nodes import Node as Node
-from cluster.placement import Candidate, link_cost
+from cluster.disks import NAMESPACE, RemoteDisk, disk_folder, node_folder, open_disk
+from cluster.errors import MigrationFailed
+from cluster.member import LOOP_FAILURES, LOOP_S, Backoff, Refused, Replica, check_fits
+from cluster.nodes import DEVICE, Node, named
 from cluster.remote import ReplicaLost, call
 from storage.errors import StorageError
 from storage.fetch import Progress
@@ -41,50 +38,11 @@ _LOAD_TIMEOUT_S = 300.0
 _STALL_S = 120.0  # without a word of a download, which itself notices earlier that it stalls
 _LONGEST_LOAD_S = 7 * 86400.0  # however slow the link
 _STATUS_TIMEOUT_S = 3.0
-_SHOWN = 3  # differences of a model that is refused
 _TICK_S = 0.5
 _WATCH_S = 0.1
 _MAX_BACKOFF_S = 30.0
 _SHORT_LIFE_S = 15.0  # a replica that was ready for less has failed
-_LOOP_FAILURES, _LOOP_S = 5, 600.0  # so many within so long: it is crash looping
 _FLUSH_TIMEOUT_S = 60.0
-
-
-@dataclass(eq=False)
-class Replica:
-    """What the pool knows of one replica; `info` is None while it loads its model."""
-
-    node: Node
-    actor: Any
-    info: ReplicaInfo | None = None
-    status: ReplicaStatus | None = None
-    healthy: bool = False
-    seen: float = 0.0  # its clock at that report, less a margin
-    ready_at: float | None = None
-    fetching: Progress | None = None  # of a model that it lacks
-    moved: float = 0.0  # the pool's clock when it started, or last told of that
-    met: frozenset[str] = frozenset()  # the disks that it knows, by their nodes' Ray ids
-    watcher: asyncio.Task[None] | None = None
-
-    @property
-    def incarnation(self) -> str:
-        return self.info.incarnation if self.info is not None else ""
-
-
-@dataclass
-class _Backoff:
-    failures: int = 0
-    not_before: float = 0.0
-    error: str = ""
-    died: deque[float] = field(default_factory=lambda: deque(maxlen=_LOOP_FAILURES))
-
-    def looping(self, now: float) -> bool:
-        """Whether short lives have followed one another."""
-        return len(self.died) == _LOOP_FAILURES and now - self.died[0] < _LOOP_S
-
-
-class Refused(ClusterError):
-    """A replica that does not fit to the others."""
 
 
 @dataclass
@@ -102,7 +60,7 @@ class ReplicaPool:
     weights: WeightsProvider | None = None  # what its replicas take along
     versions: Mapping[str, str] = field(default_factory=versions)
     clock: Callable[[], float] = time.monotonic
-    _backoff: dict[str, _Backoff] = field(default_factory=dict)
+    _backoff: dict[str, Backoff] = field(default_factory=dict)
     _opened: dict[str, RemoteDisk] = field(default_factory=dict)  # by Ray's id of the node
 
     async def run(self) -> None:
@@ -122,10 +80,10 @@ class ReplicaPool:
         quiet = {replica.node.id for replica in self.healthy()} | self.held
         return {n: self._error(b) for n, b in self._backoff.items() if b.error and n not in quiet}
 
-    def _error(self, backoff: _Backoff) -> str:
+    def _error(self, backoff: Backoff) -> str:
         if not backoff.looping(self.clock()):
             return backoff.error
-        return f"crash looping, {_LOOP_FAILURES} times in {_LOOP_S / 60:g} min: {backoff.error}"
+        return f"crash looping, {LOOP_FAILURES} times in {LOOP_S / 60:g} min: {backoff.error}"
 
     def suspect(self, incarnation: str) -> None:
         """Somebody could not reach a replica: it gets no turns until it answers again."""
@@ -157,7 +115,7 @@ class ReplicaPool:
             if node is None or node.ray_id != replica.node.ray_id:
                 self._remove(replica, "its node left")
         for node in self.nodes.values():
-            backoff = self._backoff.setdefault(node.id, _Backoff())
+            backoff = self._backoff.setdefault(node.id, Backoff())
             waits = self.clock() < backoff.not_before or node.id in self.held
             if node.has_device and node.id not in self.replicas and not waits:
                 replica = Replica(node, self._start(node))
@@ -215,8 +173,8 @@ class ReplicaPool:
                         raise
                 else:
                     silent_since = None
-                    known = self._backoff.setdefault(name, _Backoff())
-                    self._backoff[name] = _Backoff(died=known.died)
+                    known = self._backoff.setdefault(name, Backoff())
+                    self._backoff[name] = Backoff(died=known.died)
                 await asyncio.sleep(_TICK_S)
         except (ReplicaLost, Refused, ActorError, StorageError, ValueError) as error:
             self._remove(replica, str(error))
@@ -258,23 +216,9 @@ class ReplicaPool:
             replica.fetching, replica.moved = progress, self.clock()
 
     def check(self, info: ReplicaInfo) -> None:
-        """A replica may join if its versions are ours, and its model that of the replicas that are
-        here. Raises Refused."""
-        theirs = info.versions
-        differ = [
-            f"{name} {theirs.get(name, 'unknown')} there, {ours} here"
-            for name, ours in self.versions.items()
-            if theirs.get(name) != ours
-        ]
+        """Raises Refused when a replica does not fit to those that are here."""
         others = (r.info for r in self.replicas.values() if r.info and r.node.id != info.node)
-        first = next(others, None)
-        if first is not None:
-            model = info.key.mismatches(first.key)
-            differ += [f"{line} (that of {first.node})" for line in model[:_SHOWN]]
-            if first.codec != info.codec:
-                differ.append(f"codec: {info.codec} != {first.codec}")
-        if differ:
-            raise Refused(f"refused: {'; '.join(differ)}")
+        check_fits(info, self.versions, next(others, None))
 
     async def refresh(self, replica: Replica) -> None:
         """Take a new report. Raises ReplicaLost, EngineFault."""
@@ -332,7 +276,7 @@ class ReplicaPool:
             return
         del self.replicas[name]
         replica.healthy = False
-        backoff = self._backoff.setdefault(name, _Backoff())
+        backoff = self._backoff.setdefault(name, Backoff())
         backoff.failures += 1
         now = self.clock()
         if replica.ready_at is None or now - replica.ready_at < _SHORT_LIFE_S:
@@ -345,20 +289,3 @@ class ReplicaPool:
         logger.warning("replica on %s is gone (%s); next try in %.1f s", name, reason, delay)
         self._kill(replica)
         self.on_lost(name)
-
-
-def candidate(replica: Replica) -> tuple[Candidate, float] | None:
-    """What placement needs of a replica, and the share of its cells that is in use."""
-    info, status = replica.info, replica.status
-    if info is None or status is None:
-        return None
-    links = {
-        name: link_cost(rate, info.row_bytes)
-        for name, rate in status.links.items()
-        if info.row_bytes
-    }
-    cells = status.cells_used / max(1, info.slots * info.n_ctx)
-    found = Candidate(
-        replica.node.id, status.queue_s, status.rates, cells, 0, links, status.prefixes
-    )
-    return found, cells

@@ -11,22 +11,23 @@ import asyncio
 import logging
 import time
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from actors.errors import AgentMoved
 from actors.turn import Affinity
+from cluster.able import Able
 from cluster.config import ClusterConfig
 from cluster.copies import copies_json, copies_of
 from cluster.decisions import Choice, Outcome, to_json
-from cluster.disks import RemoteDisk
 from cluster.dispatch import Ask, Dispatch
 from cluster.drain import Drains, Level
 from cluster.errors import AgentBusy, MigrationFailed, NoReplica, UnknownAgent, UnknownNode
-from cluster.migration import Migration, migrate
-from cluster.moves import Moves, Reason
-from cluster.placement import Placement, over_peer
-from cluster.pool import Replica, ReplicaPool, candidate
+from cluster.member import Replica, candidate
+from cluster.migration import Migration
+from cluster.moves import Mover
+from cluster.placement import Placement
+from cluster.pool import ReplicaPool
 from cluster.recall import Recall
 from cluster.registry import AgentRecord
 from cluster.remote import ReplicaLost, call
@@ -40,7 +41,6 @@ logger = logging.getLogger(__name__)
 ROUTER_NAME = "router"
 _CALL_TIMEOUT_S = 15.0
 _FRESH_TIMEOUT_S = 0.25  # of reports asked for before an agent moves
-_PLACE_TIMEOUT_S = 30.0  # to wait for a replica, when none is ready
 _STAY_S = 60.0  # after an operator's migration
 _WAITED_S, _UNNOTICED_S = 10.0, 30.0  # to copy ahead: while a turn waits; while the agent speaks
 
@@ -69,10 +69,11 @@ class PlacementRouter:
         self._locks: weakref.WeakValueDictionary[AgentId, asyncio.Lock] = (
             weakref.WeakValueDictionary()
         )
+        self._mover = Mover(self._pool, self._registry)
         self._drains = Drains(self._pool, self._dispatch, self._lock, self._evacuate)
+        self._able = Able(self._pool, self._registry, self._drains)
         self._key: CompatibilityKey | None = None
         self._recall = Recall(config.replica, self._registry.found_in_store)
-        self._moves = Moves()
         self._drains.go_on()
         self._tasks = [asyncio.create_task(self._pool.run())]
         self._copies = copies_of(config.replica, lambda: self._pool.disks)
@@ -101,7 +102,7 @@ class PlacementRouter:
         """
         ask = Ask(agent, n_chars, reply_tokens, turn_id, prefix, affinity, persist)
         async with self._lock(agent):
-            replicas = await self._ready(avoid, agent if affinity == "hard" else None)
+            replicas = await self._able.wait(avoid, agent if affinity == "hard" else None)
             owner = self._registry.location(agent).node
             if owner is not None and owner not in self._pool.replicas:
                 self._dispatch.lost(owner)
@@ -111,7 +112,7 @@ class PlacementRouter:
             if persist and source is not None and source.node.id != target:
                 prefetch_s = _WAITED_S if choice.placement.restore_tokens is None else 0.0
                 try:
-                    await self._move(agent, source, replicas[target], "placement", prefetch_s)
+                    await self._mover.move(agent, source, replicas[target], "placement", prefetch_s)
                 except MigrationFailed as error:
                     choice.move_failed = str(error)
                     if source.healthy:  # else whoever is chosen claims the agent
@@ -126,7 +127,7 @@ class PlacementRouter:
     ) -> Choice:
         """By the reports there are, which may be half a second old; before an agent leaves its
         owner, by new ones: the turn that kept the owner busy may have ended."""
-        stays = self._stays(ask.agent, replicas, avoid)
+        stays = self._able.stays(ask.agent, replicas, avoid, time.monotonic())
         choice = self._dispatch.decide(ask, replicas, stays=stays)
         owner = replicas.get(choice.location.node or "")
         if ask.persist and owner is not None and owner.node.id != choice.node:
@@ -137,10 +138,10 @@ class PlacementRouter:
     def explain(self, ask: Ask) -> dict[str, Any]:
         """What `place` would decide, with every replica's estimate. Changes nothing, waits for
         nobody. Raises NoReplica."""
-        replicas = self._candidates(frozenset(), ask.agent if ask.affinity == "hard" else None)
+        replicas = self._able.now(frozenset(), ask.agent if ask.affinity == "hard" else None)
         if not replicas:
             raise NoReplica("no replica is ready")
-        stays = self._stays(ask.agent, replicas, frozenset())
+        stays = self._able.stays(ask.agent, replicas, frozenset(), time.monotonic())
         choice = self._dispatch.compare(ask, replicas, stays=stays)
         return to_json(choice, self._config.placement)
 
@@ -148,35 +149,6 @@ class PlacementRouter:
         """A tenant's latest, with their outcomes as far as they are known."""
         latest = self._dispatch.log.latest(tenant, limit)
         return [to_json(choice, self._config.placement) for choice in latest]
-
-    def _stays(self, agent: AgentId, replicas: dict[str, Replica], avoid: frozenset[str]) -> bool:
-        owner = replicas.get(self._registry.location(agent).node or "")
-        able = owner is not None and owner.incarnation not in avoid
-        return able and self._registry.stays(agent, time.monotonic())
-
-    def _candidates(self, avoid: frozenset[str], bound: AgentId | None) -> dict[str, Replica]:
-        """Replicas that can take a turn; only its owner for an agent that is `bound` to it."""
-        owner = self._registry.location(bound).node if bound is not None else None
-        healthy = self._drains.candidates()
-        leaves = self._drains.source(owner) is not None
-        if owner is not None and owner in self._pool.replicas and not leaves:
-            return {owner: healthy[owner]} if owner in healthy else {}
-        fresh = {n: r for n, r in healthy.items() if r.incarnation not in avoid}
-        return fresh or healthy
-
-    async def _ready(
-        self, avoid: frozenset[str], bound: AgentId | None = None
-    ) -> dict[str, Replica]:
-        """As `_candidates`, waiting for one if need be."""
-        deadline = asyncio.get_running_loop().time() + _PLACE_TIMEOUT_S
-        while True:
-            found = self._candidates(avoid, bound)
-            if found:
-                return found
-            if asyncio.get_running_loop().time() > deadline:
-                reasons = "; ".join(f"{n}: {e}" for n, e in self._pool.errors().items())
-                raise NoReplica(f"no replica is ready{f' ({reasons})' if reasons else ''}")
-            await asyncio.sleep(0.05)
 
     def ended(
         self, agent: AgentId, turn_id: str, n_chars: int | None, outcome: Outcome | None = None
@@ -205,48 +177,18 @@ class PlacementRouter:
             if source is replica:
                 done = Migration(target, target, record.epoch, 0.0)
             else:
-                done = await self._move(agent, source, replica, "operator", _UNNOTICED_S)
+                done = await self._mover.move(agent, source, replica, "operator", _UNNOTICED_S)
             self._registry.settled(agent, time.monotonic() + _STAY_S)
             return done
 
-    async def _move(
-        self,
-        agent: AgentId,
-        source: Replica | None,
-        target: Replica,
-        reason: Reason,
-        prefetch_s: float,
-    ) -> Migration:
-        pair = (source.node.id, source.actor) if source is not None else None
-        try:
-            to, disk = (target.node.id, target.actor), self._disk(agent, source, target)
-            moving = migrate(agent, pair, to, prefetch_s=prefetch_s, disk=disk)
-            done = await self._pool.unless_lost(moving, *filter(None, (source, target)))
-        except MigrationFailed:
-            self._moves.failed(reason)
-            raise
-        self._registry.assign(agent, target.node.id)
-        self._moves.done(reason, done)
-        logger.info("agent %s moved: %s", agent, done)
-        return done
-
-    def _disk(self, agent: AgentId, source: Replica | None, target: Replica) -> RemoteDisk | None:
-        """The source's, where the agent's rows are to come from there: both have a disk that is
-        written to, and the link is not dearer than the store's."""
-        told = candidate(target)
-        if source is None or told is None or not (_writes(source) and _writes(target)):
-            return None
-        location = replace(self._registry.location(agent), node=source.node.id)
-        return self._pool.disks.get(source.node.id) if over_peer(told[0].links, location) else None
-
     async def _evacuate(self, agent: AgentId, source: Replica, target: Replica) -> Migration:
-        return await self._move(agent, source, target, "drain", _UNNOTICED_S)
+        return await self._mover.move(agent, source, target, "drain", _UNNOTICED_S)
 
     async def delete(self, agent: AgentId) -> None:
         """Raises UnknownAgent, AgentBusy, NoReplica."""
         async with self._lock(agent):
             record = await self._known(agent)
-            replicas = await self._ready(frozenset())
+            replicas = await self._able.wait(frozenset())
             owner = replicas.get(record.node) if record.node else None
             replica = owner or next(iter(replicas.values()))
             try:
@@ -292,8 +234,8 @@ class PlacementRouter:
             "store": self._config.replica.store,
             "codec": self._config.replica.codec,
             "agents": len(self._registry),
-            "migrations": self._moves.total,
-            "moves": self._moves.to_json(),
+            "migrations": self._mover.moves.total,
+            "moves": self._mover.moves.to_json(),
             "replica_losses": self._pool.restarts,
             "copies": copies_json(self._copies),
             "nodes": nodes_json(self._pool, self._drains),
@@ -349,12 +291,6 @@ class PlacementRouter:
 
     def _lock(self, agent: AgentId) -> asyncio.Lock:
         return self._locks.setdefault(agent, asyncio.Lock())
-
-
-def _writes(replica: Replica) -> bool:
-    """To a disk of its node's."""
-    local = replica.status.local if replica.status is not None else None
-    return local is not None and local.writes
 
 
 def _decision(choice: Choice, replica: Replica) -> Decision:

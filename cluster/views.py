@@ -6,7 +6,8 @@ from dataclasses import asdict
 from typing import Any
 
 from cluster.drain import Drains
-from cluster.pool import Replica, ReplicaPool
+from cluster.member import Replica
+from cluster.pool import ReplicaPool
 from cluster.registry import AgentRecord
 
 

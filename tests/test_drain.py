@@ -24,7 +24,9 @@ from cluster.config import ClusterConfig
 from cluster.dispatch import Ask
 from cluster.drain import PARALLEL
 from cluster.errors import LastNode, NoReplica, UnknownNode
-from cluster.pool import Node, Replica, ReplicaPool
+from cluster.member import Replica
+from cluster.nodes import Node
+from cluster.pool import ReplicaPool
 from cluster.router import PlacementRouter
 from storage.card import AgentId
 from storage.errors import StoreUnavailable

@@ -15,7 +15,9 @@ from actors.rates import Rates
 from actors.report import ReplicaInfo, ReplicaStatus, versions
 from cluster import pool as pool_module
 from cluster.errors import ClusterError
-from cluster.pool import Node, Refused, Replica, ReplicaPool
+from cluster.member import Refused, Replica
+from cluster.nodes import Node
+from cluster.pool import ReplicaPool
 from tests.fake_cluster import Handle, lost
 
 KEY = FakeEngine().key

@@ -22,9 +22,11 @@ from cluster.decisions import DecisionLog, Outcome
 from cluster.disks import RemoteDisk
 from cluster.dispatch import Ask, Dispatch
 from cluster.errors import MigrationFailed, NoReplica, UnknownAgent, UnknownNode
+from cluster.member import Replica
 from cluster.migration import Migration
+from cluster.nodes import Node
 from cluster.placement import Candidate, PlacementConfig
-from cluster.pool import Node, Replica, ReplicaPool
+from cluster.pool import ReplicaPool
 from cluster.router import PlacementRouter
 from storage.card import AgentId, CacheCard, Owner
 from storage.errors import StoreUnavailable
@@ -496,7 +498,7 @@ def test_hard_affinity_waits_for_an_owner_that_is_silent(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster.router.suspect("life-a")
-    monkeypatch.setattr(router_module, "_PLACE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("cluster.able._PLACE_TIMEOUT_S", 0.1)
     with pytest.raises(NoReplica):
         hard(cluster)
     assert cluster.place() == "b"
