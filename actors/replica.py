@@ -19,7 +19,6 @@ from typing import TypeVar
 
 import actors
 import storage
-from actors.branches import AgentMemory, durable_rows
 from actors.config import ReplicaConfig
 from actors.engine_settings import speculation_of
 from actors.errors import ActorError, EngineFault, ModelUnavailable
@@ -30,11 +29,11 @@ from actors.models import open_draft, open_local, open_profiled, open_store
 from actors.outbox import Outbox
 from actors.preload import Fetched
 from actors.report import (
-    AgentReport,
     HeldPrefixes,
     ReplicaInfo,
     ReplicaStatus,
     local_status,
+    status_of,
     versions,
 )
 from actors.scheduler import SchedulerConfig
@@ -275,43 +274,7 @@ class ModelReplica:
         at = time.time()
         # Their locks are held while files are removed: beats must not wait for that.
         known, local = await asyncio.to_thread(lambda: (memory.agents(), local_status(memory)))
-        return ReplicaStatus(
-            at=at,
-            running=len(loop.scheduler.running),
-            waiting=len(loop.scheduler.waiting),
-            idle=loop.residency.n_idle,
-            queue_s=loop.queue_seconds(),
-            rates=loop.rates,
-            pool_bytes=memory.tiers.pool.used_bytes,
-            local=local,
-            cells_used=loop.residency.cells_used,
-            n_agents=len(known),
-            agents=tuple(self._report(m) for m in known if m.changed >= since),
-            faults=dict(memory.faults),
-            served=dict(loop.served),
-            links=memory.tiers.link_rates(),
-            prefixes=self._prefixes.held(),
-        )
-
-    def _report(self, memory: AgentMemory) -> AgentReport:
-        assert memory.card is not None
-        branches = list(memory.branches)
-        latest = max(branches, key=lambda b: b.last_used, default=None)
-        sizes = self._memory.rows.ram_bytes(branches)
-        resident = latest is not None and self._loop.residency.find(latest) is not None
-        return AgentReport(
-            agent=memory.agent,
-            epoch=memory.card.epoch,
-            generation=memory.card.generation,
-            branches=len(branches),
-            tokens=len(latest.tokens) if latest else 0,
-            rows=latest.rows if latest else 0,
-            durable_rows=durable_rows(latest) if latest else 0,
-            in_ram=resident or (latest is not None and self._memory.rows.in_ram(latest)),
-            ram_bytes=sizes,
-            stored_bytes=memory.card.bytes_stored,
-            last_used=memory.last_used,
-        )
+        return status_of(loop, at, since, known, local, self._prefixes.held())
 
     async def _on_loop(self, function: Callable[[], T]) -> T:
         return await _done(self._loop.call(function))

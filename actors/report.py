@@ -9,13 +9,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from itertools import takewhile
+from typing import TYPE_CHECKING
 
+from actors.branches import AgentMemory, durable_rows
 from actors.memory import Memory
 from actors.rates import Rates
 from actors.turn import Message, StreamItem, ToolUse, TurnRequest, TurnStarted
 from storage.card import AgentId
 from storage.links import LinkRate
 from storage.spec import CompatibilityKey
+
+if TYPE_CHECKING:
+    from actors.loop import ReplicaLoop
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,55 @@ def local_status(memory: Memory) -> LocalStatus | None:
         lagging_agents=replicator.pending,
         written_bytes=local.written_bytes,
         writes=local.writes,
+    )
+
+
+def status_of(
+    loop: ReplicaLoop,
+    at: float,
+    since: float,
+    known: Sequence[AgentMemory],
+    local: LocalStatus | None,
+    prefixes: Mapping[str, int],
+) -> ReplicaStatus:
+    """`known`: all its agents."""
+    memory = loop.memory
+    return ReplicaStatus(
+        at=at,
+        running=len(loop.scheduler.running),
+        waiting=len(loop.scheduler.waiting),
+        idle=loop.residency.n_idle,
+        queue_s=loop.queue_seconds(),
+        rates=loop.rates,
+        pool_bytes=memory.tiers.pool.used_bytes,
+        local=local,
+        cells_used=loop.residency.cells_used,
+        n_agents=len(known),
+        agents=tuple(_agent_report(loop, m) for m in known if m.changed >= since),
+        faults=dict(memory.faults),
+        served=dict(loop.served),
+        links=memory.tiers.link_rates(),
+        prefixes=prefixes,
+    )
+
+
+def _agent_report(loop: ReplicaLoop, memory: AgentMemory) -> AgentReport:
+    assert memory.card is not None
+    branches, rows = list(memory.branches), loop.memory.rows
+    latest = max(branches, key=lambda b: b.last_used, default=None)
+    resident = latest is not None and loop.residency.find(latest) is not None
+    return AgentReport(
+        agent=memory.agent,
+        epoch=memory.card.epoch,
+        generation=memory.card.generation,
+        branches=len(branches),
+        tokens=len(latest.tokens) if latest else 0,
+        rows=latest.rows if latest else 0,
+        durable_rows=durable_rows(latest) if latest else 0,
+        in_ram=resident or (latest is not None and rows.in_ram(latest)),
+        ram_bytes=rows.ram_bytes(branches),
+        stored_bytes=memory.card.bytes_stored,
+        last_used=memory.last_used,
     )
 
 
