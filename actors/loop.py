@@ -74,7 +74,7 @@ class ReplicaLoop:
         """`draft`: the engine of a draft model, which the loop owns, too."""
         self.engine, self.memory, self.node = engine, memory, node
         self.rates = Rates()
-        self.scheduler: Scheduler[Turn] = Scheduler(config.scheduler, self.rates)
+        self.scheduler: Scheduler[Turn] = Scheduler(config.scheduler, self.rates, tile=engine.tile)
         self.residency = Residency(engine)
         self.overhead = Overhead()
         self._prompts = {"prompt_tokens": 0, "cached_tokens": 0}

@@ -90,16 +90,20 @@ def fill(measured: Sequence[Rates]) -> list[KnownRates]:
 class Pace:
     """How many prompt tokens fit into a step beside the others' decoding.
 
-    A step that decodes takes `decode_s`, every prompt token in it `token_s` more. What takes longer
-    than before counts at once, what takes less slowly: the bound matters more than the speed.
+    A step that decodes takes `decode_s`, every prompt token in it some time more: another one in
+    steps of at least `tile` tokens, where the engine computes those in another way (0: it does
+    not). What takes longer than before counts at once, what takes less slowly: the bound matters
+    more than the speed.
     """
 
     _LEAST = 16  # tokens: a prefill goes on even where decoding alone takes the whole bound
+    _HOPE, _MOST_HOPE = 0.995, 0.75  # a way not taken is held faster, step by step: it is tried
 
-    def __init__(self, max_step_s: float, start: int, most: int) -> None:
-        self._max_step_s, self._start, self._most = max_step_s, start, most
-        self.token_s: float | None = None
+    def __init__(self, max_step_s: float, start: int, most: int, tile: int = 0) -> None:
+        self._max_step_s, self._start, self._most, self._tile = max_step_s, start, most, tile
         self.decode_s: float | None = None
+        self._token_s: dict[bool, float] = {}  # in steps of `tile` tokens or more; in shorter ones
+        self._hope = {True: 1.0, False: 1.0}
 
     def measure(self, prefilled: int, decoded: int, seconds: float) -> None:
         """A step of so many prompt tokens and so many decodes."""
@@ -107,15 +111,38 @@ class Pace:
             self.decode_s = _cautious(self.decode_s, seconds)
         elif prefilled >= self._LEAST:  # fewer measure the fixed cost of a step
             alone = self.decode_s or 0.0 if decoded else 0.0
-            self.token_s = _cautious(self.token_s, max(seconds - alone, 0.0) / prefilled)
+            tiled = 0 < self._tile <= prefilled + decoded
+            took = max(seconds - alone, 0.0) / prefilled
+            self._token_s[tiled] = _cautious(self._token_s.get(tiled), took)
+            self._hope[tiled] = 1.0
+            self._hope[not tiled] = max(self._hope[not tiled] * self._HOPE, self._MOST_HOPE)
 
-    def chunk(self) -> int:
-        """Prompt tokens of the next step in which others decode."""
-        if not self._max_step_s or self.token_s is None:
+    def chunk(self, decoding: int = 1) -> int:
+        """Prompt tokens of the next step, in which so many others decode."""
+        if not self._max_step_s or not self._token_s:
             return self._start
+        least = min(self._LEAST, self._most)
+        if not self._tile:
+            return max(least, self._fits(False))
+        short = min(max(least, self._fits(False)), self._tile - 1 - decoding)
+        tiled = self._fits(True)
+        if short < least:  # those that decode fill a tile, or nearly
+            return max(least, tiled)
+        if tiled + decoding < self._tile:
+            return short
+        return max(short, tiled, key=lambda n: self._tokens_per_s(n, tiled=n == tiled))
+
+    def _fits(self, tiled: bool) -> int:
         room = self._max_step_s - (self.decode_s or 0.0)
-        fits = int(room / max(self.token_s, 1e-9))
-        return max(min(self._LEAST, self._most), min(fits, self._most))
+        return min(int(room / max(self._cost_s(tiled), 1e-9)), self._most)
+
+    def _tokens_per_s(self, n: int, tiled: bool) -> float:
+        return n / ((self.decode_s or 0.0) + n * self._cost_s(tiled) + 1e-9)
+
+    def _cost_s(self, tiled: bool) -> float:
+        """Of a prompt token; a way that was never taken may be a little faster than the other."""
+        known = self._token_s.get(tiled)
+        return self._token_s[not tiled] * 0.9 if known is None else known * self._hope[tiled]
 
 
 @dataclass

@@ -145,12 +145,13 @@ class Scheduler(Generic[T]):
         config: SchedulerConfig,
         rates: Rates | None = None,
         clock: Callable[[], float] = time.monotonic,
+        tile: int = 0,
     ) -> None:
-        """`rates` are told what steps take."""
+        """`rates` are told what steps take; `tile`: the engine's."""
         self.config, self._rates = config, rates or Rates()
         self.waiting: Waiting[T] = Waiting(clock)
         self.running: list[Sequence] = []
-        self.pace = Pace(config.max_step_s, config.prefill_chunk_busy, config.prefill_chunk)
+        self.pace = Pace(config.max_step_s, config.prefill_chunk_busy, config.prefill_chunk, tile)
 
     def check_room(self, arriving: int = 0) -> None:
         """Raises Overloaded when the queue, with the turns on their way to it, is full."""
@@ -172,7 +173,7 @@ class Scheduler(Generic[T]):
     def draft_room(self, decodes: int, prefills: int) -> int:
         """Drafted tokens that so many sequences' step has room for."""
         if prefills:
-            return self.pace.chunk() // _DRAFT_SHARE
+            return self.pace.chunk(decodes) // _DRAFT_SHARE
         return max(0, self.config.prefill_chunk - decodes)
 
     def schedule(
@@ -188,7 +189,7 @@ class Scheduler(Generic[T]):
         steps = [Scheduled(s, 1, tuple(drafts.get(id(s), ()))) for s in decodes]
         if not prefills:
             return steps
-        budget = self.pace.chunk() if steps else self.config.prefill_chunk
+        budget = self.pace.chunk(len(steps)) if steps else self.config.prefill_chunk
         budget = max(1, budget - sum(len(entry.draft) for entry in steps))
         missing = {id(s): s.next_stop - s.n_rows for s in prefills}
         first = prefills[0]

@@ -288,3 +288,39 @@ def test_a_slower_engine_is_believed_at_once_a_faster_one_slowly() -> None:
     assert slower < before / 2
     pace.measure(slower, 4, 0.02 + 1e-3 * slower)
     assert pace.chunk() < before * 0.6
+
+
+def tiling(short_s: float, tiled_s: float, steps: int = 400) -> list[int]:
+    """The chunks beside four decodes, of an engine that computes 64 tokens and more in another
+    way."""
+    pace, chunks = Pace(0.25, 128, 512, tile=64), []
+    pace.measure(0, 4, 0.02)
+    for _ in range(steps):
+        chunks.append(pace.chunk(4))
+        cost = tiled_s if chunks[-1] + 4 >= 64 else short_s
+        pace.measure(chunks[-1], 4, 0.02 + cost * chunks[-1])
+    return chunks
+
+
+def test_a_chunk_stays_short_of_the_tile_where_that_is_faster() -> None:
+    """Eight agents of 128 tokens: their neighbours' cells cost a tile, and are passed over else."""
+    chunks = tiling(short_s=3.2e-3, tiled_s=3.4e-3)
+    assert sum(chunk == 59 for chunk in chunks) > len(chunks) * 0.8
+    assert max(chunks[1:]) <= 0.23 / 3.4e-3 / 0.75  # a trial
+
+
+def test_a_chunk_fills_the_tile_where_that_is_faster() -> None:
+    """A deep prompt."""
+    chunks = tiling(short_s=7e-3, tiled_s=3.3e-3)
+    assert sum(chunk == int(0.23 / 3.3e-3) for chunk in chunks) > len(chunks) * 0.8
+
+
+def test_a_tile_that_does_not_fit_into_the_bound_is_not_tried() -> None:
+    assert set(tiling(short_s=7e-3, tiled_s=7e-3)[2:]) == {32}
+
+
+def test_many_decodes_leave_a_prefill_its_least() -> None:
+    pace = Pace(0.25, 128, 512, tile=64)
+    pace.measure(0, 60, 0.2)
+    pace.measure(16, 60, 0.3)
+    assert pace.chunk(60) == 16

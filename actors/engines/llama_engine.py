@@ -46,6 +46,7 @@ from storage.codec import Tensors, merge_parts
 from storage.spec import CompatibilityKey, KVRows
 
 logger = logging.getLogger(__name__)
+_TILE = 64  # queries that flash attention takes together (ggml-cpu/ops.cpp)
 
 
 @llama.llama_log_callback  # type: ignore[untyped-decorator]
@@ -105,6 +106,7 @@ class LlamaEngine(Engine):
         check_options(options)
         self._free_context()
         self._layout = self._layout_of(options)
+        self.tile = _TILE if options.flash_attention and options.kv_type == "f16" else 0
         self.loads_encoded = self._layout.codec.name if self._layout.codec else ""
         self._sliding = self._layout.sliding
         n_batch, n_seq_max = self.n_batch + self.n_seq_max, self.n_seq_max + 1
