@@ -89,6 +89,7 @@ class ReplicaStatus:
     served: dict[str, int] = field(default_factory=dict)
     links: Mapping[str, LinkRate] = field(default_factory=dict)  # "store", "disk", "peer"
     prefixes: Mapping[str, int] = field(default_factory=dict)  # digest -> tokens in RAM
+    store_answers: bool = True  # False while the shared store is known not to
 
 
 def versions() -> dict[str, str]:
@@ -141,6 +142,7 @@ def status_of(
         served=dict(loop.served),
         links=memory.tiers.link_rates(),
         prefixes=prefixes,
+        store_answers=not memory.outage.lasts,
     )
 
 

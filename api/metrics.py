@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -73,52 +74,59 @@ class _Cluster:
         yield CounterMetricFamily(
             "kvferry_replica_losses", "Replicas that died or left.", report["replica_losses"]
         )
-        up = GaugeMetricFamily("kvferry_replica_ready", "1 if it takes turns.", labels=["node"])
-        size = GaugeMetricFamily("kvferry_kv_bytes", "KV bytes held.", labels=["node", "tier"])
-        queued = GaugeMetricFamily("kvferry_turns_waiting", "Queued turns.", labels=["node"])
-        running = GaugeMetricFamily("kvferry_turns_running", "Turns in steps.", labels=["node"])
-        faults = CounterMetricFamily(
-            "kvferry_memory_faults",
-            "Stored memory that was refused or lost, and prefilled instead.",
-            labels=["node", "reason"],
-        )
-        lag = GaugeMetricFamily(
-            "kvferry_lagging_bytes", "On a node's disk, not in the shared store.", labels=["node"]
-        )
-        written = CounterMetricFamily(
-            "kvferry_local_written_bytes", "Written to a node's disk.", labels=["node"]
-        )
-        drafted = CounterMetricFamily(
-            "kvferry_draft_tokens", "Tokens drafted, and verified in a step.", labels=["node"]
-        )
-        accepted = CounterMetricFamily(
-            "kvferry_draft_tokens_accepted", "Of those, the right ones.", labels=["node"]
-        )
-        fetched = GaugeMetricFamily(
-            "kvferry_model_fetched_bytes", "Of a model that a node lacks.", labels=["node"]
-        )
-        wanted = GaugeMetricFamily("kvferry_model_bytes", "Of all of it.", labels=["node"])
-        for node in report["nodes"]:
-            if node.get("fetching"):
-                fetched.add_metric([node["id"]], node["fetching"]["done"])
-                wanted.add_metric([node["id"]], node["fetching"]["total"])
-            if node["pid"] is None:
+        for family in _PER_NODE:
+            yield family.collect(report["nodes"])
+
+
+@dataclass(frozen=True)
+class _PerNode:
+    """A figure of every node: what `value` finds in the router's report of it, by `label` where
+    that is a second label of the metric; None: the node has none."""
+
+    kind: type[GaugeMetricFamily] | type[CounterMetricFamily]
+    name: str
+    help: str
+    value: Callable[[dict[str, Any]], Any]
+    label: str = ""
+    loads: bool = False  # told of nodes without a replica, too
+
+    def collect(self, nodes: Sequence[dict[str, Any]]) -> Metric:
+        family = self.kind(self.name, self.help, labels=["node", *filter(None, [self.label])])
+        for node in nodes:
+            found = self.value(node) if self.loads or node["pid"] is not None else None
+            if found is None:
                 continue
-            name = node["id"]
-            up.add_metric([name], float(node["replica"] == "ready"))
-            for tier, value in node["bytes"].items():
-                size.add_metric([name, tier], value)
-            if node["local"]:
-                lag.add_metric([name], node["local"]["lagging_bytes"])
-                written.add_metric([name], node["local"]["written_bytes"])
-            queued.add_metric([name], node["waiting"])
-            running.add_metric([name], node["running"])
-            drafted.add_metric([name], node["served"].get("draft_tokens", 0))
-            accepted.add_metric([name], node["served"].get("draft_tokens_accepted", 0))
-            for reason, count in node["faults"].items():
-                faults.add_metric([name, reason], count)
-        yield from (up, size, lag, written, queued, running, drafted, accepted, faults)
-        yield from (fetched, wanted)
+            entries = found.items() if self.label else [("", found)]
+            for label, value in entries:
+                family.add_metric([node["id"], *filter(None, [label])], float(value))
+        return family
+
+
+_GAUGE, _COUNTER = GaugeMetricFamily, CounterMetricFamily
+_PER_NODE = (
+    _PerNode(_GAUGE, "kvferry_replica_ready", "1 if it takes turns.",
+             lambda n: n["replica"] == "ready"),
+    _PerNode(_GAUGE, "kvferry_kv_bytes", "KV bytes held.", lambda n: n["bytes"], "tier"),
+    _PerNode(_GAUGE, "kvferry_store_answers", "0 while the shared store does not answer.",
+             lambda n: n["store_answers"]),
+    _PerNode(_GAUGE, "kvferry_lagging_bytes", "On a node's disk, not in the shared store.",
+             lambda n: n["local"] and n["local"]["lagging_bytes"]),
+    _PerNode(_COUNTER, "kvferry_local_written_bytes", "Written to a node's disk.",
+             lambda n: n["local"] and n["local"]["written_bytes"]),
+    _PerNode(_GAUGE, "kvferry_turns_waiting", "Queued turns.", lambda n: n["waiting"]),
+    _PerNode(_GAUGE, "kvferry_turns_running", "Turns in steps.", lambda n: n["running"]),
+    _PerNode(_COUNTER, "kvferry_draft_tokens", "Tokens drafted, and verified in a step.",
+             lambda n: n["served"].get("draft_tokens", 0)),
+    _PerNode(_COUNTER, "kvferry_draft_tokens_accepted", "Of those, the right ones.",
+             lambda n: n["served"].get("draft_tokens_accepted", 0)),
+    _PerNode(_COUNTER, "kvferry_memory_faults",
+             "Stored memory that was refused or lost, and prefilled instead.",
+             lambda n: n["faults"], "reason"),
+    _PerNode(_GAUGE, "kvferry_model_fetched_bytes", "Of a model that a node lacks.",
+             lambda n: n.get("fetching") and n["fetching"]["done"], loads=True),
+    _PerNode(_GAUGE, "kvferry_model_bytes", "Of all of it.",
+             lambda n: n.get("fetching") and n["fetching"]["total"], loads=True),
+)  # fmt: skip
 
 
 def _moves(moves: dict[str, Any]) -> Iterator[Metric]:

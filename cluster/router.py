@@ -242,9 +242,15 @@ class PlacementRouter:
         }
 
     async def ready(self) -> dict[str, Any]:
-        """Whether a turn could run, and why not."""
-        n = len(self._pool.healthy())
-        return {"ready": n > 0, "replicas": n, "errors": self._pool.errors()}
+        """Whether a turn could run, and why not; and which nodes serve it without the store."""
+        healthy = self._pool.healthy()
+        cut_off = [r.node.id for r in healthy if r.status and not r.status.store_answers]
+        return {
+            "ready": bool(healthy),
+            "replicas": len(healthy),
+            "without_store": sorted(cut_off),
+            "errors": self._pool.errors(),
+        }
 
     async def flush(self) -> None:
         """Before a stop: done when every replica has stored what it holds, or does not answer."""

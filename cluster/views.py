@@ -65,6 +65,7 @@ def node_json(node: str, address: str, has_device: bool, replica: Replica | None
         "local": asdict(status.local) if status and status.local else None,
         "rates": asdict(status.rates) if status else {},
         "links": {name: asdict(rate) for name, rate in status.links.items()} if status else {},
+        "store_answers": status.store_answers if status else None,
         "faults": status.faults if status else {},
         "served": status.served if status else {},
     }

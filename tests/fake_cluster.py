@@ -286,6 +286,7 @@ class FakeRouter:
                 "replica": "ready",
                 "bytes": {"engine": 1000, "pool": 20, "local": 30},
                 "local": {"lagging_bytes": 7, "written_bytes": 40},
+                "store_answers": node == "a",
                 "waiting": 3,
                 "running": 2,
                 "faults": {"corrupt": 5, "incompatible": 1},

@@ -998,6 +998,7 @@ def test_metrics_parse_and_count(http: Http) -> None:
     assert http.metric("kvferry_migration_freeze_seconds_bucket", le="0.02") == 1
     assert http.metric("kvferry_migration_freeze_seconds_count") == 1
     assert http.metric("kvferry_turns_waiting", node="a") == 3
+    assert [http.metric("kvferry_store_answers", node=node) for node in "ab"] == [1, 0]
 
 
 def test_healthy_is_not_ready(http: Http) -> None:
