@@ -207,10 +207,11 @@ def check_engines(config: ClusterConfig) -> None:
         check_engine(replace(config.replica, engine=name))
 
 
-def _validate(config: ClusterConfig) -> None:
+def _bounds(config: ClusterConfig) -> list[tuple[str, float, float, float]]:
+    """(setting, its value, least, most)."""
     replica, http, placement = config.replica, config.http, config.placement
     retention = config.retention
-    bounds: list[tuple[str, float, float, float]] = [
+    return [
         ("nodes", config.nodes, 1, 64),
         ("gc_interval_s", config.gc_interval_s, 0, 1e9),
         ("port", http.port, 1, 65535),
@@ -244,7 +245,11 @@ def _validate(config: ClusterConfig) -> None:
         ("idle_ttl_s", retention.idle_ttl_s, 0, 1e10),
         ("token_ttl_s", retention.token_ttl_s, 0, 1e10),
     ]
-    for name, value, low, high in bounds:
+
+
+def _validate(config: ClusterConfig) -> None:
+    replica = config.replica
+    for name, value, low, high in _bounds(config):
         if not low <= value <= high:
             raise ConfigError(f"{name} = {value}: must be between {low} and {high}")
     if replica.durability not in ("behind", "sync"):
