@@ -26,6 +26,12 @@ class Outbox:
         self._ready = asyncio.Event()
         self._armed = False
         self._not_before = 0.0  # when tokens leave next, by the event loop's clock
+        self._left = self._here.time()  # when items left last
+
+    @property
+    def silent_s(self) -> float:
+        """Since items left."""
+        return self._here.time() - self._left
 
     def put(self, item: StreamItem) -> None:
         self._items.append(item)
@@ -49,4 +55,5 @@ class Outbox:
                 interval = self._interval()
                 self._not_before = (self._here.time() // interval + 1) * interval
             if items:
+                self._left = self._here.time()
                 return items

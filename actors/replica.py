@@ -165,11 +165,14 @@ class ModelReplica:
         return min(0.2, 0.1 * max(1, len(self._loop.scheduler.running)))
 
     async def _beat(self, attempt: int, items: Outbox) -> None:
-        """Signs of life, while the engine's thread lives and is not stuck."""
+        """Signs of life where there are no others, while the engine's thread lives and is not
+        stuck."""
         loop = self._loop
         while loop.alive and not loop.stuck:
-            await asyncio.sleep(_BEAT_S)
-            items.put(Alive(attempt))
+            silent = items.silent_s
+            if silent >= _BEAT_S:
+                items.put(Alive(attempt))
+            await asyncio.sleep(_BEAT_S if silent >= _BEAT_S else _BEAT_S - silent)
         reason = "a step of the engine does not end" if loop.alive else "the engine's thread died"
         items.put(TurnFailed(attempt, EngineFault(reason)))
 

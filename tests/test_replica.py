@@ -133,6 +133,26 @@ def test_tokens_of_all_turns_leave_together() -> None:
     assert abs(one - other) < 0.1
 
 
+def test_a_turn_that_speaks_does_not_beat(
+    replica: ModelReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every list costs the processes between here and the client some milliseconds."""
+    monkeypatch.setattr("actors.replica._BEAT_S", 0.3)
+    monkeypatch.setattr(replica, "_interval", lambda request: 0.05)
+    step = replica._loop.engine.step
+
+    def slowly(chunks):  # type: ignore[no-untyped-def]
+        time.sleep(0.04)
+        return step(chunks)
+
+    replica._loop.engine.step = slowly  # type: ignore[method-assign]
+    request = replace(REQUEST, sampling=replace(REQUEST.sampling, max_tokens=20))
+    got = asyncio.run(asyncio.wait_for(items(replica, request), 20))
+    assert sum(isinstance(item, Tokens) for item in got) == 20  # in 0.8 s
+    assert not any(isinstance(item, Alive) for item in got)
+    replica.close()
+
+
 def test_a_beat_after_the_last_item_does_not_keep_the_turn_open(
     replica: ModelReplica, monkeypatch: pytest.MonkeyPatch
 ) -> None:
