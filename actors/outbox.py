@@ -11,7 +11,9 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 
-from actors.turn import StreamItem, Tokens
+from actors.turn import Progress, StreamItem, Tokens
+
+_PROGRESS_S = 0.25  # of silence before how far a prefill is, is told
 
 
 class Outbox:
@@ -34,6 +36,8 @@ class Outbox:
         return self._here.time() - self._left
 
     def put(self, item: StreamItem) -> None:
+        if isinstance(item, Progress) and self.silent_s < _PROGRESS_S:
+            return  # the next one says it anew
         self._items.append(item)
         if not isinstance(item, Tokens):
             self._here.call_soon_threadsafe(self._ready.set)

@@ -15,6 +15,7 @@ from actors.outbox import Outbox
 from actors.replica import ModelReplica
 from actors.turn import (
     Alive,
+    Progress,
     SamplingParams,
     StreamItem,
     Tokens,
@@ -131,6 +132,21 @@ def test_tokens_of_all_turns_leave_together() -> None:
 
     one, other = asyncio.run(both())
     assert abs(one - other) < 0.1
+
+
+def test_progress_is_told_into_silence_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.outbox._PROGRESS_S", 0.2)
+
+    async def take() -> list[StreamItem]:
+        box = Outbox(lambda: 0.05)
+        await asyncio.sleep(0.25)
+        box.put(Progress(1, 60, 300))
+        got = await asyncio.wait_for(box.take(), 5)
+        box.put(Progress(1, 120, 300))  # of the next step
+        box.put(Tokens(1, 0, (0,), "x"))
+        return got + await asyncio.wait_for(box.take(), 5)
+
+    assert asyncio.run(take()) == [Progress(1, 60, 300), Tokens(1, 0, (0,), "x")]
 
 
 def test_a_turn_that_speaks_does_not_beat(
