@@ -10,6 +10,7 @@ remembers is rebuilt from those ids. Knows nothing of text, batches or streams.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence as Ids
 
 import numpy as np
@@ -69,10 +70,15 @@ def _only(logits: Logits, allowed: NDArray[np.bool_] | None) -> tuple[Indices | 
 def _draw(logits: Logits, params: SamplingParams, position: int) -> int:
     temperature = np.float32(max(params.temperature, 1e-6))
     mass = np.exp((logits - logits.max()) / temperature).astype(np.float64).cumsum()
-    key = params.seed % 2**128  # any integer is a seed
-    draw = np.random.Generator(np.random.Philox(key=key, counter=position)).random()
-    chosen = int(np.searchsorted(mass, draw * mass[-1], side="right"))
+    chosen = int(np.searchsorted(mass, _uniform(params.seed, position) * mass[-1], side="right"))
     return min(chosen, len(mass) - 1)
+
+
+def _uniform(seed: int, position: int) -> float:
+    """In [0, 1): a hash, so that it depends on these two and on no library's generators."""
+    key = (seed % 2**128).to_bytes(16, "big")  # any integer is a seed
+    digest = hashlib.blake2b(position.to_bytes(8, "big"), key=key, digest_size=8).digest()
+    return float((int.from_bytes(digest, "big") >> 11) * 2.0**-53)
 
 
 def truncated(logits: Logits, params: SamplingParams) -> Indices | None:
@@ -124,7 +130,8 @@ def _from(logits: Logits, bound: np.float32, k: int) -> Indices:
 def _nucleus(logits: Logits, top_p: float) -> Indices:
     """The fewest tokens, heaviest first, that together hold top_p of the mass."""
     peak = logits.max()
-    weights = np.exp(logits - peak)
+    weights = logits - peak
+    np.exp(weights, out=weights)
     wanted = top_p * weights.sum(dtype=np.float64)
     for reach in _REACH:
         heavy = np.flatnonzero(logits >= peak - np.float32(reach))

@@ -176,7 +176,7 @@ class LlamaEngine(Engine):
                 self._front.place(len(chunk.token_ids))
         if code:
             raise EngineFault(f"llama_decode of {n} tokens failed with {code}")
-        return {seq_id: self._logits(wanted) for seq_id, wanted in places.items()}
+        return self._logits(places)
 
     def _look(self, chunks: Sequence[Chunk]) -> None:
         try:
@@ -185,12 +185,18 @@ class LlamaEngine(Engine):
             self.truncate(chunks[0].seq_id, 0)
             raise
 
-    def _logits(self, places: range) -> Logits:
-        rows = [
-            np.ctypeslib.as_array(llama.llama_get_logits_ith(self._context, i), (self.vocab.size,))
-            for i in places
-        ]
-        return rows[0][None] if len(rows) == 1 else np.stack(rows)
+    def _logits(self, places: Mapping[int, range]) -> dict[int, Logits]:
+        """llama.cpp keeps the rows that were wanted one after another, in the batch's order."""
+        n_rows = sum(map(len, places.values()))
+        if not n_rows:
+            return {}
+        pointer = llama.llama_get_logits(self._context)
+        rows = np.ctypeslib.as_array(pointer, (n_rows, self.vocab.size))
+        found, first = {}, 0
+        for seq_id, wanted in places.items():
+            found[seq_id] = rows[first : first + len(wanted)]
+            first += len(wanted)
+        return found
 
     def _check_start(self, chunk: Chunk) -> None:
         """llama.cpp itself computes on, silently wrong, where sliding cells are missing."""
