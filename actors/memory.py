@@ -208,8 +208,11 @@ class Memory:
         return memory.card.epoch
 
     def reclaim(self, memory: AgentMemory) -> None:
-        """Own a frozen agent again: its next epoch. Raises Fenced if the target claimed it."""
+        """Own a frozen agent again: its next epoch. Raises Fenced if the target claimed it,
+        StoreUnavailable soon where nothing answers: the persister's other work waits for this."""
         assert memory.card is not None, "a one-off agent is never frozen"
+        self._reach()
+        self.store.epoch(memory.agent, self.key, _LOOK_S)
         claim = self.store.claim(self.template(memory.agent), after=memory.card.epoch)
         with self._lock:
             memory.card = memory.shared = claim.card
