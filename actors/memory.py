@@ -41,7 +41,8 @@ from storage.spec import CompatibilityKey
 from storage.store import CacheStore, new_card
 from storage.tiers import Tiers
 
-_LOOK_S = 5.0  # at an agent's claim before its turn; then it goes on with what is known here
+_PROBE_S = 2.0  # for a store to be seen again
+_LOOK_S = 5.0  # for a look at an agent's claim: before its turn, and before what takes longer
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Memory:
         self.persister, self.faults = Persister(), Faults()
         self.rows = Rows(key, codec, tiers, self.persister, self.faults, config.codec_threads)
         store.on_fault = self.faults.card
-        self.outage = Outage(lambda: store.files.names(store.files.path("probe")))
+        self.outage = Outage(lambda: store.files.names(store.files.path("probe"), _PROBE_S))
         self.replicator: Replicator | None = None
         if tiers.local is not None:
             tiers.local.store.on_fault = self.faults.card
@@ -114,8 +115,7 @@ class Memory:
             return None
         if memory.state == "frozen" and not self.outage.lasts:
             raise AgentMoved(f"agent {agent} is being migrated")
-        self._reach()
-        if self.store.epoch(agent, self.key, _LOOK_S) != memory.card.epoch:
+        if self._look(agent) != memory.card.epoch:
             self.forget(memory)  # claimed elsewhere while we looked away
             return None
         return memory
@@ -124,6 +124,11 @@ class Memory:
         """Raises StoreUnavailable at once while nobody expects an answer."""
         if self.outage.lasts:
             raise StoreUnavailable(self.store.url, "it has not answered since an earlier call")
+
+    def _look(self, agent: AgentId) -> int:
+        """The agent's epoch in the store. Raises StoreUnavailable soon where nothing answers."""
+        self._reach()
+        return self.store.epoch(agent, self.key, _LOOK_S)
 
     def _claimed(
         self, agent: AgentId, handed: CacheCard | None = None, peer: BlockSource | None = None
@@ -211,8 +216,7 @@ class Memory:
         """Own a frozen agent again: its next epoch. Raises Fenced if the target claimed it,
         StoreUnavailable soon where nothing answers: the persister's other work waits for this."""
         assert memory.card is not None, "a one-off agent is never frozen"
-        self._reach()
-        self.store.epoch(memory.agent, self.key, _LOOK_S)
+        self._look(memory.agent)
         claim = self.store.claim(self.template(memory.agent), after=memory.card.epoch)
         with self._lock:
             memory.card = memory.shared = claim.card
@@ -348,6 +352,7 @@ class Memory:
         """The agent's last branch, as the shared store has it, without owning it; with a card that
         is on the disk of `peer`, as that has it, and the others behind it. None when it has none,
         or it is owned here. Raises StoreUnavailable."""
+        self._look(agent)
         loaded = self.store.latest(agent, self.key)
         shared = loaded.card if loaded is not None else None
         near = handed is not None and journal.goes_on(handed, shared)

@@ -233,7 +233,9 @@ class Hosts(Endpoint):
                 self.rejoin(name)
             nodes = self.nodes() if self.answers() else {}
             ready = {name for name, node in nodes.items() if node["replica"] == "ready"}
-            return ready >= set(self.devices)
+            return ready >= set(self.devices) and all(
+                nodes[name]["store_answers"] for name in self.devices
+            )
 
         until(whole, "a ready replica on every host", START)
 
