@@ -157,9 +157,9 @@ class ModelReplica:
             self._loop.cancel(request.id, request.attempt)
 
     def _interval(self, request: TurnRequest) -> float:
-        """Seconds between two lists of a turn's tokens: a replica sends some 10 lists a second,
-        and each stream moves five times a second at least. A list costs the processes between the
-        engine and the client about 3 ms, on the engine's own cores."""
+        """Seconds between two lists of a turn's tokens: a lone stream moves ten times a second,
+        several five times, all at once. A list costs the processes between the engine and the
+        client about 3 ms, on the engine's own cores."""
         if not request.streamed:
             return _UNSTREAMED_S
         return min(0.2, 0.1 * max(1, len(self._loop.scheduler.running)))
