@@ -137,7 +137,7 @@ class Memory:
         they were fetched, on ours. Had the owner gone on since, its claim would win."""
         self._reach()
         after = handed.epoch if handed is not None else None
-        claim = self.store.claim(self.template(agent), after=after)
+        claim = self.store.claim(self.template(agent), after=after, look_s=_LOOK_S)
         before = claim.previous
         here = before is None or before.owner.node == self.owner.node
         card = claim.card
@@ -216,8 +216,9 @@ class Memory:
         """Own a frozen agent again: its next epoch. Raises Fenced if the target claimed it,
         StoreUnavailable soon where nothing answers: the persister's other work waits for this."""
         assert memory.card is not None, "a one-off agent is never frozen"
-        self._look(memory.agent)
-        claim = self.store.claim(self.template(memory.agent), after=memory.card.epoch)
+        self._reach()
+        after = memory.card.epoch
+        claim = self.store.claim(self.template(memory.agent), after=after, look_s=_LOOK_S)
         with self._lock:
             memory.card = memory.shared = claim.card
             memory.state = "owned"

@@ -128,6 +128,7 @@ class CacheStore(CardReader):
         named: frozenset[str] = frozenset(),
         rows: bool = True,
         expect: CardRef | None = None,
+        look_s: float | None = None,
     ) -> Claim:
         """Take the agent over: create `<epoch + 1>-0` with what its latest card holds.
 
@@ -135,12 +136,13 @@ class CacheStore(CardReader):
         after this one, so that whoever claimed it before wins; default: after the newest.
         `inherit`: False begins with the template's own branches, salt and parent; `named` are
         block files of them that the card they come from names. `rows`: False
-        keeps the tokens and lets go of the blocks. `expect`: only if this is still the
-        latest card. Raises Fenced when another claim wins, or `expect` fails; StoreUnavailable
-        when the store gives no answer (then nothing is owned).
+        keeps the tokens and lets go of the blocks. `expect`: only if this is still the latest
+        card. `look_s`: a deadline sooner than the store's own for the first look. Raises Fenced
+        when another claim wins, or `expect` fails; StoreUnavailable when the store gives no answer
+        (then nothing is owned).
         """
         agent, key = template.agent, template.key
-        newest = self.epoch(agent, key)
+        newest = self.epoch(agent, key, look_s)
         epoch = (newest if after is None else after) + 1
         if newest >= epoch:
             raise Fenced(str(agent), newest)

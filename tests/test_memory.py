@@ -12,7 +12,7 @@ import pytest
 
 from actors.engines.fake_engine import FakeEngine
 from actors.loop import ReplicaLoop
-from actors.memory import MemoryConfig
+from actors.memory import _LOOK_S, MemoryConfig
 from actors.turn import Resume, TurnFinished, TurnMoved
 from storage.card import PartRef
 from storage.errors import StoreUnavailable
@@ -489,6 +489,29 @@ def test_a_store_that_is_gone_is_waited_for_once(
     assert memory.open(agent_id("stranger")).card is not None
     settle(loop)
     assert memory.is_stored(agent_id())
+
+
+def test_whoever_waits_for_the_store_has_looked_first(loop_on: MakeLoop, tmp_path: Path) -> None:
+    """For a store that is gone they wait as long as a look may take, not as a whole call may."""
+    store, looks = GoneStore(str(tmp_path / "store")), []
+    names = store.files.names
+
+    def looked(folder: str, timeout_s: float | None = None) -> list[str]:
+        looks.append(timeout_s)
+        return names(folder, timeout_s)
+
+    store.files.names = looked  # type: ignore[method-assign]
+    memory = loop_on(store=store).memory
+    owned = memory.open(agent_id())
+    owned.state = "frozen"
+    for wait in (
+        lambda: memory.open(agent_id("stranger")),
+        lambda: memory.reclaim(owned),
+        lambda: memory.stored(agent_id("nobody")),
+    ):
+        looks.clear()
+        wait()
+        assert looks[0] == _LOOK_S
 
 
 def test_a_frozen_agent_speaks_on_without_the_store(
