@@ -23,7 +23,7 @@ from actors.turn import SamplingParams, TokenLogprob
 
 Indices = NDArray[np.intp]
 _LEAST = -9999.0  # a log probability that JSON can carry; OpenAI's own floor
-_REACH = (6.0, 9.0, 12.0, np.inf)  # below the largest logit: where a nucleus is looked for
+_REACH = (9.0, 12.0, np.inf)  # below the largest logit: where a nucleus is looked for
 
 
 def check(params: SamplingParams, vocab: Vocab) -> None:
