@@ -115,7 +115,8 @@ class Memory:
             return None
         if memory.state == "frozen" and not self.outage.lasts:
             raise AgentMoved(f"agent {agent} is being migrated")
-        if self._look(agent) != memory.card.epoch:
+        self._reach()
+        if self.store.epoch(agent, self.key, _LOOK_S) != memory.card.epoch:
             self.forget(memory)  # claimed elsewhere while we looked away
             return None
         return memory
@@ -124,11 +125,6 @@ class Memory:
         """Raises StoreUnavailable at once while nobody expects an answer."""
         if self.outage.lasts:
             raise StoreUnavailable(self.store.url, "it has not answered since an earlier call")
-
-    def _look(self, agent: AgentId) -> int:
-        """The agent's epoch in the store. Raises StoreUnavailable soon where nothing answers."""
-        self._reach()
-        return self.store.epoch(agent, self.key, _LOOK_S)
 
     def _claimed(
         self, agent: AgentId, handed: CacheCard | None = None, peer: BlockSource | None = None
@@ -353,8 +349,8 @@ class Memory:
         """The agent's last branch, as the shared store has it, without owning it; with a card that
         is on the disk of `peer`, as that has it, and the others behind it. None when it has none,
         or it is owned here. Raises StoreUnavailable."""
-        self._look(agent)
-        loaded = self.store.latest(agent, self.key)
+        self._reach()
+        loaded = self.store.latest(agent, self.key, _LOOK_S)
         shared = loaded.card if loaded is not None else None
         near = handed is not None and journal.goes_on(handed, shared)
         card = handed if near else shared

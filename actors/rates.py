@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from math import fsum
@@ -100,7 +101,8 @@ class Pace:
     _HOPE, _MOST_HOPE = 0.995, 0.75  # a way not taken is held faster, step by step: it is tried
 
     def __init__(self, max_step_s: float, start: int, most: int, tile: int = 0) -> None:
-        self._max_step_s, self._start, self._most, self._tile = max_step_s, start, most, tile
+        self._max_step_s, self._start, self._most = max_step_s, start, most
+        self._tile = tile or sys.maxsize
         self.decode_s: float | None = None
         self._token_s: dict[bool, float] = {}  # in steps of `tile` tokens or more; in shorter ones
         self._hope = {True: 1.0, False: 1.0}
@@ -111,7 +113,7 @@ class Pace:
             self.decode_s = _cautious(self.decode_s, seconds)
         elif prefilled >= self._LEAST:  # fewer measure the fixed cost of a step
             alone = self.decode_s or 0.0 if decoded else 0.0
-            tiled = 0 < self._tile <= prefilled + decoded
+            tiled = prefilled + decoded >= self._tile
             took = max(seconds - alone, 0.0) / prefilled
             self._token_s[tiled] = _cautious(self._token_s.get(tiled), took)
             self._hope[tiled] = 1.0
@@ -122,8 +124,6 @@ class Pace:
         if not self._max_step_s or not self._token_s:
             return self._start
         least = min(self._LEAST, self._most)
-        if not self._tile:
-            return max(least, self._fits(False))
         short = min(max(least, self._fits(False)), self._tile - 1 - decoding)
         tiled = self._fits(True)
         if short < least:  # those that decode fill a tile, or nearly

@@ -169,10 +169,11 @@ class ModelReplica:
         stuck."""
         loop = self._loop
         while loop.alive and not loop.stuck:
-            silent = items.silent_s
-            if silent >= _BEAT_S:
+            rest = _BEAT_S - items.silent_s
+            if rest <= 0:
                 items.put(Alive(attempt))
-            await asyncio.sleep(_BEAT_S if silent >= _BEAT_S else _BEAT_S - silent)
+                rest = _BEAT_S
+            await asyncio.sleep(rest)
         reason = "a step of the engine does not end" if loop.alive else "the engine's thread died"
         items.put(TurnFailed(attempt, EngineFault(reason)))
 

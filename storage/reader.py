@@ -41,20 +41,25 @@ class CardReader:
         self.cipher = cipher
         self.on_fault = on_fault
 
-    def latest(self, agent: AgentId, key: CompatibilityKey) -> LoadedCard | None:
+    def latest(
+        self, agent: AgentId, key: CompatibilityKey, look_s: float | None = None
+    ) -> LoadedCard | None:
         """The card that counts: greatest epoch, in it the greatest generation that verifies.
 
         Never a card of an older epoch, whose owner may have gone on writing after it lost the
         agent: the claim card of an epoch repeats what the epoch started from. None when the agent
         is unknown or nothing verifies (on_fault then was told). A tombstone is returned. Raises
         Locked for a card that the keys do not open, and Unsupported for one of a newer kvferry: an
-        older card, or a claim, would bury it.
+        older card, or a claim, would bury it. `look_s`: a deadline sooner than the store's own
+        for every list of what is there.
         """
-        return self._newest(self.agent_folder(agent, key), key)
+        return self._newest(self.agent_folder(agent, key), key, look_s)
 
-    def _newest(self, folder: str, key: CompatibilityKey | None) -> LoadedCard | None:
+    def _newest(
+        self, folder: str, key: CompatibilityKey | None, look_s: float | None = None
+    ) -> LoadedCard | None:
         unusable: set[tuple[int, int]] = set()
-        while names := self._card_names(folder):
+        while names := self._card_names(folder, look_s):
             epoch = names[-1][0]
             left = [name for name in names if name[0] == epoch and name not in unusable]
             if not left:
