@@ -815,9 +815,11 @@ def card_then_blocks(store: CacheStore, card: CacheCard) -> LoadedCard:
     return loaded
 
 
-def longest_card(reader: CardReader, folder: str, key: CompatibilityKey | None) -> Any:
+def longest_card(
+    reader: CardReader, folder: str, key: CompatibilityKey | None, look_s: float | None = None
+) -> Any:
     """The greatest generation, of whatever epoch."""
-    names = sorted(reader._card_names(folder), key=lambda name: (name[1], name[0]))
+    names = sorted(reader._card_names(folder, look_s), key=lambda name: (name[1], name[0]))
     return reader._read_card(f"{folder}/{card_name(*names[-1])}", key) if names else None
 
 
