@@ -37,7 +37,7 @@ test: $(DEV) ## all tests, or ARGS="tests/test_codec.py -k golden"; EXTRAS=hf
 	@exec $(BIN)/pytest -q $(ARGS)
 
 unit: $(VENV)/.dev-ready ## the fast tests, which need neither a Ray cluster nor the real model
-	@exec $(BIN)/pytest -q -m "not cluster and not model and not slow" $(ARGS)
+	@exec $(BIN)/pytest -q -n auto -m "not cluster and not model and not slow" $(ARGS)
 
 soak: $(VENV)/.dev-ready ## every fault at every moment, storms, 200 agents: 40 minutes; LOG=docs/soak.log
 	@exec bash scripts/soak.sh $(BIN)/python $(ARGS)

@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import actors
+import storage
 from actors.config import ReplicaConfig
 from actors.engine_settings import default_options, engine_of, is_fake
 from actors.engines.base import Engine
@@ -274,3 +276,12 @@ def version_of(text: str) -> tuple[int, ...]:
 
 def _gb(n: int) -> str:
     return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.0f} MB"
+
+
+def check_packages() -> None:
+    """`storage` and `actors` are generic names: make sure both are this repository's. Raises
+    ModelUnavailable."""
+    roots = {Path(str(package.__file__)).resolve().parent.parent for package in (actors, storage)}
+    if len(roots) != 1:
+        places = " and ".join(sorted(map(str, roots)))
+        raise ModelUnavailable(f"packages actors and storage come from different places: {places}")

@@ -87,7 +87,7 @@ class Ends:
             self._book.forget(turn)
             if turn.last is not None:
                 self.ending.append(turn)
-                self._memory.settle(turn.ready.memory).add_done_callback(
+                self._memory.commits.settle(turn.ready.memory).add_done_callback(
                     partial(self._settled, turn)
                 )
         return bool(drained)

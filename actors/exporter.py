@@ -1,4 +1,5 @@
-"""The engine's new rows to the persister: filled blocks during a turn, the rest after its end.
+"""The engine's new rows to the persister: filled blocks during a turn, the rest after its end, or
+when it would take long to compute it again.
 
 A turn's answer never waits for this. While the persister's queue is full, rows stay in the engine.
 """
@@ -8,14 +9,18 @@ from __future__ import annotations
 from actors.book import Turn
 from actors.engines.base import Engine
 from actors.memory import Memory
+from actors.rates import Rates
 from actors.residency import Residency
 from storage.codec import Tensors
 from storage.spec import KVRows
 
+_MOST_AT_RISK_S = 0.35  # of prefill; batches as small as that take up to twice as long per token
+
 
 class Exporter:
-    def __init__(self, engine: Engine, memory: Memory, residency: Residency) -> None:
+    def __init__(self, engine: Engine, memory: Memory, residency: Residency, rates: Rates) -> None:
         self._engine, self._memory, self._residency = engine, memory, residency
+        self._rates = rates
         self._windows = memory.rows.windows
 
     def stops(self, turn: Turn, n_rows: int) -> tuple[int, ...]:
@@ -29,19 +34,22 @@ class Exporter:
         return tuple(sorted(at for at in wanted if n_rows < at < len(turn.ready.tokens)))
 
     def filled(self, turn: Turn) -> None:
-        """Hand over the blocks that a running turn has filled, and what lies before a stop."""
+        """Hand over the blocks that a running turn has filled, what lies before a stop, and what
+        whoever takes the turn over would compute for long."""
         sequence = turn.sequence
         if sequence is None or sequence.finish_reason or turn.ready.memory.card is None:
             return
         size = self._memory.key.spec.block_tokens
         stopped = sequence.n_rows in sequence.stops
         before = turn.ready.match.branch.exported
-        filled = sequence.n_rows if stopped else sequence.n_rows // size * size
+        again_s = self._rates.filled().prefill_s(before, sequence.n_rows)
+        long = again_s > _MOST_AT_RISK_S and not sequence.is_prefill
+        filled = sequence.n_rows if stopped or long else sequence.n_rows // size * size
         if filled > before and self.export(turn, filled, wait=True):
             if stopped or (filled == sequence.n_rows and not sequence.is_prefill):
                 self.checkpoint(turn)
-            if filled // size > before // size:
-                self._memory.commit_later(turn.ready.memory)
+            if long or filled // size > before // size:
+                self._memory.commits.later(turn.ready.memory)
 
     def export(self, turn: Turn, stop: int, *, wait: bool) -> bool:
         """Hand over the rows up to `stop`, at most a block at a time; False if the queue is full
@@ -95,7 +103,7 @@ class Exporter:
         if whole:
             self.checkpoint(turn)
         if memory.state == "owned":  # a frozen agent's card is written, maybe claimed
-            self._memory.commit_later(memory)
+            self._memory.commits.later(memory)
         if whole:
             self._residency.park(seq_id)
         elif not turn.preempted:  # it could not be cut to what the client saw

@@ -115,8 +115,8 @@ class Handoff:
         if turn is not None and turn.sequence is not None:
             self._exporter.export(turn, turn.sequence.n_rows, wait=False)
             self._exporter.checkpoint(turn)
-        self._memory.commit_later(memory)
-        return self._memory.settle(memory, near=near)
+        self._memory.commits.later(memory)
+        return self._memory.commits.settle(memory, near=near)
 
     def release(self, agent: AgentId) -> None:
         """Another replica owns the agent now: its turns move, its cells are freed."""
@@ -172,7 +172,7 @@ class Handoff:
 
     def _unpause(self, memory: AgentMemory) -> None:
         self._settled(memory.agent)
-        self._memory.commit_later(memory)  # what the epoch before could not
+        self._memory.commits.later(memory)  # what the epoch before could not
         turn = self._book.active.get(memory.agent)
         if turn is not None and turn.sequence is not None:
             turn.sequence.paused = False

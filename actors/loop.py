@@ -71,7 +71,8 @@ class ReplicaLoop:
         node: str,
         draft: Engine | None = None,
     ) -> None:
-        """`draft`: the engine of a draft model, which the loop owns, too."""
+        """`draft`: the engine of a draft model, which the loop owns, too. Long, because it wires
+        all the parts."""
         self.engine, self.memory, self.node = engine, memory, node
         self.rates = Rates()
         self.scheduler: Scheduler[Turn] = Scheduler(config.scheduler, self.rates, tile=engine.tile)
@@ -89,7 +90,7 @@ class ReplicaLoop:
         template = ChatTemplate(engine.vocab)
         prepare = Preparer(engine, memory, template, config.default_max_tokens)
         self.warm = prepare.warm
-        self._exporter = Exporter(engine, memory, self.residency)
+        self._exporter = Exporter(engine, memory, self.residency, self.rates)
         self._restorer = Restorer(
             engine, memory, self.residency, self._book, self.rates, self._workers,
             self._wake.set, self._thread.is_alive, config.restore_timeout_s,
@@ -159,7 +160,7 @@ class ReplicaLoop:
         self._wake.set()
         self._thread.join(timeout)
         self._workers.shutdown(wait=False, cancel_futures=True)
-        self.memory.close(timeout)
+        self.memory.commits.close(timeout)
         if not self.alive:  # else a step hangs: the process's end frees the engine
             self.engine.close()
             self.speculator.close()
@@ -189,12 +190,6 @@ class ReplicaLoop:
             "draft_tokens": drafts.drafted,
             "draft_tokens_accepted": drafts.accepted,
         }
-
-    def queue_seconds(self) -> float:
-        """Estimate of the time until a new turn could begin."""
-        rates = self.rates.filled()
-        missing, turns = self.scheduler.ahead(self.engine.n_seq_max)
-        return missing / rates.prefill_tokens_per_s + turns * rates.turn_s
 
     def drop(self, agent: AgentId) -> None:
         """On the loop's thread: free what a deleted agent holds. Raises AgentMoved while a turn of

@@ -1,8 +1,8 @@
 """The agents this replica owns: claimed from the store, remembered here, committed as cards.
 
 A branch is one line of token ids; its rows lie in the engine (see residency), in the Q4 pool, on
-the node's disk, in the shared store, or in several of these (see rows). With a local tier, a commit
-goes there, and the shared store follows (see replicator). Knows no engine and no Ray.
+the node's disk, in the shared store, or in several of these (see rows, commits). Knows no engine
+and no Ray.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 from actors import journal
@@ -19,26 +18,26 @@ from actors.branches import (
     Branch,
     branch_of,
     card_of,
-    note_committed,
     note_shared,
     state_of,
     with_runs,
 )
+from actors.commits import Commits
 from actors.errors import AgentMoved
 from actors.faults import Faults
 from actors.matching import Match
 from actors.outage import Outage
 from actors.persister import Persister
-from actors.replicator import Replicator, Snapshot
 from actors.rows import Rows
 from actors.turn import CacheState
 from storage.card import AgentId, BranchCard, CacheCard, OpenTurn, Owner
+from storage.claims import new_card
 from storage.codec import Codec, codec_parameters
-from storage.errors import Fenced, StorageError, StoreUnavailable
+from storage.errors import StorageError, StoreUnavailable
 from storage.local import LocalTier
 from storage.peers import BlockSource
 from storage.spec import CompatibilityKey
-from storage.store import CacheStore, new_card
+from storage.store import CacheStore
 from storage.tiers import Tiers
 
 _PROBE_S = 2.0  # for a store to be seen again
@@ -71,10 +70,9 @@ class Memory:
         self.rows = Rows(key, codec, tiers, self.persister, self.faults, config.codec_threads)
         store.on_fault = self.faults.card
         self.outage = Outage(lambda: store.files.names(store.files.path("probe"), _PROBE_S))
-        self.replicator: Replicator | None = None
         if tiers.local is not None:
             tiers.local.store.on_fault = self.faults.card
-            self.replicator = Replicator(tiers, self.faults, self.forget)
+        self.commits = Commits(store, self.rows, tiers, self.persister, self.faults, self.forget)
         self._provenance = provenance
         self._agents: OrderedDict[AgentId, AgentMemory] = OrderedDict()
         self._lock = threading.RLock()
@@ -159,7 +157,7 @@ class Memory:
                 self.tiers.local.write_card(card)
             except StoreUnavailable as error:
                 self.faults.count("store_unavailable", error)
-            self.commit_later(memory)
+            self.commits.later(memory)
         return memory
 
     def _taken_over(self, handed: CacheCard, shared: CacheCard) -> list[Branch]:
@@ -229,8 +227,7 @@ class Memory:
             memory.state = "released"
             if self._agents.get(memory.agent) is memory:
                 del self._agents[memory.agent]
-        if self.replicator is not None:
-            self.replicator.forget(memory)
+        self.commits.forget(memory)
 
     def get(self, agent: AgentId) -> AgentMemory | None:
         with self._lock:
@@ -244,12 +241,9 @@ class Memory:
         for memory in list(self._agents.values()):
             if len(self._agents) <= self.config.max_agents:
                 return
-            lags = self.replicator is not None and self.replicator.lags(memory.agent)
-            busy = memory.commits_queued or lags or any(b.turn for b in memory.branches)
+            busy = self.commits.busy(memory) or any(b.turn for b in memory.branches)
             if memory.state == "owned" and not busy:
                 self.forget(memory)
-
-    # ---- turns
 
     def enter(self, memory: AgentMemory, match: Match, turn: OpenTurn, tokens: list[int]) -> None:
         """The turn begins: the branch now says `tokens`; rows past the match are cut off."""
@@ -269,79 +263,10 @@ class Memory:
             if memory.agent in self._agents:
                 self._agents.move_to_end(memory.agent)
 
-    # ---- cards
-
-    def commit_later(self, memory: AgentMemory) -> None:
-        """Write a card once everything handed over so far is stored; one commit serves several
-        calls that wait together."""
-        if memory.card is None:
-            return
-        with self._lock:
-            memory.commits_queued += 1
-        branches = [(branch, card_of(branch)) for branch in memory.branches]
-        self.persister.submit(lambda: self._commit(memory, branches))
-
-    def _commit(self, memory: AgentMemory, branches: list[tuple[Branch, BranchCard]]) -> None:
-        """Write the next card; counts faults, raises nothing of storage."""
-        with self._lock:
-            memory.commits_queued -= 1
-        if memory.card is None or memory.state == "released" or memory.commits_queued:
-            return
-        states = []
-        for branch, card in branches:
-            self.rows.store_again(memory, branch)
-            states.append(state_of(branch, card))
-        memory.changed = time.time()
-        new = replace(
-            memory.card, generation=memory.card.generation + 1, updated=memory.changed, branches=()
-        )
-        snapshot = Snapshot(memory, new, tuple(states))
-        try:
-            if self.replicator is None:
-                complete = snapshot.complete("shared", self.key.spec.window)
-                memory.card = memory.shared = self.store.commit(complete).card
-                note_committed(states, memory.card)
-                memory.changed = time.time()  # it is reported again
-            else:
-                memory.card = self.replicator.commit(snapshot)
-            memory.unsaved = False
-        except Fenced as error:
-            if memory.state != "frozen":  # else its release, or its own claim, follows
-                self.faults.count("fenced", error)
-                self.forget(memory)
-        except StoreUnavailable as error:
-            self.faults.count("store_unavailable", error)
-            memory.unsaved = True
-            memory.card = replace(memory.card, generation=new.generation)  # it may be taken now
-
-    def settle(self, memory: AgentMemory | None = None, *, near: bool = False) -> Future[None]:
-        """Done when everything handed over so far, or of one agent, is in the shared store, or
-        could not be brought there; see is_stored. `near`: on this node's disk, if it has one."""
-        done: Future[None] = Future()
-
-        def handed_over() -> None:
-            if memory is not None and memory.commits_queued:
-                self.persister.submit(handed_over)  # a commit that serves ours is still to come
-            elif self.replicator is not None and not near:
-                self.replicator.flush(done, memory.agent if memory is not None else None)
-            elif done.set_running_or_notify_cancel():
-                done.set_result(None)
-
-        self.persister.submit(handed_over)
-        return done
-
     def is_stored(self, agent: AgentId) -> bool:
-        """Whether the shared store has all of an agent that was handed over."""
+        """Whether the shared store has all of it that was handed over."""
         memory = self.get(agent)
-        if self.replicator is not None:
-            return not self.replicator.lags(agent)
-        return memory is None or not memory.unsaved
-
-    def close(self, timeout: float) -> None:
-        """Store what is queued, at most `timeout` seconds long each."""
-        self.persister.close(timeout)
-        if self.replicator is not None:
-            self.replicator.close(timeout)
+        return memory is None or self.commits.is_stored(memory)
 
     def stored(
         self, agent: AgentId, handed: CacheCard | None = None, peer: BlockSource | None = None

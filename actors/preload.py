@@ -99,7 +99,7 @@ class Preloader:
                 loads = self._on_loop(partial(self._load, agent, preload, at, loadable))
             at += count_rows(full)
         for other in memory.branches[1:]:
-            rows.bring(memory, other)
+            rows.runs.bring(memory, other)
         loaded = self._on_loop(partial(self._loaded, preload))
         return Fetched(at, loaded, n_bytes, speed, min(n_bytes, peers.n_bytes - before))
 

@@ -14,11 +14,9 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import TypeVar
 
-import actors
-import storage
+from actors.checks import check_packages
 from actors.config import ReplicaConfig
 from actors.engine_settings import speculation_of
 from actors.errors import ActorError, EngineFault, ModelUnavailable
@@ -62,7 +60,7 @@ class ModelReplica:
     ) -> None:
         """Loads the model, which `weights` may have to bring first. Raises ModelUnavailable,
         StoreUnavailable, WeightsUnavailable, ValueError."""
-        _check_packages()
+        check_packages()
         if weights is not None:
             config = provide(config, weights, node)
         store = open_store(config)
@@ -258,7 +256,7 @@ class ModelReplica:
     async def evict(self) -> int:
         """Empty idle sequences and the pool, as memory pressure would; returns sequences freed.
         What is not stored yet stays."""
-        await _done(self._memory.settle())
+        await _done(self._memory.commits.settle())
         freed = await self._on_loop(self._loop.residency.evict_idle)
         self._memory.tiers.pool.evict_all()
         self._prefixes.clear()
@@ -266,7 +264,7 @@ class ModelReplica:
 
     async def flush(self) -> None:
         """Done when everything handed over so far is stored."""
-        await _done(self._memory.settle())
+        await _done(self._memory.commits.settle())
 
     # ---- reports
 
@@ -292,11 +290,3 @@ async def _done(future: Future[T]) -> T:
     """Raises TimeoutError, and what the future's work raised."""
     async with asyncio.timeout(_CALL_TIMEOUT_S):
         return await asyncio.wrap_future(future)
-
-
-def _check_packages() -> None:
-    """`storage` and `actors` are generic names: make sure both are this repository's."""
-    roots = {Path(str(package.__file__)).resolve().parent.parent for package in (actors, storage)}
-    if len(roots) != 1:
-        places = " and ".join(sorted(map(str, roots)))
-        raise ModelUnavailable(f"packages actors and storage come from different places: {places}")

@@ -104,7 +104,7 @@ def versions() -> dict[str, str]:
 
 
 def local_status(memory: Memory) -> LocalStatus | None:
-    local, replicator = memory.tiers.local, memory.replicator
+    local, replicator = memory.tiers.local, memory.commits.replicator
     if local is None or replicator is None:
         return None
     return LocalStatus(
@@ -131,7 +131,7 @@ def status_of(
         running=len(loop.scheduler.running),
         waiting=len(loop.scheduler.waiting),
         idle=loop.residency.n_idle,
-        queue_s=loop.queue_seconds(),
+        queue_s=loop.scheduler.queue_seconds(loop.engine.n_seq_max),
         rates=loop.rates,
         pool_bytes=memory.tiers.pool.used_bytes,
         local=local,

@@ -17,10 +17,10 @@ from actors import journal
 from actors.branches import AgentMemory, Branch, Run, positions
 from actors.faults import Faults
 from actors.persister import Persister
+from actors.runs import Runs
 from actors.windows import Kept, Windows
 from storage.cache_file import Chain
 from storage.codec import Codec, Tensors, concat_rows, count_rows, encode_rows, slice_rows
-from storage.errors import CorruptData, StorageError, StoreUnavailable
 from storage.spec import CompatibilityKey, KVRows, Part
 from storage.tiers import Tiers
 
@@ -40,13 +40,14 @@ class Rows:
         threads: int = 1,
     ) -> None:
         self._key, self._codec, self._tiers = key, codec, tiers
-        self._persister, self._faults = persister, faults
+        self._persister = persister
+        self.runs = Runs(tiers, faults)
         self.block_tokens = key.spec.block_tokens
         self.known: WeakValueDictionary[str, Run] = WeakValueDictionary()  # whole blocks, by id
         self._readers = ThreadPoolExecutor(2 * _READ_AHEAD, "read-ahead")
         # Layers are encoded and decoded side by side where the replica has cores for it.
         self.codec_threads = ThreadPoolExecutor(threads, "codec") if threads > 1 else None
-        self.windows = Windows(key.spec, self.tensors, self.keep, tiers.pool.drop)
+        self.windows = Windows(key.spec, self.runs.tensors, self.runs.keep, tiers.pool.drop)
 
     # ---- from the loop's thread
 
@@ -173,7 +174,7 @@ class Rows:
         """Join the tail and the piece that fills it up to a block, code by code."""
         pieces = []
         for run in branch.tail:
-            tensors = self.tensors(memory, run, "full")
+            tensors = self.runs.tensors(memory, run, "full")
             if tensors is None:
                 branch.tail = []
                 branch.exported = branch.rows
@@ -185,7 +186,7 @@ class Rows:
         run = Run(self.chain(memory).block_id(parent, ids[start : start + size]), size)
         run.carried = self.windows.joined(memory, branch.tail)
         self.known[run.id] = run
-        self.keep(memory, run, "full", concat_rows([*pieces, piece]))
+        self.runs.keep(memory, run, "full", concat_rows([*pieces, piece]))
         branch.blocks = [*branch.blocks, run]
         branch.tail = []
         return True
@@ -198,26 +199,9 @@ class Rows:
         parent = branch.blocks[-1].id if branch.blocks else ""
         in_block = ids[start : start + filled + rows]
         run = Run(self.chain(memory).segment_id(parent, in_block, filled), rows)
-        self.keep(memory, run, "full", tensors)
+        self.runs.keep(memory, run, "full", tensors)
         branch.tail = [*branch.tail, run]
         return run
-
-    def keep(self, memory: AgentMemory, run: Run, part: Part, tensors: Tensors) -> None:
-        """Rows into the pool and onto a disk. If that fails they stay in RAM while there is room,
-        and every commit tries again."""
-        pool = self._tiers.pool
-        pool.put((run.id, part), tensors, pinned=True)
-        if memory.state == "released":  # another replica's: not ours to store
-            pool.unpin((run.id, part))
-            return
-        try:
-            ref = self._tiers.write(memory.agent, run.id, part, tensors)
-            if ref is not None:
-                run.note("local" if self._tiers.local else "shared", part, ref)
-        except StoreUnavailable as error:
-            self._faults.count("store_unavailable", error)
-        finally:
-            pool.unpin((run.id, part))
 
     def _take(self, memory: AgentMemory, branch: Branch, source: Branch, ids: list[int]) -> None:
         """The branch gets the rows that `source` has of its first tokens, `ids`; codes are copied.
@@ -234,37 +218,13 @@ class Rows:
             if run.rows < size and start + run.rows <= keep:
                 branch.tail = [*branch.tail, run]
                 continue
-            tensors = self.tensors(memory, run, "full")
+            tensors = self.runs.tensors(memory, run, "full")
             if tensors is None:
                 break
             part = self._add_segment(memory, branch, slice_rows(tensors, 0, keep - start), ids)
             self.windows.cut(memory, run, part)
         if branch.rows < min(keep, source_rows):  # some could not be read: export them again
             branch.exported = min(branch.exported, branch.rows)
-
-    def tensors(self, memory: AgentMemory, run: Run, part: Part) -> Tensors | None:
-        """One part of a run's rows, or None after counting why not."""
-        tenant, local, shared = memory.agent.tenant, run.stored("local"), run.stored("shared")
-        try:
-            found = self._tiers.read(tenant, run.id, run.rows, part, local, shared, memory.peer)
-        except CorruptData as error:
-            self._faults.count("corrupt", error)
-            return None
-        except StorageError as error:
-            self._faults.count("store_unavailable", error)
-            return None
-        if found is None:
-            ref = next((ref for ref in (shared, local) if part in ref.parts), None)
-            path = self._tiers.shared.block_path(tenant, ref, part) if ref else run.id
-            self._faults.count("missing", CorruptData(path, "the block is missing"))
-        return found
-
-    def bring(self, memory: AgentMemory, branch: Branch) -> None:
-        """Read what the shared store lacks of a branch from the peer, to be had here."""
-        for run in branch.runs:
-            parts: tuple[Part, ...] = ("full", "sliding")
-            for part in (p for p in parts if p in run.local and p not in run.shared):
-                self.tensors(memory, run, part)
 
     def store_again(self, memory: AgentMemory, branch: Branch) -> None:
         """Try to store what the disk refused before. A run that is nowhere any more is forgotten,
@@ -276,7 +236,7 @@ class Rows:
                     continue
                 tensors = self._tiers.pool.get((run.id, part))
                 if tensors is not None:
-                    self.keep(memory, run, part, tensors)
+                    self.runs.keep(memory, run, part, tensors)
                 elif part == "full":
                     self._take(memory, branch, branch, branch.tokens[:start])
                     branch.exported, branch.windowed = min(branch.exported, branch.rows), 0
@@ -299,7 +259,7 @@ class Rows:
         for n, (start, run) in enumerate(runs):
             while len(ahead) < min(_READ_AHEAD, len(runs) - n):
                 wanted = runs[n + len(ahead)][1]
-                ahead.append(self._readers.submit(self.tensors, memory, wanted, "full"))
+                ahead.append(self._readers.submit(self.runs.tensors, memory, wanted, "full"))
             tensors = ahead.popleft().result()
             if tensors is None:
                 self.cut(memory, branch, start)

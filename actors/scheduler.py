@@ -219,7 +219,9 @@ class Scheduler(Generic[T]):
         if prefilled or not drafted:
             self.pace.measure(prefilled + drafted if prefilled else 0, decoded, seconds)
 
-    def ahead(self, n_seq_max: int) -> tuple[int, int]:
-        """(prompt tokens, turns) that come before a turn which arrives now."""
+    def queue_seconds(self, n_seq_max: int) -> float:
+        """Estimate of the time until a turn that arrives now could begin."""
+        rates = self._rates.filled()
         missing = sum(len(s.tokens) - s.n_rows for s in self.running if s.is_prefill)
-        return missing, len(self.waiting) + (len(self.running) >= n_seq_max)
+        turns = len(self.waiting) + (len(self.running) >= n_seq_max)
+        return missing / rates.prefill_tokens_per_s + turns * rates.turn_s

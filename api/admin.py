@@ -30,11 +30,16 @@ class Pressure(BaseModel):
 def router(context: Context) -> APIRouter:
     """The endpoints, on a context."""
     routes = APIRouter()
+    _add_nodes(routes, context)
+    _add_health(routes, context)
+    return routes
 
+
+def _add_nodes(routes: APIRouter, context: Context) -> None:
     @routes.get("/v1/cluster")
     async def cluster(request: Request) -> Any:
         tenant_of(request, context.config.http.api_keys)
-        return await _report()
+        return await _report(context)
 
     @routes.post("/v1/cluster/nodes/{node}/drain", status_code=202)
     async def drain(request: Request, node: str) -> Any:
@@ -56,6 +61,8 @@ def router(context: Context) -> APIRouter:
         tenant_of(request, context.config.http.api_keys)
         return await _ask(context.router.pressed.remote(node, body.level))
 
+
+def _add_health(routes: APIRouter, context: Context) -> None:
     @routes.get("/healthz")
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
@@ -70,15 +77,17 @@ def router(context: Context) -> APIRouter:
 
     @routes.get("/metrics")
     async def metrics() -> Response:
-        return Response(context.metrics.render(await _report()), media_type=CONTENT_TYPE_LATEST)
+        return Response(
+            context.metrics.render(await _report(context)), media_type=CONTENT_TYPE_LATEST
+        )
 
-    async def _report() -> Any:
-        return await _ask(context.router.cluster.remote())
 
-    async def _ask(pending: Any) -> Any:
-        try:
-            return await call(pending, _TIMEOUT_S)
-        except Exception as error:
-            raise api_error(error) from error
+async def _report(context: Context) -> Any:
+    return await _ask(context.router.cluster.remote())
 
-    return routes
+
+async def _ask(pending: Any) -> Any:
+    try:
+        return await call(pending, _TIMEOUT_S)
+    except Exception as error:
+        raise api_error(error) from error

@@ -30,11 +30,10 @@ from actors.turn import (
 )
 from api.metrics import Metrics
 from cluster.config import HttpConfig
-from cluster.decisions import Outcome
+from cluster.decisions import Decision, Outcome
 from cluster.errors import NoReplica
 from cluster.failover import TurnLog
 from cluster.remote import ReplicaLost, call, stream
-from cluster.router import Decision
 from storage.errors import StorageError
 
 logger = logging.getLogger(__name__)

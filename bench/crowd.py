@@ -12,9 +12,10 @@ from actors.config import ReplicaConfig
 from actors.replica import ModelReplica
 from cluster.registry import Registry
 from storage.card import AgentId, BlockRef, BranchCard, Owner, PartRef
+from storage.claims import new_card
 from storage.pool import Pool
 from storage.spec import CompatibilityKey
-from storage.store import CacheStore, new_card
+from storage.store import CacheStore
 
 _OWNER = Owner("bench", "1")
 _TOKENS = 1000

@@ -26,6 +26,7 @@ from rich.table import Table
 
 from bench.client import Endpoint, EndpointError, Message, Reply
 from bench.kill import KillRefused, check_node, kill_node
+from bench.report import seconds
 from bench.texts import TRADES, context
 
 _REPLY_TOKENS = 24
@@ -297,7 +298,3 @@ def _table() -> Table:
     for name in ("cached", "prefilled", "TTFT", "cold"):
         table.add_column(name, justify="right", no_wrap=True)
     return table
-
-
-def seconds(value: float) -> str:
-    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.0f} ms"

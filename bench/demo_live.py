@@ -22,9 +22,10 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.client import Endpoint, EndpointError, Reply
-from bench.demo import CheckFailed, seconds
+from bench.demo import CheckFailed
 from bench.kill import KillRefused, check_node, kill_node
 from bench.play import Play
+from bench.report import seconds
 from bench.stage import Speaker
 from cluster.console import size
 

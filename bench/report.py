@@ -117,3 +117,7 @@ def _cost_table(figures: list[Figures]) -> Table:
             f"{entry.stored_bytes / entry.f16_bytes:.3f}",
         )
     return table
+
+
+def seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.0f} ms"

@@ -103,8 +103,8 @@ class Bench:
             first = self.loop.memory.rows.windows.first_needed(branch, start)
             sliding = sample_rows(self.spec, start - first, seed=start)
             self.loop.memory.rows.checkpoint(memory, branch, first, sliding)
-        self.loop.memory.commit_later(memory)
-        self.loop.memory.settle().result(_WAIT_S)
+        self.loop.memory.commits.later(memory)
+        self.loop.memory.commits.settle().result(_WAIT_S)
 
     def restore_s(self, branch: Branch) -> float:
         """Submit a turn that continues the agent; seconds until its rows are in the engine."""
@@ -134,7 +134,7 @@ class Bench:
     def settle(self) -> None:
         while self.loop.call(lambda: self.loop.draining).result(_WAIT_S):
             time.sleep(0.005)
-        self.loop.memory.settle().result(_WAIT_S)
+        self.loop.memory.commits.settle().result(_WAIT_S)
 
 
 def restore(

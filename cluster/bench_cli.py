@@ -1,5 +1,7 @@
-"""kvferry bench serve | migrate | failover. Registered by cluster.cli; benchmarks are started by
-import string."""
+"""kvferry bench serve | migrate | failover | ttft | storage | residency | place; mlx is mlx_cli's.
+
+Registered by cluster.cli; the benchmarks are started by import string.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ from typing import Annotated
 import typer
 
 from actors.errors import ModelUnavailable
+from cluster import mlx_cli
 from cluster.config import load_config
 from cluster.console import fail
 from cluster.endpoint import Key
@@ -100,3 +103,76 @@ def failover(
     except (ConfigError, ModelUnavailable) as error:
         fail(str(error))
     raise typer.Exit(code)
+
+
+def ttft(
+    model: Annotated[str | None, typer.Option(help="Path to a GGUF, pkg:// or hf://.")] = None,
+    nodes: Annotated[int, typer.Option(help="Device nodes of the cluster it starts.")] = 2,
+    runs: Annotated[int, typer.Option(min=1, help="Agents per context length.")] = 5,
+    contexts: Annotated[str, typer.Option(help="Context lengths in tokens.")] = "1024,2048,4096",
+    text: Annotated[Path | None, typer.Option(help="A text to fill contexts with.")] = None,
+) -> None:
+    """Time to first token: cold, hot, warm, after a migration, after a restart; on a cluster of its
+    own."""
+    chosen = lengths(contexts)
+    try:
+        settings = load_config(None, os.environ, {"model": model, "nodes": nodes})
+        code = importlib.import_module("bench.ttft").run(settings, chosen, runs, text)
+    except (ConfigError, ModelUnavailable) as error:
+        fail(str(error))
+    raise typer.Exit(code)
+
+
+def storage(
+    model: Annotated[str | None, typer.Option(help="Path to a GGUF, pkg:// or hf://.")] = None,
+    codec: Annotated[str | None, typer.Option(help="One of the codecs.")] = None,
+    tokens: Annotated[int, typer.Option(min=256, help="Tokens of the restored agent.")] = 4096,
+    runs: Annotated[int, typer.Option(min=1, help="Restores.")] = 5,
+    agents: Annotated[bool, typer.Option(help="Measure a store of 10,000 agents, too.")] = True,
+) -> None:
+    """Codecs, restore, bytes per turn, many agents; in this process, without a cluster."""
+    try:
+        settings = load_config(None, os.environ, {"model": model, "codec": codec})
+        code = importlib.import_module("bench.storage").run(settings, tokens, runs, agents)
+    except (ConfigError, ModelUnavailable) as error:
+        fail(str(error))
+    raise typer.Exit(code)
+
+
+def residency(
+    model: Annotated[str | None, typer.Option(help="Path to a GGUF, pkg:// or hf://.")] = None,
+    contexts: Annotated[str, typer.Option(help="Context lengths in tokens.")] = "1024,4096",
+    runs: Annotated[int, typer.Option(min=1, help="Runs of each measurement.")] = 3,
+) -> None:
+    """Cells of float16 against cells of q4_1 (kv_type): memory, speed, restore, KL."""
+    chosen = lengths(contexts)
+    try:
+        settings = load_config(None, os.environ, {"model": model})
+        code = importlib.import_module("bench.residency").run(settings, chosen, runs)
+    except (ConfigError, ModelUnavailable) as error:
+        fail(str(error))
+    raise typer.Exit(code)
+
+
+def place(
+    replicas: Annotated[int, typer.Option(min=2, max=1000, help="Of the throughput.")] = 100,
+    agents: Annotated[int, typer.Option(min=1, help="Of the throughput.")] = 100_000,
+    seconds: Annotated[float, typer.Option(min=0.1, help="To place for.")] = 3.0,
+    trace: Annotated[
+        Path | None, typer.Option(help="A Mooncake trace; else a synthetic one.")
+    ] = None,
+) -> None:
+    """Placements per second, whether decisions are right, and TTFT against simpler routers."""
+    try:
+        code = importlib.import_module("bench.place").run(replicas, agents, seconds, trace)
+    except ConfigError as error:
+        fail(str(error))
+    raise typer.Exit(code)
+
+
+def register(app: typer.Typer) -> None:
+    bench = typer.Typer(help="Measure what the README claims.", no_args_is_help=True)
+    app.add_typer(bench, name="bench")
+    for command in (serve, migrate, failover, ttft, storage, residency, place):
+        bench.command()(command)
+    mlx_cli.register(bench)

@@ -19,10 +19,11 @@ from cluster.config import ClusterConfig, load_config
 from cluster.errors import ConfigError
 from storage.bundle import export_agent
 from storage.card import TENANT_PATTERN, AgentId, CacheCard, Owner
+from storage.claims import new_card
 from storage.errors import AgentExists, Incompatible, StorageError, Unsupported
 from storage.imports import Bundle, import_bundle, open_bundle, open_file
 from storage.spec import CompatibilityKey
-from storage.store import CacheStore, new_card
+from storage.store import CacheStore
 
 Store = Annotated[str | None, typer.Option(help="Directory or URL of the store.")]
 Tenant = Annotated[str, typer.Option(help="Whose agent.")]

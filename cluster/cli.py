@@ -8,7 +8,6 @@ needs from outside this package (the ingress, the benchmarks) is started by impo
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import signal
@@ -30,7 +29,6 @@ from cluster import (
     demo_cli,
     doctor,
     drain_cli,
-    mlx_cli,
     place_cli,
     store_cli,
     tune_cli,
@@ -226,81 +224,7 @@ store_cli.register(app)
 tune_cli.register(app)
 doctor.register(app)
 demo_cli.register(app)
-bench = typer.Typer(help="Measure what the README claims.", no_args_is_help=True)
-app.add_typer(bench, name="bench")
-bench.command()(bench_cli.serve)
-bench.command("migrate")(bench_cli.migrate)
-bench.command("failover")(bench_cli.failover)
-mlx_cli.register(bench)
-
-
-@bench.command()
-def ttft(
-    model: Annotated[str | None, typer.Option(help="Path to a GGUF, pkg:// or hf://.")] = None,
-    nodes: Annotated[int, typer.Option(help="Device nodes of the cluster it starts.")] = 2,
-    runs: Annotated[int, typer.Option(min=1, help="Agents per context length.")] = 5,
-    contexts: Annotated[str, typer.Option(help="Context lengths in tokens.")] = "1024,2048,4096",
-    text: Annotated[Path | None, typer.Option(help="A text to fill contexts with.")] = None,
-) -> None:
-    """Time to first token: cold, hot, warm, after a migration, after a restart; on a cluster of its
-    own."""
-    lengths = bench_cli.lengths(contexts)
-    try:
-        settings = load_config(None, os.environ, {"model": model, "nodes": nodes})
-        code = importlib.import_module("bench.ttft").run(settings, lengths, runs, text)
-    except (ConfigError, ModelUnavailable) as error:
-        fail(str(error))
-    raise typer.Exit(code)
-
-
-@bench.command()
-def storage(
-    model: Annotated[str | None, typer.Option(help="Path to a GGUF, pkg:// or hf://.")] = None,
-    codec: Annotated[str | None, typer.Option(help="One of the codecs.")] = None,
-    tokens: Annotated[int, typer.Option(min=256, help="Tokens of the restored agent.")] = 4096,
-    runs: Annotated[int, typer.Option(min=1, help="Restores.")] = 5,
-    agents: Annotated[bool, typer.Option(help="Measure a store of 10,000 agents, too.")] = True,
-) -> None:
-    """Codecs, restore, bytes per turn, many agents; in this process, without a cluster."""
-    try:
-        settings = load_config(None, os.environ, {"model": model, "codec": codec})
-        code = importlib.import_module("bench.storage").run(settings, tokens, runs, agents)
-    except (ConfigError, ModelUnavailable) as error:
-        fail(str(error))
-    raise typer.Exit(code)
-
-
-@bench.command()
-def residency(
-    model: Annotated[str | None, typer.Option(help="Path to a GGUF, pkg:// or hf://.")] = None,
-    contexts: Annotated[str, typer.Option(help="Context lengths in tokens.")] = "1024,4096",
-    runs: Annotated[int, typer.Option(min=1, help="Runs of each measurement.")] = 3,
-) -> None:
-    """Cells of float16 against cells of q4_1 (kv_type): memory, speed, restore, KL."""
-    lengths = bench_cli.lengths(contexts)
-    try:
-        settings = load_config(None, os.environ, {"model": model})
-        code = importlib.import_module("bench.residency").run(settings, lengths, runs)
-    except (ConfigError, ModelUnavailable) as error:
-        fail(str(error))
-    raise typer.Exit(code)
-
-
-@bench.command("place")
-def bench_place(
-    replicas: Annotated[int, typer.Option(min=2, max=1000, help="Of the throughput.")] = 100,
-    agents: Annotated[int, typer.Option(min=1, help="Of the throughput.")] = 100_000,
-    seconds: Annotated[float, typer.Option(min=0.1, help="To place for.")] = 3.0,
-    trace: Annotated[
-        Path | None, typer.Option(help="A Mooncake trace; else a synthetic one.")
-    ] = None,
-) -> None:
-    """Placements per second, whether decisions are right, and TTFT against simpler routers."""
-    try:
-        code = importlib.import_module("bench.place").run(replicas, agents, seconds, trace)
-    except ConfigError as error:
-        fail(str(error))
-    raise typer.Exit(code)
+bench_cli.register(app)
 
 
 def main() -> None:

@@ -52,6 +52,17 @@ class Choice:
     outcome: Outcome | None = None
 
 
+@dataclass(frozen=True)
+class Decision:
+    """Where a turn runs: the replica's actor handle, and which life of it."""
+
+    node: str
+    incarnation: str
+    actor: Any
+    placement: Placement
+    restore_tokens: int | None = None  # of stored rows, load only the first
+
+
 class DecisionLog:
     def __init__(self, size: int = LOG_SIZE) -> None:
         self._size = size

@@ -11,7 +11,6 @@ import asyncio
 import logging
 import time
 import weakref
-from dataclasses import dataclass
 from typing import Any
 
 from actors.errors import AgentMoved
@@ -19,14 +18,13 @@ from actors.turn import Affinity
 from cluster.able import Able
 from cluster.config import ClusterConfig
 from cluster.copies import copies_json, copies_of
-from cluster.decisions import Choice, Outcome, to_json
+from cluster.decisions import Choice, Decision, Outcome, to_json
 from cluster.dispatch import Ask, Dispatch
 from cluster.drain import Drains, Level
 from cluster.errors import AgentBusy, MigrationFailed, NoReplica, UnknownAgent, UnknownNode
 from cluster.member import Replica, candidate
 from cluster.migration import Migration
 from cluster.moves import Mover
-from cluster.placement import Placement
 from cluster.pool import ReplicaPool
 from cluster.recall import Recall
 from cluster.registry import AgentRecord
@@ -43,17 +41,6 @@ _CALL_TIMEOUT_S = 15.0
 _FRESH_TIMEOUT_S = 0.25  # of reports asked for before an agent moves
 _STAY_S = 60.0  # after an operator's migration
 _WAITED_S, _UNNOTICED_S = 10.0, 30.0  # to copy ahead: while a turn waits; while the agent speaks
-
-
-@dataclass(frozen=True)
-class Decision:
-    """Where a turn runs: the replica's actor handle, and which life of it."""
-
-    node: str
-    incarnation: str
-    actor: Any
-    placement: Placement
-    restore_tokens: int | None = None  # of stored rows, load only the first
 
 
 class PlacementRouter:

@@ -11,8 +11,9 @@ from dataclasses import replace
 
 from storage.blocks import card_block_names
 from storage.card import AgentId, CacheCard
+from storage.claims import Claim
 from storage.errors import AgentExists, Incompatible
-from storage.store import CacheStore, Claim
+from storage.store import CacheStore
 
 
 def fork(store: CacheStore, source: AgentId, template: CacheCard) -> Claim | None:

@@ -24,10 +24,11 @@ from storage.card import BlockRef, BranchCard, CacheCard, PartRef, from_json
 from storage.card_json import SCHEMA as CARD_SCHEMA
 from storage.card_json import VERSION as CARD_VERSION
 from storage.card_json import version_of
+from storage.claims import Claim
 from storage.codec import check_tensors
 from storage.errors import CorruptData, Incompatible, StoreUnavailable, Unsupported
 from storage.fork import establish, free_epoch
-from storage.store import CacheStore, Claim
+from storage.store import CacheStore
 from storage.tiers import pack_block
 
 MAX_TOKENS = 1 << 23  # of all branches

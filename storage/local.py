@@ -12,11 +12,9 @@ in the shared store. Thread-safe.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import threading
-import time
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,9 +24,9 @@ from storage.card import AgentId, BlockRef, CacheCard, PartRef
 from storage.errors import CorruptData, Fenced, StoreUnavailable
 from storage.spec import CompatibilityKey, Part
 from storage.store import CacheStore, LoadedCard
+from storage.wear import Wear
 
 logger = logging.getLogger(__name__)
-_NOTE_BYTES = 16 << 20  # the count of a day's bytes is written down this often
 
 
 class LocalTier:
@@ -55,7 +53,7 @@ class LocalTier:
         self.written_bytes = 0  # by this process
         self._same: dict[str, BlockRef] = {}  # path of a shared file -> the file that holds it here
         self._refused = ""  # why nothing is written at the moment
-        self._day, self._today, self._noted = self._read_wear()
+        self._wear = Wear(self._root / "written")
         self._index()
 
     # ---- start
@@ -127,7 +125,7 @@ class LocalTier:
         with self._lock:
             if path in self._sizes or path in self._same:
                 return
-            if self._daily and self._wear_today() > self._daily / 2:
+            if self._daily and self._wear.today() > self._daily / 2:
                 return  # the rest of the day is for what only we have
             if not self._may_write(len(raw)):
                 return
@@ -171,7 +169,7 @@ class LocalTier:
         if path not in self._sizes:
             self.used_bytes += size
             self.written_bytes += size
-            self._count_wear(size)
+            self._wear.count(size)
         self._sizes[path] = size
         self._sizes.move_to_end(path)
 
@@ -184,7 +182,7 @@ class LocalTier:
     def _may_write(self, size: int) -> bool:
         """Make room for `size` bytes; says why not, once."""
         reason = ""
-        if self._daily and self._wear_today() + size > self._daily:
+        if self._daily and self._wear.today() + size > self._daily:
             reason = f"the daily budget of {self._daily} bytes is spent"
         elif not self._evict(size):
             reason = f"{self.used_bytes} bytes wait for the shared store, all there is room for"
@@ -276,31 +274,3 @@ class LocalTier:
             self._pins[path] -= 1
             if self._pins[path] <= 0:
                 del self._pins[path]
-
-    # ---- wear
-
-    def _wear_today(self) -> int:
-        if self._day != _today():
-            self._day, self._today, self._noted = _today(), 0, 0
-        return self._today
-
-    def _count_wear(self, size: int) -> None:
-        self._today = self._wear_today() + size
-        if self._today - self._noted >= _NOTE_BYTES:
-            self._noted = self._today
-            note = {"day": self._day, "bytes": self._today}
-            with contextlib.suppress(OSError):  # a full disk: the count goes on in RAM
-                (self._root / "written").write_text(json.dumps(note))
-
-    def _read_wear(self) -> tuple[str, int, int]:
-        try:
-            note = json.loads((self._root / "written").read_text())
-            if note["day"] == _today():
-                return note["day"], int(note["bytes"]), int(note["bytes"])
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # none yet, or cut short by a crash: the day starts at 0
-        return _today(), 0, 0
-
-
-def _today() -> str:
-    return time.strftime("%Y-%m-%d", time.gmtime())

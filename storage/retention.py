@@ -15,8 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from storage.card import CacheCard, Owner
+from storage.claims import new_card
 from storage.errors import Fenced, StorageError
-from storage.store import CacheStore, new_card
+from storage.store import CacheStore
 from storage.survey import tenants
 from storage.usage import AgentUsage, TenantUsage, tenant_usage
 

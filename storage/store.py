@@ -12,13 +12,9 @@ Called by the replicas' memory and by the router's scan; safe to use from severa
 
 from __future__ import annotations
 
-import secrets
-import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import replace
 
 from storage.blocks import WRITER_WINDOW_S, BlockStore, card_block_names
 from storage.cache_file import sha256
@@ -27,11 +23,11 @@ from storage.card import (
     BlockRef,
     CacheCard,
     CardRef,
-    Owner,
     PartRef,
     card_name,
     encode_card,
 )
+from storage.claims import Claim, first_card
 from storage.condemned import Condemned
 from storage.crypto import Cipher, seal
 from storage.errors import Fenced, Incompatible, StorageError, StoreUnavailable
@@ -40,24 +36,7 @@ from storage.probe import probe
 from storage.reader import CardReader
 from storage.reader import LoadedCard as LoadedCard
 from storage.spec import CompatibilityKey
-
-MAX_KNOWN_CARDS = 4096  # agents whose newest card a store object remembers
-
-
-@dataclass(frozen=True)
-class Claim:
-    """The card that now owns the agent, and the one it started from."""
-
-    card: CacheCard
-    previous: CacheCard | None
-
-
-class _Known(NamedTuple):
-    """The newest card of an agent that this object wrote itself, and the blocks it names."""
-
-    epoch: int
-    generation: int
-    named: frozenset[str]
+from storage.written import Written, WrittenCards
 
 
 class CacheStore(CardReader):
@@ -88,8 +67,7 @@ class CacheStore(CardReader):
             on_fault=lambda error: self.on_fault(error),
             clock=clock,
         )
-        self._known: OrderedDict[str, _Known] = OrderedDict()
-        self._lock = threading.Lock()
+        self._written = WrittenCards()
 
     # ---- start
 
@@ -149,18 +127,8 @@ class CacheStore(CardReader):
         found = self.latest(agent, key)
         if expect is not None and (found is None or found.ref != expect):
             raise Fenced(str(agent), newest)
-        now, started = time.time(), self._clock()
-        card = replace(
-            template,
-            epoch=epoch,
-            generation=0,
-            base=found.ref if found else None,
-            nonce=secrets.token_hex(16),
-            tombstone=tombstone,
-            branches=() if inherit else template.branches,
-            created=now,
-            updated=now,
-        )
+        started = self._clock()
+        card = first_card(template, epoch, found, inherit=inherit, tombstone=tombstone)
         if not inherit:
             card = self._secured(card, named)
         elif found and not tombstone and not found.card.tombstone:
@@ -206,8 +174,7 @@ class CacheStore(CardReader):
             if self._nonce(f"{folder}/{card.name}") != card.nonce:
                 raise Fenced(str(card.agent), card.epoch)
             card = replace(card, generation=card.generation + 1)
-        with self._lock:
-            known = self._known.get(folder)
+        known = self._written.get(folder)
         started = self._clock()
         card = self._secured(card, known.named if known else frozenset())
         raw = self._encode(card)
@@ -224,8 +191,7 @@ class CacheStore(CardReader):
         """Raises Fenced unless the newest epoch is the caller's, with its claim in place."""
         if names and names[-1][0] > card.epoch:
             raise Fenced(str(card.agent), names[-1][0])
-        with self._lock:
-            known = self._known.get(folder)
+        known = self._written.get(folder)
         ours = (known.epoch, known.generation) if known else None
         if ours in names and ours[0] == card.epoch and (card.epoch, 0) in names:
             return
@@ -243,12 +209,9 @@ class CacheStore(CardReader):
     def _wrote(self, folder: str, card: CacheCard, started: float) -> None:
         """Remember the card, unless writing it took so long that its blocks are in doubt: then
         the next commit looks at each of them."""
-        with self._lock:
-            self._known.pop(folder, None)
-            if self._clock() - started <= WRITER_WINDOW_S:
-                self._known[folder] = _Known(card.epoch, card.generation, card_block_names(card))
-            if len(self._known) > MAX_KNOWN_CARDS:
-                self._known.popitem(last=False)
+        in_time = self._clock() - started <= WRITER_WINDOW_S
+        named = Written(card.epoch, card.generation, card_block_names(card)) if in_time else None
+        self._written.note(folder, named)
 
     def delete(
         self, template: CacheCard, *, after: int | None = None, expect: CardRef | None = None
@@ -305,27 +268,3 @@ class CacheStore(CardReader):
         if found != raw:
             raise Fenced(str(card.agent), card.epoch) from failure
         self.on_fault(StoreUnavailable(self.url, f"{path} is there, in spite of {failure!r}"))
-
-
-def new_card(
-    agent: AgentId,
-    key: CompatibilityKey,
-    codec: str,
-    owner: Owner,
-    *,
-    codec_parameters: dict[str, dict[str, int]] | None = None,
-    provenance: dict[str, str] | None = None,
-) -> CacheCard:
-    """A template for claim() and delete(): an agent without memory."""
-    return CacheCard(
-        agent=agent,
-        epoch=0,
-        generation=0,
-        base=None,
-        key=key,
-        codec=codec,
-        codec_parameters=codec_parameters or {},
-        owner=owner,
-        nonce="",
-        provenance=provenance or {},
-    )

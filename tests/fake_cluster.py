@@ -14,13 +14,12 @@ from actors.config import ReplicaConfig
 from actors.errors import AgentMoved
 from actors.replica import ModelReplica
 from actors.turn import StreamItem, Tokens, TurnFinished, TurnRequest
-from cluster.decisions import Outcome
+from cluster.decisions import Decision, Outcome
 from cluster.dispatch import Ask
 from cluster.errors import AgentBusy, UnknownAgent, UnknownNode
 from cluster.migration import Migration
 from cluster.moves import Moves
 from cluster.placement import Placement
-from cluster.router import Decision
 from storage.card import AgentId
 
 N_CTX = 512

@@ -213,7 +213,7 @@ def settle(loop: ReplicaLoop) -> None:
 
     loop.call(look)
     assert done.wait(WAIT)
-    loop.memory.settle().result(WAIT)
+    loop.memory.commits.settle().result(WAIT)
 
 
 def memory_of(loop: ReplicaLoop, session: str = "a") -> AgentMemory:

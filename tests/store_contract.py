@@ -27,9 +27,10 @@ from storage.card import (
     Reply,
     encode_card,
 )
+from storage.claims import new_card
 from storage.errors import CorruptData, Fenced, Incompatible, StorageError, StoreUnavailable
 from storage.spec import CompatibilityKey, GroupRows, KVRows, LayerSpec, ModelCacheSpec
-from storage.store import CacheStore, new_card
+from storage.store import CacheStore
 
 FIXED = settings(deadline=None, derandomize=True, database=None)
 

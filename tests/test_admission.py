@@ -355,6 +355,7 @@ def test_one_that_left_times_out(loop_on: MakeLoop) -> None:
 # ---- order
 
 
+@pytest.mark.slow
 def test_small_turns_do_not_keep_a_large_one_out(loop_on: MakeLoop) -> None:
     engine = CountingEngine(3, n_cells=950, step_delay=0.003)
     loop = loop_on(engine)

@@ -134,6 +134,7 @@ def quick(model: Path, folder: Path, *options: str, timeout: float) -> dict[str,
     return report
 
 
+@pytest.mark.slow
 def test_the_overhead_of_a_step_is_measured(tiny_models: dict[str, Path], tmp_path: Path) -> None:
     report = quick(tiny_models["llama"], tmp_path, "--parts", "overhead", timeout=110)
     for entry in report["overhead"]:

@@ -30,6 +30,7 @@ from storage.card import (
     Reply,
     to_json,
 )
+from storage.claims import Claim, new_card
 from storage.codec import encode_rows, get_codec, slice_rows
 from storage.errors import (
     AgentExists,
@@ -43,7 +44,7 @@ from storage.errors import (
 from storage.fork import fork
 from storage.imports import Bundle, import_bundle, open_bundle, open_file
 from storage.spec import GroupRows, LayerSpec, ModelCacheSpec, canonical_json
-from storage.store import CacheStore, Claim, new_card
+from storage.store import CacheStore
 from storage.tiers import pack_block, unpack_block
 from tests.store_contract import (
     AGENT,

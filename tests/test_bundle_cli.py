@@ -17,9 +17,10 @@ from actors.engines.fake_engine import FakeEngine
 from cluster.cli import app
 from storage.cache_file import Chain
 from storage.card import AgentId, BlockRef, BranchCard, CacheCard, Owner, encode_card
+from storage.claims import new_card
 from storage.codec import encode_rows, get_codec
 from storage.spec import CompatibilityKey
-from storage.store import CacheStore, new_card
+from storage.store import CacheStore
 from storage.tiers import pack_block
 from tests.store_contract import flip, sample_rows
 

@@ -119,6 +119,7 @@ def files_under(folder) -> list[str]:
     return [str(path) for path in folder.rglob("*") if path.is_file()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("power_cuts", [0, 4], ids=["killed", "power cut"])
 def test_after_a_crash_at_any_system_call_the_last_memory_is_whole(tmp_path, power_cuts):
     counting = Boundaries()

@@ -238,7 +238,7 @@ def stored_rows(loop: Any) -> dict[tuple[str, int], bytes]:
     for start, one in positions(memory.branches[0]):
         for part in ("full", "sliding"):
             has = part == "full" or one.has_window
-            tensors = loop.memory.rows.tensors(memory, one, part) if has else {}
+            tensors = loop.memory.rows.runs.tensors(memory, one, part) if has else {}
             for name, x in tensors.items():
                 first = start + one.rows - x.shape[1]  # a window ends where its run does
                 for i in range(x.shape[1]):

@@ -250,6 +250,7 @@ def test_what_a_silent_node_may_have_is_a_fault_and_no_miss(store, machines):
         store.files.read(store.block_path("acme", ref, "full"))
 
 
+@pytest.mark.slow
 def test_without_the_head_nothing_is_claimed_and_blocks_are_read(store, machines):
     ref = put(store)
     card = store.claim(template(ALICE)).card

@@ -79,6 +79,7 @@ def test_lines_for_people(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.stdout.splitlines()[-1].startswith("1 of ")
 
 
+@pytest.mark.slow
 def test_the_layers_of_a_real_model(smollm2_gguf: Path) -> None:
     code, found = run("--model", str(smollm2_gguf))
     assert code == 0
@@ -158,6 +159,7 @@ def test_a_store_where_no_folder_can_be_made(tmp_path: Path) -> None:
     assert "NotADirectoryError" in failing("store", "--store", "file/below")
 
 
+@pytest.mark.slow
 def test_a_store_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("s3fs")
     for name, value in (("ACCESS_KEY_ID", "x"), ("SECRET_ACCESS_KEY", "x"), ("REGION", "x")):

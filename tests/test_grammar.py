@@ -237,6 +237,7 @@ def test_a_compilation_that_takes_too_long_is_refused(monkeypatch: pytest.Monkey
         slow.set()
 
 
+@pytest.mark.slow
 def test_a_step_that_costs_too_much_is_refused(compiler: GrammarCompiler) -> None:
     """An ambiguous grammar grows with every token; the engine's thread must not."""
     grammar = compiler.compile(Guide("grammar", 'start: s\ns: s s | s s s | "a" |', "form"))

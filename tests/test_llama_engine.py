@@ -299,7 +299,7 @@ def test_reported_memory_is_what_llama_cpp_allocates(
 ) -> None:
     import llama_cpp
 
-    from actors.engines import llama_engine
+    from actors.engines import llama_context, llama_engine
 
     lines: list[bytes] = []
 
@@ -307,7 +307,7 @@ def test_reported_memory_is_what_llama_cpp_allocates(
     def keep(level: int, text: bytes, _: object) -> None:
         lines.append(text)
 
-    monkeypatch.setattr(llama_engine, "_log", keep)
+    monkeypatch.setattr(llama_context, "_log", keep)
     engine = llama_engine.LlamaEngine(
         tiny_models[name],
         n_seq_max=4,
@@ -317,7 +317,7 @@ def test_reported_memory_is_what_llama_cpp_allocates(
         kv_type=kv_type,
     )
     monkeypatch.undo()
-    llama_cpp.llama_log_set(llama_engine._log, None)
+    llama_context.init_backend()
     sizes = re.findall(rb"KV buffer size = +([0-9.]+) MiB", b"".join(lines))
     assert len(sizes) == (2 if engine.window else 1)
     assert engine.kv_bytes == pytest.approx(sum(map(float, sizes)) * 2**20, abs=0.01 * 2**20)

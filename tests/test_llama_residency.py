@@ -231,7 +231,7 @@ def held(loop: Any) -> tuple[Tensors, int]:
     """The stored tensors of the agent's branch, and the engine's sequence of it."""
     memory = memory_of(loop)
     (branch,) = memory.branches
-    pieces = [loop.memory.rows.tensors(memory, run, "full") for run in branch.runs]
+    pieces = [loop.memory.rows.runs.tensors(memory, run, "full") for run in branch.runs]
     assert None not in pieces
     return concat_rows(pieces), loop.residency.find(branch)
 

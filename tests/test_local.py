@@ -198,13 +198,13 @@ def test_a_day_may_write_so_much_and_no_more(tmp_path, monkeypatch):
     assert put(local, 2) is None
     assert not local.writes
     assert local.written_bytes == 2 * len(RAW)
-    monkeypatch.setattr("storage.local._today", lambda: "2101-01-01")
+    monkeypatch.setattr("storage.wear._today", lambda: "2101-01-01")
     assert put(local, 2) is not None
     assert local.writes
 
 
 def test_a_restart_does_not_forget_what_the_day_has_written(tmp_path, monkeypatch):
-    monkeypatch.setattr("storage.local._NOTE_BYTES", len(RAW))
+    monkeypatch.setattr("storage.wear._NOTE_BYTES", len(RAW))
     local = tier(tmp_path, budget=1 << 20, daily=2 * len(RAW))
     put(local, 0)
     put(local, 1)

@@ -23,9 +23,9 @@ from cluster.disks import NodeDisk
 from cluster.errors import MigrationFailed
 from cluster.migration import Migration, migrate
 from storage.card import AgentId, BlockRef, BranchCard, CacheCard, OpenTurn, Owner, Reply
+from storage.claims import new_card
 from storage.errors import Fenced, StoreUnavailable
 from storage.spec import CompatibilityKey
-from storage.store import new_card
 from tests.fake_cluster import Handle, lost
 from tests.loops import (
     WAIT,
@@ -314,6 +314,7 @@ def test_a_migration_moves_the_owner(pair: Pair) -> None:
     has_moved(pair, stream)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["instead", "after"])
 def test_the_source_goes_on_after_a_freeze_without_an_answer(pair: Pair, when: str) -> None:
     stream = speaking(pair.a)
@@ -330,6 +331,7 @@ def test_the_source_goes_on_when_the_target_cannot_adopt(pair: Pair) -> None:
     goes_on(pair, stream)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [Silence(), lost()])
 def test_a_target_that_claimed_without_an_answer_owns_the_agent(
     pair: Pair, error: Exception
@@ -505,6 +507,7 @@ def idle_cells(side: Side) -> tuple[int, int]:
     return loop.residency.n_idle, loop.preloader.n_preloads
 
 
+@pytest.mark.slow
 def test_a_stream_that_moves_says_what_it_would_have_said(
     pair_of: MakePair, engine: Callable[[], Any]
 ) -> None:
@@ -664,6 +667,7 @@ def test_an_idle_agent_moves_without_the_store_and_its_debt_with_it(
     assert not real(pair.b)._memory.faults
 
 
+@pytest.mark.slow
 def test_a_stream_moves_from_disk_to_disk_and_says_what_it_would_have_said(
     pair_of: MakePair, engine: Callable[[], Any]
 ) -> None:
@@ -901,6 +905,7 @@ def test_what_was_preloaded_is_dropped_where_the_card_says_something_else(
     assert answer.cached == len(answer.prompt) - 1
 
 
+@pytest.mark.slow
 def test_others_decode_while_rows_are_loaded(pair_of: MakePair) -> None:
     """A block per round of the loop: nobody stalls for the whole of it."""
     pair = pair_of(fake(step_s=0.01))
@@ -934,8 +939,8 @@ def test_what_a_frozen_source_still_commits_is_not_its_end(pair_of: MakePair) ->
     memory = memory_of(loop)
     loop.call(lambda: loop.handoff.freeze(AGENT)).result(WAIT).result(WAIT)
     asyncio.run(real(pair.b).adopt(AGENT))
-    loop.memory.commit_later(memory)
-    loop.memory.settle(memory).result(WAIT)
+    loop.memory.commits.later(memory)
+    loop.memory.commits.settle(memory).result(WAIT)
     assert (memory.state, state(pair.a)) == ("frozen", "frozen")
     assert idle_cells(pair.a) == (1, 0)
     asyncio.run(real(pair.a).release(AGENT))

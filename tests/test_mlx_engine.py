@@ -23,6 +23,8 @@ from tests.engine_contract import EngineContract, SlidingContract, assert_equal,
 from tests.loops import assistant, make_loop, memory_of, run, settle, user
 from tests.require import require
 
+pytestmark = pytest.mark.slow
+
 Q4 = get_codec("q4")
 
 
@@ -244,7 +246,7 @@ def held(loop: Any) -> tuple[Tensors, int]:
     """The stored tensors of the agent's branch, and the engine's sequence of it."""
     memory = memory_of(loop)
     (branch,) = memory.branches
-    pieces = [loop.memory.rows.tensors(memory, r, "full") for r in branch.runs]
+    pieces = [loop.memory.rows.runs.tensors(memory, r, "full") for r in branch.runs]
     assert None not in pieces
     return concat_rows(pieces), loop.residency.find(branch)
 

@@ -25,6 +25,7 @@ from tests.require import require
 from tests.test_cross_engine import STORY, go_on, kl, open_llama, open_mlx, replace_rows
 from tests.tiny_gguf import Fields, _cut, _tokenizer
 
+pytestmark = pytest.mark.slow
 SAME = 1e-4  # nats; measured: 2e-5
 SAME_WEIGHTS = 0.03  # llama.cpp multiplies quantized weights with quantized activations
 Q4_K_M, Q6_K = 15, 18  # llama_ftype

@@ -52,13 +52,14 @@ from storage.card import (
     decode_card,
     parse_name,
 )
+from storage.claims import Claim
 from storage.codec import decode_rows, get_codec
 from storage.collector import CollectOptions, collect
 from storage.errors import StorageError
 from storage.files import FilesOptions
 from storage.reader import CardReader, LoadedCard
 from storage.spec import CompatibilityKey, GroupRows, KVRows, LayerSpec, ModelCacheSpec
-from storage.store import CacheStore, Claim
+from storage.store import CacheStore
 from storage.tiers import Tiers, unpack_block
 from tests.faulty import DictBackend, Faulty, Rates
 
@@ -355,7 +356,7 @@ class Replica:
         del self.turns[agent]
         if self.memory.get(agent) is turn.memory:
             self.export(turn, turn.sequence.n_rows, wait=False)
-            self.memory.commit_later(turn.memory)
+            self.memory.commits.later(turn.memory)
 
     def freeze(self, agent: AgentId) -> Any:
         done = self.handoff.freeze(agent)

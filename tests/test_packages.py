@@ -49,6 +49,7 @@ def pure_modules() -> list[str]:
     return [name for name in found if name not in need_extras]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", ["storage", "actors", "cluster"])
 def test_the_pure_core_imports_without_ray(package: str) -> None:
     names = [n for n in (*pure_modules(), *WITHOUT_RAY) if n.partition(".")[0] == package]

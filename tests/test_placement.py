@@ -281,6 +281,7 @@ prefix = st.sampled_from(["", "p", "q"])
 partly = st.one_of(deep_rates, maybe_rates)
 
 
+@pytest.mark.slow
 @settings(max_examples=400)
 @given(tokens, tokens, far_locations, linked(partly), prefix)
 def test_the_best_number_of_rows_to_bring_is_found_among_all(
@@ -304,6 +305,7 @@ def test_the_best_number_of_rows_to_bring_is_found_among_all(
             assert best.memory_s <= kept_s(known, way, shared, kept, end) * (1 + 1e-9)
 
 
+@pytest.mark.slow
 @settings(max_examples=600)
 @given(tokens, tokens, far_locations, linked(partly), prefix, st.sampled_from(["soft", "hard"]))
 def test_a_fleet_decides_as_one_comparison_after_the_other(
@@ -326,6 +328,7 @@ def test_a_fleet_decides_as_one_comparison_after_the_other(
             assert found == plain.of(found.node)
 
 
+@pytest.mark.slow
 @given(tokens, tokens, far_locations, linked(deep_rates), prefix, st.data())
 def test_a_fleet_remembers_what_changed_since_the_last_report(
     new: int,
@@ -401,6 +404,7 @@ with_store = linked(deep_rates).map(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=400)
 @given(tokens, tokens, far_locations, with_store, prefix, every_cost, st.floats(1, 100))
 def test_a_rising_cost_chooses_nobody_and_a_falling_one_unseats_nobody(

@@ -523,6 +523,7 @@ def moved_out(loop: ReplicaLoop, loop_on: MakeLoop, path: str) -> ReplicaLoop:
 # ---- sliding windows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [16, 48, 300])
 def test_windows_allow_it_or_the_prompt_is_computed(
     loop_on: MakeLoop, tmp_path: Path, window: int

@@ -11,7 +11,8 @@ from actors.report import AgentReport
 from cluster.placement import Location
 from cluster.registry import Registry
 from storage.card import AgentId, BranchCard, Owner
-from storage.store import CacheStore, LoadedCard, new_card
+from storage.claims import new_card
+from storage.store import CacheStore, LoadedCard
 
 A, B = AgentId("t", "a"), AgentId("t", "b")
 

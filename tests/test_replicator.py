@@ -85,13 +85,13 @@ def crash(loop: ReplicaLoop) -> None:
     def dead(snapshot: object) -> None:
         raise StoreUnavailable("dead", "dead")
 
-    assert loop.memory.replicator is not None
-    loop.memory.replicator._replicate = dead  # type: ignore[assignment]
+    assert loop.memory.commits.replicator is not None
+    loop.memory.commits.replicator._replicate = dead  # type: ignore[assignment]
     loop._stopping = True
     loop._wake.set()
     loop._thread.join(5)
     loop.memory.persister.close(5)
-    loop.memory.replicator.close(5)
+    loop.memory.commits.replicator.close(5)
 
 
 def missing(folder: Path, card: CacheCard) -> list[str]:
@@ -235,7 +235,7 @@ def test_an_answer_does_not_wait_for_the_store(node: MakeLoop, shared: Shared) -
     began = time.monotonic()
     talk(loop, messages, "And the ships?")
     assert time.monotonic() - began < 3.0
-    assert loop.memory.replicator is not None
+    assert loop.memory.commits.replicator is not None
     shared.delay = 0.0
     settle(loop)
 
@@ -363,7 +363,7 @@ def test_an_older_local_card_does_not_win(node: MakeLoop, shared: Shared, tmp_pa
     talk(loop, messages, LONG)
     settle(loop)
     shared.down.clear()
-    loop.memory.commit_later(memory_of(loop))
+    loop.memory.commits.later(memory_of(loop))
     settle(loop)
     rows = memory_of(loop).branches[0].rows
     shared.full.clear()
@@ -446,7 +446,7 @@ def test_a_node_that_dies_while_it_recovers_recovers_later(
         local = dying.memory.tiers.local
         assert local is not None
         monkeypatch.setattr(local, "write_card", lambda card: None)
-        monkeypatch.setattr(dying.memory, "commit_later", lambda memory: None)
+        monkeypatch.setattr(dying.memory.commits, "later", lambda memory: None)
         dying.memory.recover()
         crash(dying)
     else:
@@ -519,10 +519,10 @@ def test_an_agent_released_during_a_commit_leaves_nothing_behind(
         store_again(held, branch)  # type: ignore[arg-type]
 
     monkeypatch.setattr(loop.memory.rows, "store_again", and_released)
-    loop.memory.commit_later(memory)
+    loop.memory.commits.later(memory)
     settle(loop)
-    assert loop.memory.replicator is not None
-    assert loop.memory.replicator.pending == 0
+    assert loop.memory.commits.replicator is not None
+    assert loop.memory.commits.replicator.pending == 0
     assert card_in(tmp_path / "n0", loop) is None
 
 

@@ -302,6 +302,7 @@ def test_random_use_never_gives_one_place_twice(seed: int) -> None:
     assert sorted(x for x in places if x is not None) == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_reports_read_while_sequences_come_and_go() -> None:
     residency = Residency(engine := engine_of(16, 4000))
     before, stop = sys.getswitchinterval(), threading.Event()

@@ -29,10 +29,11 @@ from cluster.placement import Candidate, PlacementConfig
 from cluster.pool import ReplicaPool
 from cluster.router import PlacementRouter
 from storage.card import AgentId, CacheCard, Owner
+from storage.claims import new_card
 from storage.errors import StoreUnavailable
 from storage.links import LinkRate, peer_link
 from storage.spec import CompatibilityKey
-from storage.store import CacheStore, LoadedCard, new_card
+from storage.store import CacheStore, LoadedCard
 from tests.fake_cluster import Handle, lost
 
 AGENT = AgentId("default", "s")

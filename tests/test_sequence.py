@@ -1,5 +1,6 @@
 """Text of running turns: stop strings and characters that span tokens, and how a reply ends."""
 
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -120,6 +121,7 @@ def test_what_is_no_character_becomes_a_replacement() -> None:
     assert "".join(seen) == "a\ufffdb\ufffd"
 
 
+@pytest.mark.slow
 @given(st.binary(max_size=20), st.lists(st.integers(0, 100), max_size=8))
 def test_streamed_text_is_the_text_of_the_ids(raw: bytes, cuts: list[int]) -> None:
     """A reply's text is recognised later by text_of(ids): both must agree on broken bytes too."""

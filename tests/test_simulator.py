@@ -98,6 +98,7 @@ def test_load_is_time() -> None:
     assert once[-1].at == pytest.approx(2 * twice[-1].at)
 
 
+@pytest.mark.slow
 def test_chosen_actions_cost_at_most_a_little_more_than_the_better() -> None:
     """Over contexts and links, with rates measured under noise of 20 %; and both ways win
     somewhere. Where they are close, a single choice may err by as much as the measurements do."""

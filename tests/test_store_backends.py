@@ -25,6 +25,7 @@ from tests.servers import BUCKET, s3_server, ssh_server
 from tests.store_contract import AGENT, ALICE, KEY, StoreContract, template, with_tokens
 from tests.test_files import FilesContract
 
+pytestmark = pytest.mark.slow
 QUICK = FilesOptions(timeout_s=0.3)
 
 

@@ -156,6 +156,7 @@ def test_without_leave_to_call_nothing_is_taken_for_a_call(http: Http) -> None:
     assert "weather" in str(http.a.requests[-1].tools)  # and the prompt shows the tools
 
 
+@pytest.mark.slow
 def test_a_call_that_is_cut_is_none_to_run(http: Http) -> None:
     whole = ask(http, tool_choice=FORCED)["message"]["tool_calls"][0]["function"]["arguments"]
     seen = set()

@@ -256,6 +256,7 @@ def test_a_stall_of_all_sources_is_noticed_and_what_came_is_kept(
     assert source.bytes == SIZE - 2 * PIECE
 
 
+@pytest.mark.slow
 def test_a_slow_source_is_no_stall(model: Path, tmp_path: Path) -> None:
     """It takes longer than the deadline of a stall, and longer than that of a read for as much as
     is asked for at first."""
@@ -331,6 +332,7 @@ def test_two_on_one_host_fetch_once(model: Path, tmp_path: Path) -> None:
     assert (first.bytes, second.bytes) == (SIZE, 0)
 
 
+@pytest.mark.slow
 def test_one_that_waits_for_a_fetch_that_is_stuck_gives_up(model: Path, tmp_path: Path) -> None:
     go = threading.Event()
     first = Local(model.parent)

@@ -69,6 +69,7 @@ def sliding_files(store: Path) -> list[tuple[str, int]]:
 QUESTIONS = [LONG, "And the ships?", "Who built them?", "Of what wood?" * 8, "And now?"] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", ["f16", "q4"])
 def test_a_conversation_that_is_parked_every_turn_prefills_only_what_is_new(
     loop_on: MakeLoop, tmp_path: Path, codec: str
@@ -246,7 +247,7 @@ def test_a_turn_cancelled_before_it_repeats_the_last_one_harms_nobody(
     loop, messages = loop_on(delay=0.005), []
     other = start(loop, [user("hello")], session="b", n=150, turn_id="other")
     talk(loop, messages, "x" * 100)
-    loop.memory.settle().result(10)
+    loop.memory.commits.settle().result(10)
     loop.call(loop.residency.evict_idle).result(10)
     again = start(loop, messages[:-1], turn_id="again")
     loop.cancel("again")

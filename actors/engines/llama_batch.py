@@ -10,7 +10,7 @@ import llama_cpp as llama
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.engines.base import Chunk
+from actors.engines.base import Chunk, Logits
 from actors.errors import EngineFault
 
 
@@ -24,6 +24,7 @@ class Batch:
         self._wanted = np.zeros(size, np.int8)
         self._seq_ids = np.zeros(size, np.int32)
         self._n_seq_ids = np.ones(size, np.int32)
+        self._n_logits: dict[int, int] = {}  # seq_id -> of its last tokens, how many are wanted
         # llama.cpp takes a list of sequences for each token: all are of one, in _seq_ids
         first = self._seq_ids.ctypes.data
         self._lists = first + np.arange(size, dtype=np.uintp) * self._seq_ids.itemsize
@@ -35,13 +36,12 @@ class Batch:
             logits=_pointer(self._wanted, ctypes.c_int8),
         )
 
-    def fill(self, chunks: Sequence[Chunk]) -> tuple[int, dict[int, range]]:
-        """(number of tokens, seq_id -> places of the tokens whose logits are wanted). Raises
-        EngineFault for more tokens than it holds."""
+    def fill(self, chunks: Sequence[Chunk]) -> int:
+        """Returns the number of tokens. Raises EngineFault for more than it holds."""
         n = sum(len(chunk.token_ids) for chunk in chunks)
         if n > self._tokens.size:
             raise EngineFault(f"a step of {n} tokens, the batch holds {self._tokens.size}")
-        n, places = 0, {}
+        n, self._n_logits = 0, {}
         self._wanted[:] = 0
         for chunk in chunks:
             end = n + len(chunk.token_ids)
@@ -50,10 +50,23 @@ class Batch:
             self._seq_ids[n:end] = chunk.seq_id
             if chunk.n_logits:
                 self._wanted[end - chunk.n_logits : end] = 1
-                places[chunk.seq_id] = range(end - chunk.n_logits, end)
+                self._n_logits[chunk.seq_id] = chunk.n_logits
             n = end
         self.raw.n_tokens = n
-        return n, places
+        return n
+
+    def logits(self, context: Any, n_vocab: int) -> dict[int, Logits]:
+        """Of the batch that was decoded last, by sequence; views that the next step overwrites.
+        llama.cpp keeps the rows that were wanted one after another, in the batch's order."""
+        if not self._n_logits:
+            return {}
+        pointer = llama.llama_get_logits(context)
+        rows = np.ctypeslib.as_array(pointer, (sum(self._n_logits.values()), n_vocab))
+        found, first = {}, 0
+        for seq_id, n in self._n_logits.items():
+            found[seq_id] = rows[first : first + n]
+            first += n
+        return found
 
 
 def _pointer(array: NDArray[Any], kind: Any) -> Any:

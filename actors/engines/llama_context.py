@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,20 @@ from actors.engines.llama_state import CELL_TYPES
 from actors.engines.options import EngineOptions
 from actors.errors import ModelUnavailable
 
+logger = logging.getLogger(__name__)
 _NO_ROTATION = "LLAMA_ATTN_ROT_DISABLE"  # llama.cpp's; quantized rows are rotated ones
+
+
+@llama.llama_log_callback  # type: ignore[untyped-decorator]
+def _log(level: int, text: bytes, _: Any) -> None:
+    if level == 4:  # GGML_LOG_LEVEL_ERROR
+        logger.error("llama.cpp: %s", text.decode(errors="replace").strip())
+
+
+def init_backend() -> None:
+    """Before anything else of llama.cpp. Its errors are logged here, the rest it says is not."""
+    llama.llama_log_set(_log, ctypes.c_void_p(0))
+    llama.llama_backend_init()
 
 
 def check_options(options: EngineOptions) -> None:

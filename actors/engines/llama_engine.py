@@ -17,8 +17,6 @@ of the layers; with 4 sequences and 32K cells 4 times the memory) and make no ca
 
 from __future__ import annotations
 
-import ctypes
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -32,7 +30,7 @@ from numpy.typing import NDArray
 from actors.engines import llama_lora, llama_spec, llama_state
 from actors.engines.base import Chunk, Engine, Logits, Vocab, count_rows
 from actors.engines.llama_batch import Batch
-from actors.engines.llama_context import check_options, open_context, open_model
+from actors.engines.llama_context import check_options, init_backend, open_context, open_model
 from actors.engines.llama_front import Front
 from actors.engines.llama_lora import Lora
 from actors.engines.llama_rows import Layout
@@ -45,14 +43,7 @@ from storage import codec
 from storage.codec import Tensors, merge_parts
 from storage.spec import CompatibilityKey, KVRows
 
-logger = logging.getLogger(__name__)
 _TILE = 64  # queries that flash attention takes together (ggml-cpu/ops.cpp)
-
-
-@llama.llama_log_callback  # type: ignore[untyped-decorator]
-def _log(level: int, text: bytes, _: Any) -> None:
-    if level == 4:  # GGML_LOG_LEVEL_ERROR
-        logger.error("llama.cpp: %s", text.decode(errors="replace").strip())
 
 
 class LlamaEngine(Engine):
@@ -80,8 +71,7 @@ class LlamaEngine(Engine):
         lora: Lora | None = None,
     ) -> None:
         """n_ctx: tokens per sequence, at most the model's; n_cells: tokens of all sequences."""
-        llama.llama_log_set(_log, ctypes.c_void_p(0))
-        llama.llama_backend_init()
+        init_backend()
         self._context: Any = None
         self.compute_s = 0.0  # in llama_decode, since the start
         self._model: Any = open_model(path)
@@ -131,8 +121,8 @@ class LlamaEngine(Engine):
         return self._layout_of(options).bytes(cells, self._count_sliding(options, cells))
 
     def _layout_of(self, options: EngineOptions) -> Layout:
-        v_trans = not options.flash_attention
-        return Layout(self.key.spec, self._rope, options.kv_type, v_trans=v_trans)
+        flash = options.flash_attention
+        return Layout(self.key.spec, self._rope, options.kv_type, v_trans=not flash)
 
     def _count_sliding(self, options: EngineOptions, n_cells: int) -> int:
         """llama-kv-cache-iswa.cpp: a window for each sequence, one micro-batch, rounded up."""
@@ -157,14 +147,13 @@ class LlamaEngine(Engine):
             raise ModelUnavailable(f"cannot export and import this cache: {error}") from error
 
     def _first_two(self) -> KVRows:
-        """Rows 0 and 1 of both parts."""
         return merge_parts(self.key.spec, self.export(0, 0, 2), self.export_window(0, 0, 2))
 
     def step(self, chunks: Sequence[Chunk]) -> dict[int, Logits]:
         for chunk in chunks:
             self._check_start(chunk)
         self._look(chunks)
-        n, places = self._batch.fill(chunks)
+        n = self._batch.fill(chunks)
         began = time.perf_counter()
         code = llama.llama_decode(self._context, self._batch.raw)
         self.compute_s += time.perf_counter() - began
@@ -176,7 +165,7 @@ class LlamaEngine(Engine):
                 self._front.place(len(chunk.token_ids))
         if code:
             raise EngineFault(f"llama_decode of {n} tokens failed with {code}")
-        return self._logits(places)
+        return self._batch.logits(self._context, self.vocab.size)
 
     def _look(self, chunks: Sequence[Chunk]) -> None:
         try:
@@ -185,19 +174,6 @@ class LlamaEngine(Engine):
             self.truncate(chunks[0].seq_id, 0)
             raise
 
-    def _logits(self, places: Mapping[int, range]) -> dict[int, Logits]:
-        """llama.cpp keeps the rows that were wanted one after another, in the batch's order."""
-        n_rows = sum(map(len, places.values()))
-        if not n_rows:
-            return {}
-        pointer = llama.llama_get_logits(self._context)
-        rows = np.ctypeslib.as_array(pointer, (n_rows, self.vocab.size))
-        found, first = {}, 0
-        for seq_id, wanted in places.items():
-            found[seq_id] = rows[first : first + len(wanted)]
-            first += len(wanted)
-        return found
-
     def _check_start(self, chunk: Chunk) -> None:
         """llama.cpp itself computes on, silently wrong, where sliding cells are missing."""
         held = self._rows[chunk.seq_id]
@@ -205,9 +181,7 @@ class LlamaEngine(Engine):
             raise EngineFault(f"position {chunk.start} after {held} rows")
         if not self.can_truncate(chunk.seq_id, held):
             first = self.window_start(chunk.seq_id)
-            raise EngineFault(
-                f"position {held} needs sliding rows that are not there, from {first}"
-            )
+            raise EngineFault(f"position {held} needs sliding rows, which begin at {first}")
 
     def export(self, seq_id: int, start: int, stop: int) -> KVRows:
         self._check_range(seq_id, start, stop)

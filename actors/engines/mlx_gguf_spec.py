@@ -6,7 +6,6 @@ engine would read from it, and once as a vocabulary, which stays.
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any
 import llama_cpp as llama
 
 from actors.engines import llama_spec
-from actors.engines.llama_engine import _log as log_errors
+from actors.engines.llama_context import init_backend
 from actors.engines.llama_vocab import LlamaVocab
 from actors.errors import ModelUnavailable
 from storage.spec import CompatibilityKey
@@ -34,8 +33,7 @@ class Described:
 
 def describe(path: Path) -> Described:
     """Raises ModelUnavailable for a file llama.cpp cannot load, or a cache it cannot carry."""
-    llama.llama_log_set(log_errors, ctypes.c_void_p(0))
-    llama.llama_backend_init()
+    init_backend()
     model = _open(path, vocab_only=False)
     try:
         spec, rope = llama_spec.read(model, path)
