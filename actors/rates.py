@@ -58,6 +58,13 @@ class Rates:
     def turn(self, seconds: float) -> None:
         self.turn_s = _smooth(self.turn_s, seconds)
 
+    def again_s(self, start: int, stop: int) -> float:
+        """Estimate of what computing these tokens once more takes; where only decoding was measured
+        yet, one by one."""
+        if self.prefill_tokens_per_s is None and self.decode_step_s is not None:
+            return (stop - start) * self.decode_step_s
+        return self.filled().prefill_s(start, stop)
+
     def filled(self, peers: Sequence[Rates] = ()) -> KnownRates:
         """Every rate as a number: its own, else the mean of the peers', else a guess."""
         return fill([self, *peers])[0]

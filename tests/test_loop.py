@@ -685,7 +685,7 @@ def test_what_would_be_computed_again_for_long_is_stored_before_its_block_is_ful
     commit."""
     loop = loop_on(FakeEngine(4, step_delay=0.001))
     size = loop.memory.key.spec.block_tokens
-    loop.rates.expect(tokens_per_s, 0.001)
+    loop.rates.expect(tokens_per_s, 1.0)
     stream = start(loop, [user("one")], n=5000)
     stream.take(size - len(stream.take(1) and stream.answer.prompt) - 2)  # a block, nearly
     loop.call(lambda: None).result(WAIT)

@@ -208,6 +208,16 @@ def test_unmeasured_rates_are_borrowed_from_peers() -> None:
     assert of(placement, "fast").prefill_s == pytest.approx(0.75)
 
 
+def test_computing_again_costs_what_was_measured() -> None:
+    """Token by token on a replica that has only decoded; a guess may be far too fast."""
+    rates = Rates()
+    assert rates.again_s(0, 100) == rates.filled().prefill_s(0, 100)
+    rates.decode(0.03)
+    assert rates.again_s(4000, 4010) == pytest.approx(0.3)
+    rates.prefill(1000, 2.0)
+    assert rates.again_s(4000, 4010) == pytest.approx(0.02)
+
+
 def test_rates_nobody_has_measured_are_guessed_alike() -> None:
     ready = [candidate("a", rates=Rates()), candidate("b", rates=Rates())]
     placement = place(300, 10, Location(), ready, CONFIG)

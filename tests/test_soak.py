@@ -12,7 +12,7 @@ import pytest
 
 from actors.engines.base import Engine
 from bench.texts import context
-from tests.loops import make_loop
+from tests.loops import make_loop, run, user
 from tests.test_admission import (
     _WIDE,
     Crowd,
@@ -92,6 +92,8 @@ def test_two_hundred_agents_over_four_slots_of_smollm2(
 
     loop = make_loop(engine(4), tmp_path / "crowd", loop=_WIDE, pool_bytes=32 << 20)
     try:
+        filling = context(1, CELLS * 7 // 8)  # cells take memory once they are written to
+        run(loop, [user(filling)], n=100, persist=False)
         crowd = Secretive(loop, min(200, TURNS // 5), TURNS, most=16, words=60)
         told = check_crowd(loop, crowd)
         assert loop.engine.kv_bytes == CELLS * loop.engine.key.spec.f16_row_bytes
