@@ -17,6 +17,9 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 CPU_TORCH := $(if $(filter Linux,$(shell uname -s)),torch==$(TORCH)+cpu)
 DEV := $(VENV)/.dev-ready$(if $(EXTRAS),-$(subst $(comma),-,$(EXTRAS)))
 
+# Tests that share the cores well; the others measure time, or start clusters.
+UNIT := not cluster and not model and not slow
+
 DEBIAN_PACKAGES := build-essential cmake iproute2 openssh-server python3-venv redis-server
 
 # llama.cpp's build uses one core unless told otherwise.
@@ -34,10 +37,15 @@ serve: $(VENV)/.serve-ready ## start a local cluster and serve; PORT= NODES= MOD
 		$(if $(MODEL),--model '$(MODEL)') $(if $(STORE),--store '$(STORE)')
 
 test: $(DEV) ## all tests, or ARGS="tests/test_codec.py -k golden"; EXTRAS=hf
+ifeq ($(strip $(ARGS)),)
+	@$(BIN)/pytest -q -n auto -m "$(UNIT)"
+	@exec $(BIN)/pytest -q -m "not ($(UNIT))"
+else
 	@exec $(BIN)/pytest -q $(ARGS)
+endif
 
 unit: $(VENV)/.dev-ready ## the fast tests, which need neither a Ray cluster nor the real model
-	@exec $(BIN)/pytest -q -n auto -m "not cluster and not model and not slow" $(ARGS)
+	@exec $(BIN)/pytest -q -n auto -m "$(UNIT)" $(ARGS)
 
 soak: $(VENV)/.dev-ready ## every fault at every moment, storms, 200 agents: 40 minutes; LOG=docs/soak.log
 	@exec bash scripts/soak.sh $(BIN)/python $(ARGS)
