@@ -28,6 +28,9 @@ pytestmark = [pytest.mark.soak, pytest.mark.model, pytest.mark.timeout(3600)]
 
 TURNS = int(os.environ.get("KVFERRY_SOAK_TURNS", "1000"))
 CELLS = 2048
+# Others' cells come free before a sequence's own, and llama.cpp adds values up in float16 in the
+# order of the cells: measured, logits move by up to 0.8. Another's memory would move them more.
+OUT_OF_ORDER = 0.5
 _SYLLABLES = ("ba", "de", "ki", "lo", "mu", "na", "po", "ri", "su", "ta", "ve", "zo")
 
 
@@ -110,4 +113,5 @@ def test_two_hundred_agents_over_four_slots_of_smollm2(
     finally:
         lone.close()
     engines.append(engine(1))
-    check_parted(engines[0], parted, total)
+    check_parted(engines[0], parted, total, OUT_OF_ORDER)
+    assert len(parted) < total // 8
