@@ -14,7 +14,7 @@ from actors.residency import Residency
 from storage.codec import Tensors
 from storage.spec import KVRows
 
-_MOST_AT_RISK_S = 0.35  # of prefill; batches as small as that take up to twice as long per token
+_MOST_AT_RISK_S = 0.7  # of prefill
 
 
 class Exporter:
@@ -42,7 +42,7 @@ class Exporter:
         size = self._memory.key.spec.block_tokens
         stopped = sequence.n_rows in sequence.stops
         before = turn.ready.match.branch.exported
-        again_s = self._rates.again_s(before, sequence.n_rows)
+        again_s = self._rates.again_s(before, sequence.n_rows, self._engine.tile)
         long = again_s > _MOST_AT_RISK_S and not sequence.is_prefill
         filled = sequence.n_rows if stopped or long else sequence.n_rows // size * size
         if filled > before and self.export(turn, filled, wait=True):

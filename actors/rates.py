@@ -10,6 +10,7 @@ from math import fsum
 from storage.links import Line
 
 _SMOOTHING = 0.2
+_UNTILED = 2.0  # times as long takes a token in a step of fewer than a tile (llama.cpp, behind 4K)
 _DEPTHS = 256.0  # tokens between shallow and deep prefills, for the difference to be believed
 
 
@@ -58,12 +59,13 @@ class Rates:
     def turn(self, seconds: float) -> None:
         self.turn_s = _smooth(self.turn_s, seconds)
 
-    def again_s(self, start: int, stop: int) -> float:
+    def again_s(self, start: int, stop: int, tile: int = 0) -> float:
         """Estimate of what computing these tokens once more takes; where only decoding was measured
-        yet, one by one."""
+        yet, one by one. `tile`: see Engine.tile."""
         if self.prefill_tokens_per_s is None and self.decode_step_s is not None:
             return (stop - start) * self.decode_step_s
-        return self.filled().prefill_s(start, stop)
+        seconds = self.filled().prefill_s(start, stop)
+        return seconds * _UNTILED if stop - start < tile else seconds
 
     def filled(self, peers: Sequence[Rates] = ()) -> KnownRates:
         """Every rate as a number: its own, else the mean of the peers', else a guess."""

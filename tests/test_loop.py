@@ -681,24 +681,23 @@ def test_a_freeze_that_nobody_ends_thaws_by_a_new_claim(loop_on: MakeLoop) -> No
 def test_what_would_be_computed_again_for_long_is_stored_before_its_block_is_full(
     loop_on: MakeLoop, tokens_per_s: float
 ) -> None:
-    """A third of a second of prefill at most is lost; where a block takes no longer, it is one
-    commit."""
+    """At most 0.7 s of prefill are lost; where a block takes no longer, it is one commit."""
     loop = loop_on(FakeEngine(4, step_delay=0.001))
     size = loop.memory.key.spec.block_tokens
     loop.rates.expect(tokens_per_s, 1.0)
     stream = start(loop, [user("one")], n=5000)
     stream.take(size - len(stream.take(1) and stream.answer.prompt) - 2)  # a block, nearly
-    loop.call(lambda: None).result(WAIT)
-    loop.memory.commits.settle().result(WAIT)
+    loop.memory.commits.settle(memory_of(loop)).result(WAIT)
     known = stream.answer.prompt + stream.answer.ids
     card = memory_of(loop).card
     assert card is not None
     stored = card.branches[0].rows if card.branches else 0
     if tokens_per_s > 1000:
-        assert stored == 0
+        assert stored % size == 0  # none, or the block has been filled meanwhile
     else:
-        assert len(known) - stored <= 0.35 * tokens_per_s + 2
-        assert resumed(loop_on(node="n1"), stream, n=size).prefilled <= len(known) - stored
+        assert len(known) - stored <= 0.7 * tokens_per_s + 2
+        again = resumed(loop_on(node="n1"), stream, n=size).prefilled
+        assert again <= max(len(known) - stored, 0)  # more may have been stored meanwhile
     loop.cancel("turn")
     stream.result()
 

@@ -216,6 +216,8 @@ def test_computing_again_costs_what_was_measured() -> None:
     assert rates.again_s(4000, 4010) == pytest.approx(0.3)
     rates.prefill(1000, 2.0)
     assert rates.again_s(4000, 4010) == pytest.approx(0.02)
+    assert rates.again_s(4000, 4010, tile=64) == pytest.approx(0.04)
+    assert rates.again_s(4000, 4100, tile=64) == pytest.approx(0.2)
 
 
 def test_rates_nobody_has_measured_are_guessed_alike() -> None:
