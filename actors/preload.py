@@ -30,15 +30,14 @@ from storage.spec import KVRows, Part
 
 T = TypeVar("T")
 _LOOP_S = 30.0  # for the loop to take a block
-_FEW = 8  # tokens, as after a migration
 Loadable = Callable[[Tensors, Tensors | None], KVRows | Tensors]
 
 
 @dataclass(frozen=True)
 class Fetched:
     """Rows that are in RAM, those of them that are in the engine, and the bytes that came to this
-    node in this round, `peer_bytes` of them from the source's disk. prefill_tokens_per_s: of
-    this replica, of a few behind these rows."""
+    node in this round, `peer_bytes` of them from the source's disk. prefill_tokens_per_s: of this
+    replica."""
 
     rows: int
     loaded: int
@@ -85,9 +84,10 @@ class Preloader:
     ) -> Fetched:
         """Bring what the store, or the disk of `peer` with the card `handed`, has of the agent's
         last branch, and has not been brought before. Raises StoreUnavailable, EngineFault."""
+        speed = self._rates.filled().prefill_tokens_per_s
         memory = self._memory.stored(agent, handed, peer)
         if memory is None:
-            return Fetched(0, 0, 0, self._speed(0))
+            return Fetched(0, 0, 0, speed)
         branch, rows = memory.branches[0], self._memory.rows
         preload, begin = self._on_loop(partial(self._begin, agent, branch))
         n_bytes, at, loads = self._away_bytes(agent, branch, begin), begin, True
@@ -101,11 +101,7 @@ class Preloader:
         for other in memory.branches[1:]:
             rows.runs.bring(memory, other)
         loaded = self._on_loop(partial(self._loaded, preload))
-        return Fetched(at, loaded, n_bytes, self._speed(at), min(n_bytes, peers.n_bytes - before))
-
-    def _speed(self, at: int) -> float:
-        """Tokens/s of a prefill of a few, behind so many rows."""
-        return _FEW / max(self._rates.again_s(at, at + _FEW, self._engine.tile), 1e-9)
+        return Fetched(at, loaded, n_bytes, speed, min(n_bytes, peers.n_bytes - before))
 
     def _away_bytes(self, agent: AgentId, branch: Branch, begin: int) -> int:
         """Of the branch's stored rows from `begin` on that are not on this node."""
