@@ -42,14 +42,16 @@ class Exporter:
         size = self._memory.key.spec.block_tokens
         stopped = sequence.n_rows in sequence.stops
         before = turn.ready.match.branch.exported
-        again_s = self._rates.again_s(before, sequence.n_rows, self._engine.tile)
-        long = again_s > _MOST_AT_RISK_S and not sequence.is_prefill
+        long = not sequence.is_prefill and self._long(before, sequence.n_rows)
         filled = sequence.n_rows if stopped or long else sequence.n_rows // size * size
         if filled > before and self.export(turn, filled, wait=True):
             if stopped or (filled == sequence.n_rows and not sequence.is_prefill):
                 self.checkpoint(turn)
             if long or filled // size > before // size:
                 self._memory.commits.later(turn.ready.memory)
+
+    def _long(self, start: int, stop: int) -> bool:
+        return self._rates.again_s(start, stop, self._engine.tile) > _MOST_AT_RISK_S
 
     def export(self, turn: Turn, stop: int, *, wait: bool) -> bool:
         """Hand over the rows up to `stop`, at most a block at a time; False if the queue is full

@@ -1,4 +1,4 @@
-"""kvferry bench serve | migrate | failover | ttft | storage | residency | place; mlx is mlx_cli's.
+"""kvferry bench serve | migrate | failover | ttft | storage | residency | place | mlx.
 
 Registered by cluster.cli; the benchmarks are started by import string.
 """
@@ -8,12 +8,11 @@ from __future__ import annotations
 import importlib
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from actors.errors import ModelUnavailable
-from cluster import mlx_cli
 from cluster.config import load_config
 from cluster.console import fail
 from cluster.endpoint import Key
@@ -32,13 +31,7 @@ def serve(
     json: Annotated[Path | None, typer.Option(help="A file for the figures.")] = None,
 ) -> None:
     """Speed over HTTP, on clusters of its own; side by side with llama-server if one is given."""
-    try:
-        settings = load_config(None, os.environ, {"model": model, "threads": threads})
-        run = importlib.import_module("bench.serve").run
-        code = run(settings, peer, parts.split(","), runs, quick, json)
-    except (ConfigError, ModelUnavailable) as error:
-        fail(str(error))
-    raise typer.Exit(code)
+    _run("serve", {"model": model, "threads": threads}, peer, parts.split(","), runs, quick, json)
 
 
 def migrate(
@@ -96,13 +89,7 @@ def failover(
     chosen = list(dict.fromkeys(kills.split(",")))
     if unknown := [kill for kill in chosen if kill not in ("process", "node", "host")]:
         fail(f"--kills {unknown[0]!r}: wants process, node or host")
-    try:
-        settings = load_config(None, os.environ, {"model": model, "nodes": 2})
-        run = importlib.import_module("bench.failover").run
-        code = run(settings, chosen, tokens, runs, as_json=as_json)
-    except (ConfigError, ModelUnavailable) as error:
-        fail(str(error))
-    raise typer.Exit(code)
+    _run("failover", {"model": model, "nodes": 2}, chosen, tokens, runs, as_json=as_json)
 
 
 def ttft(
@@ -115,12 +102,7 @@ def ttft(
     """Time to first token: cold, hot, warm, after a migration, after a restart; on a cluster of its
     own."""
     chosen = lengths(contexts)
-    try:
-        settings = load_config(None, os.environ, {"model": model, "nodes": nodes})
-        code = importlib.import_module("bench.ttft").run(settings, chosen, runs, text)
-    except (ConfigError, ModelUnavailable) as error:
-        fail(str(error))
-    raise typer.Exit(code)
+    _run("ttft", {"model": model, "nodes": nodes}, chosen, runs, text)
 
 
 def storage(
@@ -131,12 +113,7 @@ def storage(
     agents: Annotated[bool, typer.Option(help="Measure a store of 10,000 agents, too.")] = True,
 ) -> None:
     """Codecs, restore, bytes per turn, many agents; in this process, without a cluster."""
-    try:
-        settings = load_config(None, os.environ, {"model": model, "codec": codec})
-        code = importlib.import_module("bench.storage").run(settings, tokens, runs, agents)
-    except (ConfigError, ModelUnavailable) as error:
-        fail(str(error))
-    raise typer.Exit(code)
+    _run("storage", {"model": model, "codec": codec}, tokens, runs, agents)
 
 
 def residency(
@@ -146,12 +123,7 @@ def residency(
 ) -> None:
     """Cells of float16 against cells of q4_1 (kv_type): memory, speed, restore, KL."""
     chosen = lengths(contexts)
-    try:
-        settings = load_config(None, os.environ, {"model": model})
-        code = importlib.import_module("bench.residency").run(settings, chosen, runs)
-    except (ConfigError, ModelUnavailable) as error:
-        fail(str(error))
-    raise typer.Exit(code)
+    _run("residency", {"model": model}, chosen, runs)
 
 
 def place(
@@ -170,9 +142,28 @@ def place(
     raise typer.Exit(code)
 
 
+def mlx(
+    model: Annotated[
+        str | None, typer.Option(help="A GGUF or MLX directory, pkg:// or hf://.")
+    ] = None,
+    runs: Annotated[int, typer.Option(min=1, max=100, help="Runs of each measurement.")] = 5,
+) -> None:
+    """The MLX engine on cells of q4: a batch against single runs, restore against prefill."""
+    _run("mlx", {"model": model}, runs)
+
+
+def _run(name: str, overrides: dict[str, Any], *arguments: Any, **options: Any) -> NoReturn:
+    """`bench.<name>.run` with the settings, and its exit code."""
+    try:
+        settings = load_config(None, os.environ, overrides)
+        code = importlib.import_module(f"bench.{name}").run(settings, *arguments, **options)
+    except (ConfigError, ModelUnavailable) as error:
+        fail(str(error))
+    raise typer.Exit(code)
+
+
 def register(app: typer.Typer) -> None:
     bench = typer.Typer(help="Measure what the README claims.", no_args_is_help=True)
     app.add_typer(bench, name="bench")
-    for command in (serve, migrate, failover, ttft, storage, residency, place):
+    for command in (serve, migrate, failover, ttft, storage, residency, place, mlx):
         bench.command()(command)
-    mlx_cli.register(bench)

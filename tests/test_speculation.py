@@ -619,6 +619,7 @@ def decode_s(
     return engine.now, engine.drafted
 
 
+@pytest.mark.slow  # not beside others: what it holds depends on how the agents arrive
 @pytest.mark.parametrize("agents", [1, 4])
 def test_it_switches_itself_off_where_verifying_costs_what_decoding_does(
     loop_on: MakeLoop, monkeypatch: pytest.MonkeyPatch, agents: int
@@ -629,6 +630,7 @@ def test_it_switches_itself_off_where_verifying_costs_what_decoding_does(
     assert seconds < 1.05 * plain
 
 
+@pytest.mark.slow  # not beside others: what it holds depends on how the agents arrive
 @pytest.mark.parametrize("agents", [1, 4])
 def test_it_switches_itself_on_where_verifying_costs_little(
     loop_on: MakeLoop, monkeypatch: pytest.MonkeyPatch, agents: int
