@@ -1092,6 +1092,7 @@ async def _until(condition: Callable[[], object]) -> None:
             await asyncio.sleep(0.001)
 
 
+@pytest.mark.slow  # not beside others: it counts writes, and what comes together leaves as one
 @pytest.mark.parametrize(
     ("writes_fail", "then"), [(False, _endless), (False, _silence), (True, _endless)]
 )
