@@ -21,6 +21,7 @@ from typing import Any
 
 import httpx
 
+from actors.engines.llama_context import repacks
 from actors.engines.options import WAITING
 from bench.client import Message
 from bench.serve_figures import Answer
@@ -206,7 +207,7 @@ class LlamaServer(Side):
             "--ctx-size", str(settings.slots * settings.n_ctx),
             "--threads", str(settings.threads), "--threads-batch", str(settings.threads),
             "--flash-attn", "on", "--cache-type-k", "f16", "--cache-type-v", "f16",
-            "--no-webui", *options,
+            "--no-webui", *([] if repacks() else ["--no-repack"]), *options,
         ]  # fmt: skip
         env = {k: v for k, v in os.environ.items() if k not in WAITING}  # replicas'
         super().__init__(command, env, folder / "log", port)

@@ -42,10 +42,18 @@ def check_options(options: EngineOptions) -> None:
 
 def open_model(path: Path) -> Any:
     """Raises ModelUnavailable for a file llama.cpp cannot load."""
-    model = llama.llama_model_load_from_file(os.fsencode(path), llama.llama_model_default_params())
+    params = llama.llama_model_default_params()
+    params.use_extra_bufts = repacks()
+    model = llama.llama_model_load_from_file(os.fsencode(path), params)
     if not model:
         raise ModelUnavailable(f"{path}: llama.cpp cannot load this file")
     return model
+
+
+def repacks() -> bool:
+    """Whether weights are laid out anew for the processor. Not for AMX: compiled by gcc 12, its
+    kernels begin with an invalid tile configuration, and the process dies (llama.cpp #26954)."""
+    return b"AMX_INT8 = 1" not in llama.llama_print_system_info()
 
 
 def open_context(
