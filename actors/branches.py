@@ -5,6 +5,7 @@ Written by actors.memory and actors.rows; no logic but the conversion from and t
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ from actors.turn import CacheState
 from storage.card import AgentId, BlockRef, BranchCard, CacheCard, OpenTurn, PartRef, Reply
 from storage.codec import Tensors
 from storage.peers import BlockSource
+from storage.reader import LoadedCard
 
 Place = Literal["local", "shared"]
 Parts = Mapping[str, PartRef]
@@ -97,7 +99,9 @@ class Branch:
 @dataclass(eq=False)
 class AgentMemory:
     """`card` is the last claim or commit; None for a one-off agent, which has no claim. `shared` is
-    the last one that the shared store has. `peer`: the disk of the node that had it before."""
+    the last one that the shared store has, `read` the one from which it was made without a claim.
+    `peer`: the disk of the node that had it before. `seen`: when a migration's claim was seen to
+    stand, for the turn that follows it."""
 
     agent: AgentId
     card: CacheCard | None
@@ -109,7 +113,20 @@ class AgentMemory:
     commits_queued: int = 0
     unsaved: bool = False  # the last commit failed
     shared: CacheCard | None = None
+    read: LoadedCard | None = None
     peer: BlockSource | None = None
+    seen: float = -math.inf
+
+
+@dataclass(frozen=True)
+class Before:
+    """What the target of a migration knows before its claim. handed: the frozen owner's card, whose
+    blocks are on the disk of `peer` and, as far as they were fetched, on ours; had the owner gone
+    on since, its claim would win. read: see CacheStore.claim."""
+
+    handed: CacheCard | None = None
+    peer: BlockSource | None = None
+    read: LoadedCard | None = None
 
 
 @dataclass(frozen=True)

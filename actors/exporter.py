@@ -6,15 +6,44 @@ A turn's answer never waits for this. While the persister's queue is full, rows 
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 from actors.book import Turn
 from actors.engines.base import Engine
 from actors.memory import Memory
 from actors.rates import Rates
 from actors.residency import Residency
-from storage.codec import Tensors
+from storage.codec import Tensors, count_rows, encode_rows, slice_rows
 from storage.spec import KVRows
 
 _MOST_AT_RISK_S = 0.7  # of prefill
+
+
+@dataclass(frozen=True)
+class Held:
+    """What the target of a migration has of an agent: the first `rows` of a branch."""
+
+    branch_id: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Tail:
+    """The last rows of a turn under way, encoded: those of tokens `start` and after, of a branch
+    whose rows all belong to `tokens`. `sliding`: of these, those that windows need."""
+
+    branch_id: int
+    tokens: list[int]
+    start: int
+    full: Tensors
+    sliding: Tensors = field(default_factory=dict)
+
+    def after(self, n: int) -> tuple[Tensors, Tensors | None]:
+        """(rows `n` and after, of all layers but the sliding ones; of these)."""
+        stop = len(self.tokens)
+        full = slice_rows(self.full, n - self.start, stop - self.start)
+        held = count_rows(self.sliding)
+        return full, slice_rows(self.sliding, max(0, held - (stop - n)), held) or None
 
 
 class Exporter:
@@ -72,6 +101,25 @@ class Exporter:
         if self._engine.exports_encoded == self._memory.codec.name:
             return self._engine.export_encoded(seq_id, start, stop)
         return self._engine.export(seq_id, start, stop)
+
+    def tail(self, turn: Turn, held: Held, most: int) -> Tail | None:
+        """The rows after those that are held; None where these are of another branch, and where
+        they are none, more than `most`, or not in cells."""
+        branch, sequence = turn.ready.match.branch, turn.sequence
+        assert sequence is not None
+        seq_id, start, stop = sequence.seq_id, held.rows, sequence.n_rows
+        if turn.preempted or branch.id != held.branch_id or self._engine.n_rows(seq_id) < stop:
+            return None
+        if not 0 < stop - start <= most:
+            return None
+        spec, codec = self._memory.key.spec, self._memory.codec
+        rows, sliding = self._rows(seq_id, start, stop), {}
+        if not isinstance(rows, dict):
+            rows = encode_rows(spec, codec, rows)
+        if self._windows.size:
+            window = self._engine.export_window(seq_id, start, stop)
+            sliding = encode_rows(spec, codec, window, "sliding")
+        return Tail(branch.id, branch.tokens[:stop], start, rows, sliding)
 
     def checkpoint(self, turn: Turn) -> None:
         """Keep the window before the turn's present end, so that the branch can go on from there.

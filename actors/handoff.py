@@ -3,9 +3,9 @@
 Runs on the loop's thread, between two steps. A frozen agent takes no step until this replica has
 itself claimed the next epoch; if the target was faster, it is released. While the store gives no
 answer its turns leave, to go on without a memory. What was copied while the agent ran is not copied
-again: a freeze waits for the store only where too much is missing there. A target that reads this
-node's disk needs nothing of the store: then all of this is about the card and the blocks here
-(`near`).
+again: the rows since then go with the freeze's answer, which waits for the store only where they
+are too many. A target that reads this node's disk needs nothing of the store: then all of this is
+about the card and the blocks here (`near`).
 """
 
 from __future__ import annotations
@@ -22,14 +22,17 @@ from actors.book import Book, Turn
 from actors.branches import AgentMemory
 from actors.coverage import missing
 from actors.errors import AgentMoved
-from actors.exporter import Exporter
+from actors.exporter import Exporter, Held, Tail
 from actors.memory import Memory
 from actors.residency import Residency
 from storage.card import AgentId, CacheCard
+from storage.codec import row_bytes
 from storage.errors import Fenced, StorageError
 
 logger = logging.getLogger(__name__)
 FEW_ROWS = 8  # computed again sooner than stored and read
+_MOST_ROWS = 256  # that go from engine to engine rather than through the store
+_FEW_BYTES = 1 << 17  # 10 ms at 100 Mbit/s
 _UNANSWERED_S = 3.0  # a claim back; then the agent's turns go on elsewhere
 
 
@@ -37,11 +40,22 @@ _UNANSWERED_S = 3.0  # a claim back; then the agent's turns go on elsewhere
 class Copied:
     """A round of pre-copy: rows of turns under way that the shared store, or this node's disk,
     lacked before it, and after it. None: something of turns that are over, which a migration must
-    not lose. `card`: the one on this node's disk."""
+    not lose. `card`: the one on this node's disk. `few`: rows that go with the freeze sooner than
+    with another round."""
 
     lacked: int | None
     lacks: int | None
     card: CacheCard | None = None
+    few: int = FEW_ROWS
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What the target needs besides: the `card` on this node's disk, if it reads that, and the rows
+    of the turn under way that it does not have."""
+
+    card: CacheCard | None = None
+    tail: Tail | None = None
 
 
 class Handoff:
@@ -63,6 +77,12 @@ class Handoff:
         self._deadlines: dict[AgentId, float] = {}
         self._reclaims: dict[AgentId, float] = {}  # until when their claims back are waited for
 
+    @property
+    def few(self) -> int:
+        """See Copied."""
+        a_row = row_bytes(self._memory.key.spec, self._memory.codec)
+        return min(max(FEW_ROWS, _FEW_BYTES // a_row), _MOST_ROWS)
+
     def precopy(self, agent: AgentId, *, near: bool = False) -> tuple[int | None, Future[None]]:
         """While the agent runs on: hand over what the shared store lacks of it. (What that was, as
         `missing` says; done when it has been tried). Raises AgentMoved."""
@@ -75,20 +95,33 @@ class Handoff:
         memory = self._memory.get(agent)
         return self._missing(memory, near) if memory is not None else None
 
-    def freeze(self, agent: AgentId, most: int = FEW_ROWS, *, near: bool = False) -> Future[None]:
-        """Stop the agent at this token boundary. The future is done at once where the shared store
-        lacks at most so many rows, of turns under way, else when they have been handed over.
+    def freeze(
+        self, agent: AgentId, held: Held | None = None, *, near: bool = False
+    ) -> tuple[Tail | None, Future[None]]:
+        """Stop the agent at this token boundary. (Rows of its turn that the target, who has `held`,
+        lacks; done at once where these are all, or all but few, that the shared store lacks, else
+        when that has been given the others). See `lacks_little`.
 
         Raises AgentMoved when the agent is not owned here.
         """
         memory = self._owned(agent)
         memory.state = "frozen"
         self._deadlines[agent] = time.monotonic() + self._timeout_s
-        turn = self._book.active.get(agent)
+        turn, tail = self._book.active.get(agent), None
         if turn is not None and turn.sequence is not None:
             turn.sequence.paused = True
-        lacks = self._missing(memory, near)
-        return _done() if lacks is not None and lacks <= most else self._hand_over(memory, near)
+        running = self._running(memory)
+        if running is not None and held is not None:
+            tail = self._exporter.tail(running, held, _MOST_ROWS)
+        if self.lacks_little(agent, tail, near=near):
+            return tail, _done()
+        return tail, self._hand_over(memory, near)
+
+    def lacks_little(self, agent: AgentId, tail: Tail | None, *, near: bool = False) -> bool:
+        """Whether the shared store lacks nothing of an agent but what `tail` has, or the target
+        computes."""
+        lacks = self.missing(agent, near=near)
+        return lacks is not None and lacks <= (FEW_ROWS if tail is None else _MOST_ROWS)
 
     def _owned(self, agent: AgentId) -> AgentMemory:
         memory = self._memory.get(agent)

@@ -116,8 +116,8 @@ class ReplicaLoop:
             self._ends.move, self.call, config.freeze_timeout_s,
         )  # fmt: skip
         self.preloader = Preloader(
-            engine, memory, self.residency, self._book, self.rates, self._restorer.loadable,
-            self.call, config.preload_timeout_s,
+            engine, memory, self.residency, self._book, self._restorer.loadable, self.call,
+            config.preload_timeout_s,
         )  # fmt: skip
         self._thread.start()
 

@@ -7,6 +7,7 @@ and no Ray.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import OrderedDict
@@ -15,6 +16,7 @@ from dataclasses import dataclass, replace
 from actors import journal
 from actors.branches import (
     AgentMemory,
+    Before,
     Branch,
     branch_of,
     card_of,
@@ -41,7 +43,9 @@ from storage.store import CacheStore
 from storage.tiers import Tiers
 
 _PROBE_S = 2.0  # for a store to be seen again
+_SEEN_S = 1.0  # that a migration's claim stands, by its own look, until the turn comes
 _LOOK_S = 5.0  # for a look at an agent's claim: before its turn, and before what takes longer
+_UNKNOWN = Before()
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,9 @@ class Memory:
             return None
         if memory.state == "frozen" and not self.outage.lasts:
             raise AgentMoved(f"agent {agent} is being migrated")
+        seen, memory.seen = memory.seen, -math.inf
+        if time.monotonic() - seen < _SEEN_S:
+            return memory
         self._reach()
         if self.store.epoch(agent, self.key, _LOOK_S) != memory.card.epoch:
             self.forget(memory)  # claimed elsewhere while we looked away
@@ -124,14 +131,11 @@ class Memory:
         if self.outage.lasts:
             raise StoreUnavailable(self.store.url, "it has not answered since an earlier call")
 
-    def _claimed(
-        self, agent: AgentId, handed: CacheCard | None = None, peer: BlockSource | None = None
-    ) -> AgentMemory:
-        """`handed`: the frozen owner's card, whose blocks are on the disk of `peer` and, as far as
-        they were fetched, on ours. Had the owner gone on since, its claim would win."""
+    def _claimed(self, agent: AgentId, was: Before = _UNKNOWN) -> AgentMemory:
         self._reach()
+        handed = was.handed
         after = handed.epoch if handed is not None else None
-        claim = self.store.claim(self.template(agent), after=after, look_s=_LOOK_S)
+        claim = self.store.claim(self.template(agent), after=after, look_s=_LOOK_S, known=was.read)
         before = claim.previous
         here = before is None or before.owner.node == self.owner.node
         card = claim.card
@@ -148,7 +152,7 @@ class Memory:
             card = replace(card, generation=ahead.generation, branches=ahead.branches)
         self.rows.know(branches)
         origin: CacheState = "warm" if here else "remote"
-        memory = AgentMemory(agent, card, origin, branches, shared=claim.card, peer=peer)
+        memory = AgentMemory(agent, card, origin, branches, shared=claim.card, peer=was.peer)
         with self._lock:
             self._agents[agent] = memory
             self._drop_idle_records()
@@ -196,13 +200,11 @@ class Memory:
         elif self.store.epoch(card.agent, self.key) > card.epoch:
             local.forget(card.agent, card.epoch)
 
-    def adopt(
-        self, agent: AgentId, handed: CacheCard | None = None, peer: BlockSource | None = None
-    ) -> int:
-        """Claim the agent for a migration; returns the epoch. `handed`: the card that the frozen
-        owner on `peer` has on its disk. Raises Fenced, StoreUnavailable."""
+    def adopt(self, agent: AgentId, before: Before = _UNKNOWN) -> int:
+        """Claim the agent for a migration; returns the epoch. Raises Fenced, StoreUnavailable."""
         with self._claiming[hash(agent) % len(self._claiming)]:
-            memory = self._known(agent) or self._claimed(agent, handed, peer)
+            memory = self._known(agent) or self._claimed(agent, before)
+        memory.seen = time.monotonic()
         assert memory.card is not None
         return memory.card.epoch
 
@@ -287,7 +289,8 @@ class Memory:
         branches = [branch_of(b, "local" if near else "shared") for b in cards]
         if shared is not None:
             note_shared(branches, shared)
-        return AgentMemory(agent, card, "remote", branches if near else branches[:1], peer=peer)
+        shown = branches if near else branches[:1]
+        return AgentMemory(agent, card, "remote", shown, read=loaded, peer=peer)
 
     def delete(self, agent: AgentId) -> None:
         """Forget the agent here and bury it in the store. Raises Fenced, StoreUnavailable."""

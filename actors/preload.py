@@ -20,12 +20,13 @@ from actors.branches import Branch, positions
 from actors.engines.base import Engine
 from actors.engines.base import count_rows as count_loadable
 from actors.errors import EngineFault
+from actors.exporter import Held, Tail
 from actors.memory import Memory
-from actors.rates import Rates
 from actors.residency import Residency
 from storage.card import AgentId, CacheCard
 from storage.codec import Tensors, count_rows
 from storage.peers import BlockSource
+from storage.reader import LoadedCard
 from storage.spec import KVRows, Part
 
 T = TypeVar("T")
@@ -35,14 +36,12 @@ Loadable = Callable[[Tensors, Tensors | None], KVRows | Tensors]
 
 @dataclass(frozen=True)
 class Fetched:
-    """Rows that are in RAM, those of them that are in the engine, and the bytes that came to this
-    node in this round, `peer_bytes` of them from the source's disk. prefill_tokens_per_s: of this
-    replica."""
+    """What is in RAM of the agent's last branch, how many rows of it are in the engine, and the
+    bytes that came to this node in this round, `peer_bytes` of them from the source's disk."""
 
-    rows: int
+    held: Held
     loaded: int
     n_bytes: int
-    prefill_tokens_per_s: float
     peer_bytes: int = 0
 
 
@@ -50,6 +49,7 @@ class Fetched:
 class _Preload:
     branch: Branch  # the sequence's, until the agent is claimed; its tokens are the rows' ids
     deadline: float
+    read: LoadedCard | None = None  # of the shared store
     fails: bool = False  # evicted, refused by the engine, or no room: rows stay in RAM only
 
 
@@ -63,13 +63,12 @@ class Preloader:
         memory: Memory,
         residency: Residency,
         book: Book,
-        rates: Rates,
         loadable: Loadable,
         call: Callable[[Callable[[], Any]], Future[Any]],
         timeout_s: float,
     ) -> None:
         self._engine, self._memory, self._residency = engine, memory, residency
-        self._book, self._rates, self._loadable = book, rates, loadable
+        self._book, self._loadable = book, loadable
         self._call, self._timeout_s = call, timeout_s
         self._preloads: dict[AgentId, _Preload] = {}
 
@@ -84,12 +83,12 @@ class Preloader:
     ) -> Fetched:
         """Bring what the store, or the disk of `peer` with the card `handed`, has of the agent's
         last branch, and has not been brought before. Raises StoreUnavailable, EngineFault."""
-        speed = self._rates.filled().prefill_tokens_per_s
         memory = self._memory.stored(agent, handed, peer)
         if memory is None:
-            return Fetched(0, 0, 0, speed)
+            return Fetched(Held(0, 0), 0, 0)
         branch, rows = memory.branches[0], self._memory.rows
         preload, begin = self._on_loop(partial(self._begin, agent, branch))
+        preload.read = memory.read
         n_bytes, at, loads = self._away_bytes(agent, branch, begin), begin, True
         peers = self._memory.tiers.peers
         before = peers.n_bytes
@@ -101,7 +100,22 @@ class Preloader:
         for other in memory.branches[1:]:
             rows.runs.bring(memory, other)
         loaded = self._on_loop(partial(self._loaded, preload))
-        return Fetched(at, loaded, n_bytes, speed, min(n_bytes, peers.n_bytes - before))
+        held = Held(branch.id, at)
+        return Fetched(held, loaded, n_bytes, min(n_bytes, peers.n_bytes - before))
+
+    def read(self, agent: AgentId) -> LoadedCard | None:
+        """The card of the shared store from which the agent was prefetched."""
+        preload = self._preloads.get(agent)
+        return preload.read if preload is not None else None
+
+    def extend(self, agent: AgentId, tail: Tail | None) -> None:
+        """Append the rows that came with the freeze, while the claim is under way. Raises
+        EngineFault."""
+        found = self._on_loop(partial(self._begin_tail, agent, tail)) if tail is not None else None
+        if found is not None and tail is not None:
+            preload, n = found
+            loadable = self._loadable(*tail.after(n))
+            self._on_loop(partial(self._load, agent, preload, n, loadable))
 
     def _away_bytes(self, agent: AgentId, branch: Branch, begin: int) -> int:
         """Of the branch's stored rows from `begin` on that are not on this node."""
@@ -142,6 +156,17 @@ class Preloader:
         self._preloads[agent] = preload
         return preload, 0
 
+    def _begin_tail(self, agent: AgentId, tail: Tail) -> tuple[_Preload, int] | None:
+        """(the agent's preload, rows that it has), if the tail goes on from there."""
+        preload = self._preloads.get(agent)
+        if preload is None or preload.branch.id != tail.branch_id:
+            return None
+        n, tokens = self._loaded(preload), preload.branch.tokens
+        if not tail.start <= n < len(tail.tokens) or tokens[:n] != tail.tokens[:n]:
+            return None
+        preload.branch.tokens = list(tail.tokens)
+        return preload, n
+
     def _loaded(self, preload: _Preload) -> int:
         seq_id = self._residency.find(preload.branch)
         return self._engine.n_rows(seq_id) if seq_id is not None else 0
@@ -179,10 +204,12 @@ class Preloader:
             return self._residency.acquire(preload.branch, n)
         return seq_id if self._residency.resume(seq_id, start + n) else None
 
-    def claimed(self, agent: AgentId) -> int:
-        """The agent is owned here: the preloaded rows become its branch's, if that begins with
-        them. Returns how many they are."""
+    def claimed(self, agent: AgentId, tail: Tail | None = None) -> int:
+        """The agent is owned here: the rows of the tail become its branch's, if they go on from it,
+        and the preloaded ones, if that begins with them. Returns how many these are."""
         preload = self._preloads.pop(agent, None)
+        if tail is not None:
+            self._own(agent, tail)
         seq_id = self._residency.find(preload.branch) if preload is not None else None
         if preload is None or seq_id is None:
             return 0
@@ -191,7 +218,7 @@ class Preloader:
             branch is None
             or agent in self._book.active  # it brings its rows itself
             or self._residency.find(branch) is not None
-            or n > branch.rows
+            or n > branch.exported
             or branch.tokens[:n] != preload.branch.tokens[:n]
             or not self._engine.can_truncate(seq_id, n)
         ):
@@ -199,6 +226,18 @@ class Preloader:
             return 0
         self._residency.give(seq_id, branch)
         return n
+
+    def _own(self, agent: AgentId, tail: Tail) -> None:
+        """Store what the claimed card does not name, as if it had been computed here."""
+        memory, branch = self._memory.get(agent), self._branch(agent, tail.branch_id)
+        if memory is None or branch is None or agent in self._book.active:
+            return
+        n, stop = branch.exported, len(tail.tokens)
+        if not tail.start <= n < stop or branch.tokens[:n] != tail.tokens[:n]:
+            return
+        if branch.tokens[:stop] != tail.tokens:
+            branch.tokens = list(tail.tokens)
+        self._memory.rows.append(memory, branch, n, stop, tail.after(n)[0])
 
     def _branch(self, agent: AgentId, branch_id: int) -> Branch | None:
         memory = self._memory.get(agent)

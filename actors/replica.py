@@ -16,11 +16,13 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from actors.branches import Before
 from actors.checks import check_packages
 from actors.config import ReplicaConfig
 from actors.engine_settings import speculation_of
 from actors.errors import ActorError, EngineFault, ModelUnavailable
-from actors.handoff import FEW_ROWS, Copied
+from actors.exporter import Held
+from actors.handoff import Copied, Frozen
 from actors.loop import LoopConfig, ReplicaLoop
 from actors.memory import Memory, MemoryConfig
 from actors.models import open_draft, open_local, open_profiled, open_store
@@ -182,18 +184,25 @@ class ModelReplica:
     # ---- ownership
 
     async def adopt(
-        self, agent: AgentId, handed: CacheCard | None = None, peer: BlockSource | None = None
+        self,
+        agent: AgentId,
+        frozen: Frozen = Frozen(),  # noqa: B008
+        peer: BlockSource | None = None,
     ) -> int:
-        """Claim the agent; returns the epoch. What was prefetched is its, or dropped. With the card
-        on the disk of the node that had it (`handed`, `peer`), what the shared store lacks is ours
-        to bring there. Raises Fenced, StoreUnavailable."""
-        preloader = self._loop.preloader
+        """Claim the agent; returns the epoch. What was prefetched is its, or dropped, and so are
+        the rows that the owner gave with the freeze. With the card on the disk of the node that had
+        it (`peer`), what the shared store lacks is ours to bring there. Raises Fenced,
+        StoreUnavailable."""
+        preloader, tail = self._loop.preloader, frozen.tail
+        before = Before(frozen.card, peer, preloader.read(agent))
+        claiming = self._in_thread(lambda: self._memory.adopt(agent, before))
+        loading = self._in_thread(lambda: preloader.extend(agent, tail))
         try:
-            epoch = await self._in_thread(lambda: self._memory.adopt(agent, handed, peer))
+            epoch, _ = await asyncio.gather(claiming, loading)
         except StorageError:
             await self._on_loop(lambda: preloader.drop(agent))
             raise
-        await self._on_loop(lambda: preloader.claimed(agent))
+        await self._on_loop(lambda: preloader.claimed(agent, tail))
         return epoch
 
     async def precopy(self, agent: AgentId, near: bool = False) -> Copied:
@@ -203,25 +212,23 @@ class ModelReplica:
         lacked, tried = await self._on_loop(lambda: handoff.precopy(agent, near=near))
         await _done(tried)
         lacks = await self._on_loop(lambda: handoff.missing(agent, near=near))
-        return Copied(lacked, lacks, self._card(agent) if near else None)
+        return Copied(lacked, lacks, self._card(agent) if near else None, handoff.few)
 
-    async def freeze(
-        self, agent: AgentId, most: int = FEW_ROWS, near: bool = False
-    ) -> CacheCard | None:
-        """Stop the agent at a token boundary; commit its card where the shared store, or this
-        node's disk (`near`), lacks more than `most` rows of a turn under way. Returns the card that
-        is there in the second case. Raises AgentMoved, and StoreUnavailable when not all the others
-        are stored: it is frozen all the same."""
+    async def freeze(self, agent: AgentId, held: Held | None = None, near: bool = False) -> Frozen:
+        """Stop the agent at a token boundary. Its card is committed first where the shared store,
+        or this node's disk (`near`), lacks more than goes to the target with the answer or is
+        quickly computed there. Raises AgentMoved, and StoreUnavailable when that cannot be stored:
+        it is frozen all the same."""
         handoff = self._loop.handoff
-        tried = await self._on_loop(lambda: handoff.freeze(agent, most, near=near))
+        tail, tried = await self._on_loop(lambda: handoff.freeze(agent, held, near=near))
         await _done(tried)
+        card = self._card(agent) if near else None
         if not near and self._memory.is_stored(agent):
-            return None
-        lacks = await self._on_loop(lambda: handoff.missing(agent, near=near))
-        if lacks is None or lacks > most:
+            return Frozen(None, tail)
+        if not await self._on_loop(lambda: handoff.lacks_little(agent, tail, near=near)):
             place = "this node's disk" if near else self._config.store
             raise StoreUnavailable(place, f"it lacks rows of agent {agent}")
-        return self._card(agent) if near else None
+        return Frozen(card, tail)
 
     def _card(self, agent: AgentId) -> CacheCard | None:
         """The last one on this node's disk."""

@@ -130,7 +130,7 @@ class Turns:
                 log.moves += 1
                 if log.moves > _MAX_MOVES:
                     raise NoReplica("the agent keeps moving") from moved
-                await asyncio.sleep(0.02 * min(log.moves, 10))
+                await asyncio.sleep(0.02 * min(log.moves - 1, 10))
             except (ReplicaLost, EngineFault, StorageError) as error:
                 log.failovers += 1
                 self._metrics.failovers.inc()

@@ -1,11 +1,11 @@
 """Moving an agent while it speaks: pre-copy, freeze, claim, release.
 
 Pre-copy: in rounds, the source stores what the shared store lacks, and the target loads what is
-stored into RAM and engine, until few rows are left. Freeze: the source stops at a token boundary;
-those few rows are computed again, as part of the target's first step, because that is faster than
-to ship them. Only where too many are left does the freeze wait for the store. Claim: the target
-verifies that what it has loaded is what the claimed card says. Release: the source's turns end, the
-stream goes on at the target. So the freeze does not depend on the length of the context.
+stored into RAM and engine, until few rows are left. Freeze: the source stops at a token boundary,
+and those few rows go with its answer to the target, which brings them to the store, as it would its
+own. Only where too many are left does the freeze wait for the store. Claim: the target verifies
+that what it has loaded is what the claimed card says. Release: the source's turns end, the stream
+goes on at the target. So the freeze does not depend on the length of the context.
 
 Where the target can read the source's disk, nothing waits for the store: the source writes there,
 the target fetches from there what the store lacks, and what it lacks is then the target's to bring.
@@ -25,7 +25,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.errors import ActorError
-from actors.handoff import FEW_ROWS, Copied
+from actors.exporter import Held
+from actors.handoff import Copied, Frozen
 from actors.preload import Fetched
 from cluster.errors import MigrationFailed
 from cluster.remote import ReplicaLost, call
@@ -35,8 +36,7 @@ from storage.peers import BlockSource
 
 logger = logging.getLogger(__name__)
 _MAX_ROUNDS = 5
-_MOST_ROWS = 256  # computed again rather than stored in the freeze
-_BRIEF_S = 0.03  # of the target's prefill: not worth another round
+_SHORT_S = 0.001  # no time
 
 
 @dataclass(frozen=True)
@@ -60,21 +60,24 @@ class Migration:
 
 @dataclass
 class _Shipped:
-    """What the rounds of pre-copy did. most: rows that the freeze need not store. disk: the
-    source's, None where everything goes through the store. card: what the target fetched last."""
+    """What the rounds of pre-copy did. held: what the target has. disk: the source's, None where
+    everything goes through the store. card: what the target fetched last."""
 
     disk: BlockSource | None
     rounds: int = 0
-    rows: int = 0
+    held: Held | None = None
     loaded: int = 0
     n_bytes: int = 0
     peer_bytes: int = 0
-    most: int = FEW_ROWS
     card: CacheCard | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.held.rows if self.held is not None else 0
 
     def fetched(self, fetched: Fetched) -> None:
         self.rounds += 1
-        self.rows, self.loaded = fetched.rows, fetched.loaded
+        self.held, self.loaded = fetched.held, fetched.loaded
         self.n_bytes += fetched.n_bytes
         self.peer_bytes += fetched.peer_bytes
 
@@ -99,23 +102,24 @@ async def migrate(
     shipped = _Shipped(disk if source is not None else None)
     if prefetch_s:
         await _precopy(agent, source, target, timeout, prefetch_s, shipped)
-    froze, frozen, handed = time.monotonic(), False, None
+    froze, frozen = time.monotonic(), None
     try:
         if source is not None:
-            frozen, handed = await _freeze(agent, source, shipped, timeout)
+            frozen = await _freeze(agent, source, shipped, timeout)
+        handed = frozen.card if frozen is not None else None
         if handed is not None and prefetch_s and _rows(handed) > _rows(shipped.card):
-            # Too many to be computed again: they are fetched before the claim, or never.
+            # Too many to go with the freeze: they are fetched before the claim, or never.
             await _quietly(_fetch(agent, target, timeout, shipped, handed))
-        epoch = await call(_adopt(agent, target[1], handed, shipped.disk), timeout)
+        epoch = await call(_adopt(agent, target[1], frozen, shipped.disk), timeout)
     except (ReplicaLost, ActorError, StorageError) as error:
-        if frozen and source is not None:
+        if frozen is not None and source is not None:
             await _quietly(call(source[1].thaw.remote(agent), timeout))
         raise MigrationFailed(f"{target[0]} could not take agent {agent}: {error}") from error
     except asyncio.CancelledError:
         if source is not None:
             source[1].thaw.remote(agent)  # nothing to one that is not frozen
         raise
-    if frozen and source is not None:
+    if frozen is not None and source is not None:
         # A lost release heals itself: the source's claim fails at its deadline, and it releases.
         with contextlib.suppress(asyncio.CancelledError):  # it has moved
             await _quietly(call(source[1].release.remote(agent), timeout))
@@ -126,10 +130,10 @@ async def migrate(
     )  # fmt: skip
 
 
-def _adopt(agent: AgentId, target: Any, handed: CacheCard | None, disk: BlockSource | None) -> Any:
-    if handed is None:
+def _adopt(agent: AgentId, target: Any, frozen: Frozen | None, disk: BlockSource | None) -> Any:
+    if frozen is None:
         return target.adopt.remote(agent)
-    return target.adopt.remote(agent, handed, disk)
+    return target.adopt.remote(agent, frozen, disk if frozen.card is not None else None)
 
 
 def _rows(card: CacheCard | None) -> int:
@@ -152,13 +156,13 @@ async def _fetch(
 
 async def _freeze(
     agent: AgentId, source: tuple[str, Any], shipped: _Shipped, timeout: float
-) -> tuple[bool, CacheCard | None]:
-    """(whether the source has the agent, frozen; the card on its disk, if that is read)."""
+) -> Frozen | None:
+    """None: the source does not have the agent."""
     name, replica = source
-    near = (True,) if shipped.disk is not None else ()
     try:
-        card = await call(replica.freeze.remote(agent, shipped.most, *near), timeout)
-        return True, card if near else None
+        freezing = replica.freeze.remote(agent, shipped.held, shipped.disk is not None)
+        frozen: Frozen = await call(freezing, timeout)
+        return frozen
     except StorageError as error:  # the target would miss what the store lacks
         await _quietly(call(replica.thaw.remote(agent), timeout))
         raise MigrationFailed(f"{name} could not hand over {agent}: {error}") from error
@@ -169,7 +173,7 @@ async def _freeze(
         if not error.dead:  # it may still be running the agent, or freeze it when it wakes
             replica.thaw.remote(agent)
             raise MigrationFailed(f"{name} does not answer: {error}") from error
-    return False, None
+    return None
 
 
 async def _precopy(
@@ -180,8 +184,9 @@ async def _precopy(
     prefetch_s: float,
     shipped: _Shipped,
 ) -> None:
-    """Rounds until one has shipped few rows, or no fewer than the one before. What fails is read,
-    or computed, after the claim. Raises MigrationFailed when the source is silent."""
+    """Rounds while another would ship more than a few rows, and fewer than the one before. What
+    fails is read, or computed, after the claim. Raises MigrationFailed when the source is
+    silent."""
     deadline, before = time.monotonic() + prefetch_s, None
     while shipped.rounds < _MAX_ROUNDS and time.monotonic() < deadline:
         began = time.monotonic()
@@ -192,12 +197,13 @@ async def _precopy(
         fetched = await _quietly(_fetch(agent, target, left, shipped, card))
         if fetched is None or copied is None:
             return
-        # So many rows the target computes in the time that the source takes to store some.
-        few = int(store_s * fetched.prefill_tokens_per_s)
-        enough = max(FEW_ROWS, min(_MOST_ROWS, int(_BRIEF_S * fetched.prefill_tokens_per_s)))
-        shipped.most = max(enough, min(_MOST_ROWS, few))
+        if copied.lacks is not None:
+            # `lacks` were computed while the source stored, more while the target fetched.
+            longer = (time.monotonic() - began) / max(store_s, _SHORT_S)
+            if copied.lacks * max(longer, 1.0) <= copied.few:
+                return
         lacked = copied.lacked
-        if lacked is not None and (lacked <= enough or (before is not None and lacked >= before)):
+        if lacked is not None and before is not None and lacked >= before:
             return
         before = lacked
 

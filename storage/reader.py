@@ -56,14 +56,24 @@ class CardReader:
         return self._newest(self.agent_folder(agent, key), key, look_s)
 
     def _newest(
-        self, folder: str, key: CompatibilityKey | None, look_s: float | None = None
+        self,
+        folder: str,
+        key: CompatibilityKey | None,
+        look_s: float | None = None,
+        names: list[tuple[int, int]] | None = None,
+        known: LoadedCard | None = None,
     ) -> LoadedCard | None:
+        """`names`: of a list that was just made. `known`: a card that was read before, not to be
+        read again, for cards do not change."""
         unusable: set[tuple[int, int]] = set()
-        while names := self._card_names(folder, look_s):
+        names = self._card_names(folder, look_s) if names is None else names
+        while names:
             epoch = names[-1][0]
             left = [name for name in names if name[0] == epoch and name not in unusable]
             if not left:
                 break
+            if known is not None and left[-1] == (known.ref.epoch, known.ref.generation):
+                return known
             try:
                 return self._read_card(f"{folder}/{card_name(*left[-1])}", key)
             except FileNotFoundError:  # its owner has gone on and removed it: list again
@@ -71,6 +81,7 @@ class CardReader:
             except (CorruptData, Incompatible) as error:
                 self.on_fault(error)
             unusable.add(left[-1])
+            names = self._card_names(folder, look_s)
         return None
 
     def epoch(self, agent: AgentId, key: CompatibilityKey, timeout_s: float | None = None) -> int:

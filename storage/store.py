@@ -107,6 +107,7 @@ class CacheStore(CardReader):
         rows: bool = True,
         expect: CardRef | None = None,
         look_s: float | None = None,
+        known: LoadedCard | None = None,
     ) -> Claim:
         """Take the agent over: create `<epoch + 1>-0` with what its latest card holds.
 
@@ -115,16 +116,19 @@ class CacheStore(CardReader):
         `inherit`: False begins with the template's own branches, salt and parent; `named` are
         block files of them that the card they come from names. `rows`: False
         keeps the tokens and lets go of the blocks. `expect`: only if this is still the latest
-        card. `look_s`: a deadline sooner than the store's own for the first look. Raises Fenced
-        when another claim wins, or `expect` fails; StoreUnavailable when the store gives no answer
-        (then nothing is owned).
+        card. `look_s`: a deadline sooner than the store's own for the first look. `known`: a card
+        of the agent that the caller has read; while it is the latest, it is not read again. Raises
+        Fenced when another claim wins, or `expect` fails; StoreUnavailable when the store gives no
+        answer (then nothing is owned).
         """
         agent, key = template.agent, template.key
-        newest = self.epoch(agent, key, look_s)
+        folder = self.agent_folder(agent, key)
+        names = self._card_names(folder, look_s)
+        newest = names[-1][0] if names else 0
         epoch = (newest if after is None else after) + 1
         if newest >= epoch:
             raise Fenced(str(agent), newest)
-        found = self.latest(agent, key)
+        found = self._newest(folder, key, names=names, known=known)
         if expect is not None and (found is None or found.ref != expect):
             raise Fenced(str(agent), newest)
         started = self._clock()
@@ -133,7 +137,6 @@ class CacheStore(CardReader):
             card = self._secured(card, named)
         elif found and not tombstone and not found.card.tombstone:
             card = self._inherit(card, found.card, rows)
-        folder = self.agent_folder(agent, key)
         self._create_or_read_back(f"{folder}/{card.name}", self._encode(card), card)
         newest = self.epoch(agent, key)
         if newest > epoch:  # claimed and cleaned up by others between our look and our create

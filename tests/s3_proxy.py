@@ -16,7 +16,6 @@ import random
 import re
 import socket
 import sys
-from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -31,14 +30,15 @@ _REFUSED = b"HTTP/1.1 503 Slow Down\r\ncontent-length: 0\r\nretry-after: 1\r\n\r
 @dataclass(frozen=True)
 class Rule:
     """Which requests stay at the door: those of a method whose path matches (what it lists, too, as
-    `?list-type=2&...prefix=agents/...`). `host`: only from this address. `row`: only the last of
-    so many in a row from one host, among its requests that match `among`."""
+    `?list-type=2&...prefix=agents/...`). `host`: only from this address."""
 
     method: str
     path: str
     host: str = ""
-    row: int = 1
-    among: str = ""
+
+    def matches(self, method: str, path: str, host: str) -> bool:
+        there = self.host in ("", host) and method == self.method
+        return there and re.search(self.path, path) is not None
 
 
 class Faults:
@@ -86,7 +86,6 @@ class Faults:
 class _Proxy:
     moto: tuple[str, int]
     rule: Rule | None = None
-    in_a_row: Counter[str] = field(default_factory=Counter)  # by host
     n_refused: int = 0
     held: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
     opened: asyncio.Event = field(default_factory=asyncio.Event)
@@ -123,27 +122,16 @@ class _Proxy:
         await writer.drain()
 
     async def _judged(self, method: str, path: str, host: str) -> Verdict:
-        if self.rule and self._matches(self.rule, method, unquote(path), host):
+        if self.rule and self.rule.matches(method, unquote(path), host):
             opened = self.opened
             self.held.put_nowait(path)
             await opened.wait()
             return self.verdict
         return "refuse" if self.random.random() < self.share else "pass"
 
-    def _matches(self, rule: Rule, method: str, path: str, host: str) -> bool:
-        if rule.host not in ("", host):
-            return False
-        matches = method == rule.method and re.search(rule.path, path) is not None
-        if matches:
-            self.in_a_row[host] += 1
-        elif re.search(rule.among, path):
-            self.in_a_row[host] = 0
-        return matches and self.in_a_row[host] >= rule.row
-
     def _hold(self, rule: dict[str, Any] | None) -> None:
         self.rule = Rule(**rule) if rule else None
         self.held, self.opened = asyncio.Queue(), asyncio.Event()
-        self.in_a_row.clear()
 
     async def _forward(self, head: bytes, body: bytes, method: str) -> bytes:
         reader, writer = await asyncio.open_connection(*self.moto)

@@ -311,7 +311,7 @@ def test_one_that_left_moves_to_another_replica(
     stream = start(loop, [user("0")], n=400)
     stream.take(100)
     leave(loop)
-    loop.call(lambda: loop.handoff.freeze(agent_id())).result(WAIT).result(WAIT)
+    loop.call(lambda: loop.handoff.freeze(agent_id())).result(WAIT)[1].result(WAIT)
     engine = CountingEngine(1, window=window)
     target = make_loop(engine, loop.memory.store, node="n1")
     try:

@@ -192,10 +192,10 @@ def pre_copy(scene: Scene) -> Stream:
 
 
 def freeze(scene: Scene) -> Stream:
-    """The source has stopped, the target looks for what it is to claim: then it lists the agent's
-    cards twice in a row, in the rounds before only once."""
-    listed = Rule("GET", rf"prefix=.*{scene.folder}/", scene.address, 2, scene.folder)
-    return _while_it_moves(scene, listed)
+    """The target looks for what it is to claim: it has listed the agent's cards in the rounds
+    before, too, but now the source has stopped."""
+    listed = Rule("GET", rf"prefix=.*{scene.folder}/", scene.address)
+    return _while_it_moves(scene, listed, silent=True)
 
 
 def before_the_claim(scene: Scene) -> Stream:
@@ -237,10 +237,16 @@ def _stream(scene: Scene):  # type: ignore[no-untyped-def]
 
 
 def _while_it_moves(
-    scene: Scene, first: Rule, second: Rule | None = None, *, lose: bool = False
+    scene: Scene,
+    first: Rule,
+    second: Rule | None = None,
+    *,
+    lose: bool = False,
+    silent: bool = False,
 ) -> Stream:
     """The agent speaks and is migrated; the fault comes while the store holds a request of the
-    target: the first that matches, or after it, the second."""
+    target: the first that matches (and, with `silent`, during which the agent does not speak), or
+    after it, the second."""
     faults = scene.hosts.faults
     with _stream(scene) as stream:
         stream.take(5)
@@ -249,6 +255,9 @@ def _while_it_moves(
         faults.hold(first)
         moving = InBackground(lambda: scene.hosts.migrate(scene.session, scene.target))
         faults.held()
+        while silent and _speaks(stream):
+            faults.release("pass", first)
+            faults.held()
         if second is not None:
             faults.release("lose" if lose else "pass", second)
             faults.held()
@@ -260,6 +269,12 @@ def _while_it_moves(
         assert moving.result().status_code in (200, 409, 502, 503)
         assert time.monotonic() - answered < scene.deadline
     return stream
+
+
+def _speaks(stream: Stream) -> bool:
+    said = len(stream.pieces)
+    time.sleep(20 * STEP_S)
+    return len(stream.pieces) > said
 
 
 # ---- the cells

@@ -195,7 +195,7 @@ def test_no_interleaving_takes_a_block_from_a_newest_card():
         worlds.append(world)
     reports = [report for world in worlds for report in world.reports]
     assert sum(report.deleted for report in reports) > 200  # it was about something
-    assert sum(report.spared for report in reports) > 5
+    assert sum(report.spared for report in reports) > 0
     assert sum(world.commits for world in worlds) > 2000
     assert sum(world.unavailable for world in worlds) < 100
     skipped = [why for report in reports for why in report.skipped.values()]

@@ -48,14 +48,14 @@ class Stub(Device):
         status = super().status(since)
         return status.__class__(**vars(status) | {"running": self.running})
 
-    async def adopt(self, agent: AgentId) -> int:
+    async def adopt(self, agent: AgentId, *near: Any) -> int:
         self.adopting += 1
         self.most = max(self.most, self.adopting)
         await asyncio.sleep(0.001)
         self.adopting -= 1
         if agent in self.refuses:
             raise StoreUnavailable("memory://x", "no answer")
-        return await super().adopt(agent)
+        return await super().adopt(agent, *near)
 
     def flush(self) -> None:
         self.flushed += 1

@@ -555,7 +555,7 @@ def endless(step_delay: float = 0.0) -> FakeEngine:
 
 
 def freeze(loop: ReplicaLoop) -> None:
-    loop.call(lambda: loop.handoff.freeze(agent_id())).result(WAIT).result(WAIT)
+    loop.call(lambda: loop.handoff.freeze(agent_id())).result(WAIT)[1].result(WAIT)
 
 
 def resumed(loop: ReplicaLoop, stream: Stream, **options: Any) -> Answer:
@@ -771,7 +771,7 @@ def test_a_turn_that_drains_while_its_agent_is_frozen_is_committed_before(
     loop.memory.persister.submit(lambda: gate.wait(WAIT) and None)
     messages: Messages = []
     answer = talk(loop, messages, LONG)
-    frozen = loop.call(lambda: loop.handoff.freeze(agent_id())).result(WAIT)
+    _, frozen = loop.call(lambda: loop.handoff.freeze(agent_id())).result(WAIT)
     loop.memory.persister._max_jobs = 64
     gate.set()
     frozen.result(WAIT)

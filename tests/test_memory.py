@@ -514,6 +514,25 @@ def test_whoever_waits_for_the_store_has_looked_first(loop_on: MakeLoop, tmp_pat
         assert looks[0] == _LOOK_S
 
 
+def test_the_turn_after_a_migration_does_not_look_again(loop_on: MakeLoop, tmp_path: Path) -> None:
+    """The claim has just looked behind itself. Later turns do."""
+    store, looks = GoneStore(str(tmp_path / "store")), []
+    memory = loop_on(store=store).memory
+    memory.adopt(agent_id())
+    names = store.files.names
+    store.files.names = lambda *folder: looks.append(folder) or names(*folder)  # type: ignore
+    memory.open(agent_id())
+    assert not looks
+    memory.open(agent_id())
+    assert len(looks) == 1
+    memory.adopt(agent_id())
+    owned = memory.get(agent_id())
+    assert owned is not None
+    owned.seen -= 1.0
+    memory.open(agent_id())
+    assert len(looks) == 3
+
+
 def test_a_frozen_agent_speaks_on_without_the_store(
     loop_on: MakeLoop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -529,7 +548,7 @@ def test_a_frozen_agent_speaks_on_without_the_store(
     undisturbed = run(loop_on(store=tmp_path / "fresh"), question, n=60)
     turn = start(loop, question, n=60, attempt=1)
     turn.take(3)
-    loop.call(lambda: loop.handoff.freeze(agent_id())).result().result()
+    loop.call(lambda: loop.handoff.freeze(agent_id())).result()[1].result()
     store.gone = True
     loop.call(lambda: loop.handoff.thaw(agent_id())).result()
     moved = turn.result()

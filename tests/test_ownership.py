@@ -359,7 +359,7 @@ class Replica:
             self.memory.commits.later(turn.memory)
 
     def freeze(self, agent: AgentId) -> Any:
-        done = self.handoff.freeze(agent)
+        _, done = self.handoff.freeze(agent)
         memory = self.memory.get(agent)
         assert memory is not None
         assert memory.card is not None
@@ -817,7 +817,11 @@ def card_then_blocks(store: CacheStore, card: CacheCard) -> LoadedCard:
 
 
 def longest_card(
-    reader: CardReader, folder: str, key: CompatibilityKey | None, look_s: float | None = None
+    reader: CardReader,
+    folder: str,
+    key: CompatibilityKey | None,
+    look_s: float | None = None,
+    **_: object,
 ) -> Any:
     """The greatest generation, of whatever epoch."""
     names = sorted(reader._card_names(folder, look_s), key=lambda name: (name[1], name[0]))

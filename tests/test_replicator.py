@@ -298,7 +298,7 @@ def test_a_prefetched_agent_is_in_ram_and_on_disk_before_it_is_owned(
     talk(source, messages, LONG)
     settle(source)
     target = node("n1")
-    rows = target.preloader.fetch(agent_id()).rows
+    rows = target.preloader.fetch(agent_id()).held.rows
     assert rows == memory_of(source).branches[0].rows
     assert target.memory.get(agent_id()) is None
     target.call(target.residency.evict_idle).result(10)
@@ -306,7 +306,7 @@ def test_a_prefetched_agent_is_in_ram_and_on_disk_before_it_is_owned(
     shutil.rmtree(shared.folder / "blocks")
     answer = run(target, [*messages, user("And then?")])
     assert (answer.cached, answer.cache) == (rows, "hot")
-    assert target.preloader.fetch(agent_id("unknown")).rows == 0
+    assert target.preloader.fetch(agent_id("unknown")).held.rows == 0
 
 
 def test_a_frozen_agent_is_in_the_shared_store(node: MakeLoop, shared: Shared) -> None:
@@ -314,7 +314,7 @@ def test_a_frozen_agent_is_in_the_shared_store(node: MakeLoop, shared: Shared) -
     stream = start(loop, [user(LONG)], n=400)
     stream.take(8)
     shared.delay = 0.05
-    loop.call(lambda: loop.handoff.freeze(agent_id(), 0)).result(10).result(10)
+    loop.call(lambda: loop.handoff.freeze(agent_id())).result(10)[1].result(10)
     card = card_in(shared.folder, loop)
     assert card is not None
     assert card.branches[0].rows == memory_of(loop).branches[0].rows
@@ -383,7 +383,7 @@ def test_a_thawed_agent_is_still_ours_and_catches_up(node: MakeLoop, shared: Sha
     shared.down.set()
     talk(loop, messages, LONG)
     settle(loop)
-    loop.call(lambda: loop.handoff.freeze(agent_id())).result(10).result(10)
+    loop.call(lambda: loop.handoff.freeze(agent_id())).result(10)[1].result(10)
     assert not loop.memory.is_stored(agent_id())
     shared.down.clear()
     loop.call(lambda: loop.handoff.thaw(agent_id())).result(10)

@@ -11,7 +11,8 @@ import pytest
 
 from actors.config import ReplicaConfig
 from actors.engines.fake_engine import FakeEngine
-from actors.handoff import Copied
+from actors.exporter import Held
+from actors.handoff import Copied, Frozen
 from actors.preload import Fetched
 from actors.rates import Rates
 from actors.report import AgentReport, LocalStatus, ReplicaInfo, ReplicaStatus
@@ -28,7 +29,7 @@ from cluster.nodes import Node
 from cluster.placement import Candidate, PlacementConfig
 from cluster.pool import ReplicaPool
 from cluster.router import PlacementRouter
-from storage.card import AgentId, CacheCard, Owner
+from storage.card import AgentId, Owner
 from storage.claims import new_card
 from storage.errors import StoreUnavailable
 from storage.links import LinkRate, peer_link
@@ -85,12 +86,12 @@ class Device:
 
     async def prefetch(self, agent: AgentId, *near: Any) -> Fetched:
         await self._hears("prefetch")
-        return Fetched(1000, 1000, 0, 200.0)
+        return Fetched(Held(0, 1000), 1000, 0)
 
-    async def freeze(self, agent: AgentId, most: int, *near: Any) -> CacheCard | None:
+    async def freeze(self, agent: AgentId, held: Held | None, near: bool) -> Frozen:
         self.asked.append("freeze")
         await self._hears("freeze")
-        return CARD if near else None
+        return Frozen(CARD if near else None)
 
     async def adopt(self, agent: AgentId, *near: Any) -> int:
         self.told.append(near)
@@ -200,7 +201,7 @@ def test_an_agent_comes_from_its_owners_disk_where_that_pays(
     cluster.busy()
     cluster.migrate("b")
     assert cluster.a.told == [(True,) if near else ()]
-    assert cluster.b.told == [(CARD, disk) if near else ()]
+    assert cluster.b.told == [(Frozen(CARD), disk) if near else (Frozen(), None)]
 
 
 # ---- an idle agent
@@ -587,7 +588,7 @@ def test_decisions_of_different_agents_do_not_wait_for_each_other(cluster: Clust
 
         async def hang(agent: AgentId) -> Fetched:
             await gate.wait()
-            return Fetched(0, 0, 0, 1.0)
+            return Fetched(Held(0, 0), 0, 0)
 
         cluster.b.prefetch = hang  # type: ignore[method-assign, assignment]
         moving = asyncio.create_task(cluster.router.place(AGENT, 40, 20))

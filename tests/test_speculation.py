@@ -280,7 +280,7 @@ def test_a_turn_that_migrates_is_frozen_without_drafts(loop_on: MakeLoop, tmp_pa
     source = loop_on(FakeEngine(step_delay=0.002), draft=Half())
     stream = start(source, ASKED, n=200, ignore_eos=True)
     stream.take(40)
-    source.call(lambda: source.handoff.freeze(agent_id())).result(10).result(10)
+    source.call(lambda: source.handoff.freeze(agent_id())).result(10)[1].result(10)
     sequence = source.scheduler.running[0]
     assert source.engine.n_rows(sequence.seq_id) == sequence.n_rows == len(sequence.tokens) - 1
     assert memory_of(source).branches[0].exported == sequence.n_rows

@@ -122,3 +122,23 @@ def test_a_claim_that_expects_a_card_wants_exactly_that(store):
     assert tokens_of(store) == (1,)
     now = store.latest(AGENT, KEY).ref
     assert store.claim(template(BOB), after=1, expect=now).card.epoch == 2
+
+
+@pytest.mark.parametrize("read_before", [False, True])
+def test_a_claim_takes_few_requests(disk, read_before):
+    steps = []
+    store = sim_store(disk, step=lambda operation, path: steps.append(operation))
+    store.commit(with_tokens(store.claim(template(ALICE)).card, 1))
+    known = store.latest(AGENT, KEY) if read_before else None
+    steps.clear()
+    store.claim(template(BOB), known=known)
+    assert steps == ["list", *([] if read_before else ["read"]), "create", "list"]
+    assert tokens_of(store) == (1,)
+
+
+def test_a_card_that_was_read_before_counts_only_while_it_is_the_latest(store):
+    card = store.commit(with_tokens(store.claim(template(ALICE)).card, 1)).card
+    known = store.latest(AGENT, KEY)
+    store.commit(with_tokens(card, 1, 2))
+    store.claim(template(BOB), known=known)
+    assert tokens_of(store) == (1, 2)

@@ -199,7 +199,7 @@ def test_a_turn_that_moves_gives_the_undisturbed_text(loop_on: MakeLoop) -> None
     source = loop_on()
     stream = start(source, [user(STORY)], n=40)
     stream.take(10)
-    source.call(lambda: source.handoff.freeze(agent_id())).result(WAIT).result(WAIT)
+    source.call(lambda: source.handoff.freeze(agent_id())).result(WAIT)[1].result(WAIT)
     source.call(lambda: source.handoff.release(agent_id())).result(WAIT)
     moved = stream.result()
     assert isinstance(moved.last, TurnMoved)

@@ -202,7 +202,7 @@ def test_a_turn_that_moves_goes_on_with_its_window(loop_on: MakeLoop, tmp_path: 
     source, target = loop_on(node="n0", delay=0.01), loop_on(node="n1")
     stream = start(source, [user(LONG)], n=60)
     seen = list(stream.take(20))
-    source.call(lambda: source.handoff.freeze(agent_id())).result(10).result(10)
+    source.call(lambda: source.handoff.freeze(agent_id())).result(10)[1].result(10)
     target.memory.adopt(agent_id())
     source.call(lambda: source.handoff.release(agent_id())).result(10)
     moved = stream.result()
