@@ -576,8 +576,8 @@ def n_rows(replica: ModelReplica) -> int:
 OTHER_TAILS: list[Callable[[Tail], Tail]] = [
     lambda tail: replace(tail, branch_id=tail.branch_id + 1),
     lambda tail: replace(tail, tokens=[tail.tokens[0] + 1, *tail.tokens[1:]]),
-    lambda tail: replace(tail, start=tail.start + 1, full={k: x[:, 1:] for k, x in tail.full.items()}),
-]  # fmt: skip
+    lambda tail: replace(tail, start=tail.start + 1, full=tail.after(tail.start + 1)[0]),
+]
 
 
 @pytest.mark.parametrize("change", [None, *OTHER_TAILS])
