@@ -122,11 +122,20 @@ class AgentMemory:
 class Before:
     """What the target of a migration knows before its claim. handed: the frozen owner's card, whose
     blocks are on the disk of `peer` and, as far as they were fetched, on ours; had the owner gone
-    on since, its claim would win. read: see CacheStore.claim."""
+    on since, its claim would win. read: a card of the shared store, read ahead; latest: epoch and
+    generation of the one that is the latest there, by the owner's word."""
 
     handed: CacheCard | None = None
     peer: BlockSource | None = None
     read: LoadedCard | None = None
+    latest: tuple[int, int] | None = None
+
+    @property
+    def is_sure(self) -> bool:
+        return self.read is not None and self.latest == (
+            self.read.ref.epoch,
+            self.read.ref.generation,
+        )
 
 
 @dataclass(frozen=True)

@@ -51,11 +51,14 @@ class Copied:
 
 @dataclass(frozen=True)
 class Frozen:
-    """What the target needs besides: the `card` on this node's disk, if it reads that, and the rows
-    of the turn under way that it does not have."""
+    """What the target needs besides: the `card` on this node's disk, if it reads that, the rows of
+    the turn under way that it does not have, and which card of the shared store is the latest.
+    waited_s: until the token boundary, while the agent spoke on."""
 
     card: CacheCard | None = None
     tail: Tail | None = None
+    latest: tuple[int, int] | None = None  # epoch, generation
+    waited_s: float = 0.0
 
 
 class Handoff:
@@ -122,6 +125,12 @@ class Handoff:
         computes."""
         lacks = self.missing(agent, near=near)
         return lacks is not None and lacks <= (FEW_ROWS if tail is None else _MOST_ROWS)
+
+    def latest(self, agent: AgentId) -> tuple[int, int] | None:
+        """Epoch and generation of what the shared store has of an agent that is owned here."""
+        memory = self._memory.get(agent)
+        shared = memory.shared if memory is not None else None
+        return (shared.epoch, shared.generation) if shared is not None else None
 
     def _owned(self, agent: AgentId) -> AgentMemory:
         memory = self._memory.get(agent)

@@ -107,9 +107,8 @@ class Memory:
         except StoreUnavailable as error:
             self.outage.began()
             self.faults.count("unclaimed", error)
-            memory = self.get(agent)
-            owned = memory is not None and memory.state == "owned"
-            return memory if memory is not None and owned else self.one_off(agent)
+            known = self.get(agent)
+            return known if known and known.state == "owned" else self.one_off(agent)
 
     def _known(self, agent: AgentId) -> AgentMemory | None:
         memory = self.get(agent)
@@ -135,7 +134,9 @@ class Memory:
         self._reach()
         handed = was.handed
         after = handed.epoch if handed is not None else None
-        claim = self.store.claim(self.template(agent), after=after, look_s=_LOOK_S, known=was.read)
+        claim = self.store.claim(
+            self.template(agent), after=after, look_s=_LOOK_S, known=was.read, sure=was.is_sure
+        )
         before = claim.previous
         here = before is None or before.owner.node == self.owner.node
         card = claim.card
@@ -294,7 +295,6 @@ class Memory:
 
     def delete(self, agent: AgentId) -> None:
         """Forget the agent here and bury it in the store. Raises Fenced, StoreUnavailable."""
-        memory = self.get(agent)
-        if memory is not None:
+        if (memory := self.get(agent)) is not None:
             self.forget(memory)
         self.store.delete(self.template(agent))

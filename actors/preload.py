@@ -152,9 +152,14 @@ class Preloader:
                 preload.branch.tokens, preload.deadline = list(branch.tokens), deadline
                 return preload, n
             self.drop(agent)
+        if branch.turn is not None:  # soon it runs here, and should be in the first cells
+            self._residency.make_way(*map(self._residency.find, self._branches()))
         preload = _Preload(Branch(branch.id, list(branch.tokens)), deadline)
         self._preloads[agent] = preload
         return preload, 0
+
+    def _branches(self) -> list[Branch]:
+        return [preload.branch for preload in self._preloads.values()]
 
     def _begin_tail(self, agent: AgentId, tail: Tail) -> tuple[_Preload, int] | None:
         """(the agent's preload, rows that it has), if the tail goes on from there."""

@@ -194,7 +194,7 @@ class ModelReplica:
         it (`peer`), what the shared store lacks is ours to bring there. Raises Fenced,
         StoreUnavailable."""
         preloader, tail = self._loop.preloader, frozen.tail
-        before = Before(frozen.card, peer, preloader.read(agent))
+        before = Before(frozen.card, peer, preloader.read(agent), frozen.latest)
         claiming = self._in_thread(lambda: self._memory.adopt(agent, before))
         loading = self._in_thread(lambda: preloader.extend(agent, tail))
         try:
@@ -215,20 +215,21 @@ class ModelReplica:
         return Copied(lacked, lacks, self._card(agent) if near else None, handoff.few)
 
     async def freeze(self, agent: AgentId, held: Held | None = None, near: bool = False) -> Frozen:
-        """Stop the agent at a token boundary. Its card is committed first where the shared store,
-        or this node's disk (`near`), lacks more than goes to the target with the answer or is
-        quickly computed there. Raises AgentMoved, and StoreUnavailable when that cannot be stored:
-        it is frozen all the same."""
-        handoff = self._loop.handoff
-        tail, tried = await self._on_loop(lambda: handoff.freeze(agent, held, near=near))
+        """Stop the agent at a token boundary. Its card is committed where the shared store, or this
+        node's disk (`near`), lacks more than goes with the answer or is computed soon. Raises
+        AgentMoved, and StoreUnavailable where that fails: it is frozen all the same."""
+        handoff, asked = self._loop.handoff, time.monotonic()
+        waited_s, (tail, tried) = await self._on_loop(
+            lambda: (time.monotonic() - asked, handoff.freeze(agent, held, near=near))
+        )
         await _done(tried)
+        if near or not self._memory.is_stored(agent):
+            enough = await self._on_loop(lambda: handoff.lacks_little(agent, tail, near=near))
+            if not enough:
+                place = "this node's disk" if near else self._config.store
+                raise StoreUnavailable(place, f"it lacks rows of agent {agent}")
         card = self._card(agent) if near else None
-        if not near and self._memory.is_stored(agent):
-            return Frozen(None, tail)
-        if not await self._on_loop(lambda: handoff.lacks_little(agent, tail, near=near)):
-            place = "this node's disk" if near else self._config.store
-            raise StoreUnavailable(place, f"it lacks rows of agent {agent}")
-        return Frozen(card, tail)
+        return Frozen(card, tail, handoff.latest(agent), waited_s)
 
     def _card(self, agent: AgentId) -> CacheCard | None:
         """The last one on this node's disk."""

@@ -139,7 +139,8 @@ def _moves(moves: dict[str, Any]) -> Iterator[Metric]:
         for reason in get_args(Reason):
             family.add_metric([reason], counts.get(reason, 0))
     freeze = HistogramMetricFamily(
-        "kvferry_migration_freeze_seconds", "From the freeze of an agent to its release."
+        "kvferry_migration_freeze_seconds",
+        "From the token at which an agent stopped to its release.",
     )
     freeze.add_metric([], moves["freeze_buckets"], moves["freeze_s"])
     yield from (moved, failed, freeze)

@@ -41,7 +41,7 @@ _SHORT_S = 0.001  # no time
 
 @dataclass(frozen=True)
 class Migration:
-    """What a migration did. freeze_s: from the freeze to the release, what a stream feels of it.
+    """What a migration did. freeze_s: from the token at which the agent stopped to the release.
     rows: those of the agent's last branch that the target had before the freeze, `loaded` of them
     in its engine. n_bytes: that came to the target's node, peer_bytes of them from the source's
     disk."""
@@ -106,6 +106,7 @@ async def migrate(
     try:
         if source is not None:
             frozen = await _freeze(agent, source, shipped, timeout)
+            froze += frozen.waited_s if frozen is not None else 0.0
         handed = frozen.card if frozen is not None else None
         if handed is not None and prefetch_s and _rows(handed) > _rows(shipped.card):
             # Too many to go with the freeze: they are fetched before the claim, or never.

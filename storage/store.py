@@ -108,6 +108,7 @@ class CacheStore(CardReader):
         expect: CardRef | None = None,
         look_s: float | None = None,
         known: LoadedCard | None = None,
+        sure: bool = False,
     ) -> Claim:
         """Take the agent over: create `<epoch + 1>-0` with what its latest card holds.
 
@@ -117,19 +118,22 @@ class CacheStore(CardReader):
         block files of them that the card they come from names. `rows`: False
         keeps the tokens and lets go of the blocks. `expect`: only if this is still the latest
         card. `look_s`: a deadline sooner than the store's own for the first look. `known`: a card
-        of the agent that the caller has read; while it is the latest, it is not read again. Raises
-        Fenced when another claim wins, or `expect` fails; StoreUnavailable when the store gives no
-        answer (then nothing is owned).
+        of the agent that the caller has read; while it is the latest, it is not read again. `sure`:
+        by the word of its owner it is the latest, and need not be looked for. Raises Fenced when
+        another claim wins, or `expect` fails; StoreUnavailable when the store gives no answer (then
+        nothing is owned).
         """
         agent, key = template.agent, template.key
         folder = self.agent_folder(agent, key)
-        names = self._card_names(folder, look_s)
-        newest = names[-1][0] if names else 0
+        found = known
+        if known is None or not sure:
+            names = self._card_names(folder, look_s)
+            newest = names[-1][0] if names else 0
+            found = self._newest(folder, key, names=names, known=known)
+        else:
+            newest = known.ref.epoch
         epoch = (newest if after is None else after) + 1
-        if newest >= epoch:
-            raise Fenced(str(agent), newest)
-        found = self._newest(folder, key, names=names, known=known)
-        if expect is not None and (found is None or found.ref != expect):
+        if newest >= epoch or (expect is not None and (found is None or found.ref != expect)):
             raise Fenced(str(agent), newest)
         started = self._clock()
         card = first_card(template, epoch, found, inherit=inherit, tombstone=tombstone)

@@ -29,15 +29,15 @@ _REFUSED = b"HTTP/1.1 503 Slow Down\r\ncontent-length: 0\r\nretry-after: 1\r\n\r
 
 @dataclass(frozen=True)
 class Rule:
-    """Which requests stay at the door: those of a method whose path matches (what it lists, too, as
-    `?list-type=2&...prefix=agents/...`). `host`: only from this address."""
+    """Which requests stay at the door: those of a method and a path that match (what is listed,
+    too: `?list-type=2&...prefix=agents/...`). `host`: only from this address."""
 
     method: str
     path: str
     host: str = ""
 
     def matches(self, method: str, path: str, host: str) -> bool:
-        there = self.host in ("", host) and method == self.method
+        there = self.host in ("", host) and re.fullmatch(self.method, method) is not None
         return there and re.search(self.path, path) is not None
 
 

@@ -192,10 +192,12 @@ def pre_copy(scene: Scene) -> Stream:
 
 
 def freeze(scene: Scene) -> Stream:
-    """The target looks for what it is to claim: it has listed the agent's cards in the rounds
-    before, too, but now the source has stopped."""
-    listed = Rule("GET", rf"prefix=.*{scene.folder}/", scene.address)
-    return _while_it_moves(scene, listed, silent=True)
+    """The source has stopped, and the target asks the store for the first thing since: what is
+    there to claim, or, where the source's word for that is enough, the claim."""
+    first = Rule(
+        "GET|PUT", rf"(prefix=.*{scene.folder}/|{scene.folder}/.*-00000000)", scene.address
+    )
+    return _while_it_moves(scene, first, silent=True)
 
 
 def before_the_claim(scene: Scene) -> Stream:

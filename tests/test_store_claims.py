@@ -124,15 +124,18 @@ def test_a_claim_that_expects_a_card_wants_exactly_that(store):
     assert store.claim(template(BOB), after=1, expect=now).card.epoch == 2
 
 
-@pytest.mark.parametrize("read_before", [False, True])
-def test_a_claim_takes_few_requests(disk, read_before):
+@pytest.mark.parametrize(
+    ("read_before", "sure", "looks"),
+    [(False, False, ["list", "read"]), (True, False, ["list"]), (True, True, [])],
+)
+def test_a_claim_takes_few_requests(disk, read_before, sure, looks):
     steps = []
     store = sim_store(disk, step=lambda operation, path: steps.append(operation))
     store.commit(with_tokens(store.claim(template(ALICE)).card, 1))
     known = store.latest(AGENT, KEY) if read_before else None
     steps.clear()
-    store.claim(template(BOB), known=known)
-    assert steps == ["list", *([] if read_before else ["read"]), "create", "list"]
+    store.claim(template(BOB), known=known, sure=sure)
+    assert steps == [*looks, "create", "list"]
     assert tokens_of(store) == (1,)
 
 
@@ -142,3 +145,15 @@ def test_a_card_that_was_read_before_counts_only_while_it_is_the_latest(store):
     store.commit(with_tokens(card, 1, 2))
     store.claim(template(BOB), known=known)
     assert tokens_of(store) == (1, 2)
+
+
+@pytest.mark.parametrize("claims", [1, 2])
+def test_a_claim_that_does_not_look_first_is_fenced_by_any_other(store, claims):
+    """Its epoch is taken, or its owner has gone on and removed it."""
+    store.commit(with_tokens(store.claim(template(ALICE)).card, 1))
+    known = store.latest(AGENT, KEY)
+    for _ in range(claims):
+        store.commit(with_tokens(store.claim(template(BOB)).card, 1))
+    with pytest.raises(Fenced):
+        store.claim(template(ALICE), known=known, sure=True)
+    assert store.latest(AGENT, KEY).card.owner == template(BOB).owner
