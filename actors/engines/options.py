@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 KV_TYPES = ("f16", "q8_0", "q4_1", "q4_0")  # the better kept first
 # How OpenMP's threads wait for each other, told before llama.cpp is loaded. Replicas that share a
 # machine fight when threads spin long; where they do not spin at all, two threads decode at 0.4 of
-# their rate. libgomp spins so often (0.1 ms); "active" makes it 1,000 times, not 100, where it
+# their rate. libgomp spins so often (0.6 ms); "active" makes it 1,000 times, not 100, where it
 # counts more threads than cores, as it does in a replica, whose engine is not the main thread.
-WAITING = {"OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": "5000"}
+WAITING = {"OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": "30000"}
 MAX_UBATCH = 512
 
 
