@@ -121,14 +121,21 @@ class AgentMemory:
 @dataclass(frozen=True)
 class Before:
     """What the target of a migration knows before its claim. handed: the frozen owner's card, whose
-    blocks are on the disk of `peer` and, as far as they were fetched, on ours; had the owner gone
-    on since, its claim would win. read: a card of the shared store, read ahead; latest: epoch and
-    generation of the one that is the latest there, by the owner's word."""
+    blocks are on the disk of `peer` and, as far as they were fetched, on ours. read: a card of the
+    shared store, read ahead; latest: epoch and generation of the one that is the latest there, by
+    the owner's word."""
 
     handed: CacheCard | None = None
     peer: BlockSource | None = None
     read: LoadedCard | None = None
     latest: tuple[int, int] | None = None
+
+    @property
+    def epoch(self) -> int | None:
+        """The frozen owner's: whoever claimed the next one before, be it the owner, wins."""
+        if self.handed is not None:
+            return self.handed.epoch
+        return self.latest[0] if self.latest is not None else None
 
     @property
     def is_sure(self) -> bool:

@@ -104,18 +104,19 @@ class Exporter:
 
     def tail(self, turn: Turn, held: Held, most: int) -> Tail | None:
         """The rows after those that are held; None where these are of another branch, and where
-        they are none, more than `most`, or not in cells."""
+        they are none, more than `most`, not in cells, or in part such as came from codes: those
+        are not encoded again."""
         branch, sequence = turn.ready.match.branch, turn.sequence
         assert sequence is not None
         seq_id, start, stop = sequence.seq_id, held.rows, sequence.n_rows
         if turn.preempted or branch.id != held.branch_id or self._engine.n_rows(seq_id) < stop:
             return None
-        if not 0 < stop - start <= most:
+        if not 0 < stop - start <= most or start < sequence.n_loaded:
             return None
         spec, codec = self._memory.key.spec, self._memory.codec
         rows, sliding = self._rows(seq_id, start, stop), {}
         if not isinstance(rows, dict):
-            rows = encode_rows(spec, codec, rows)
+            rows = encode_rows(spec, codec, rows, executor=self._memory.rows.codec_threads)
         if self._windows.size:
             window = self._engine.export_window(seq_id, start, stop)
             sliding = encode_rows(spec, codec, window, "sliding")

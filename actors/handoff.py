@@ -21,7 +21,7 @@ from typing import Any
 from actors.book import Book, Turn
 from actors.branches import AgentMemory
 from actors.coverage import missing
-from actors.errors import AgentMoved
+from actors.errors import AgentMoved, EngineFault
 from actors.exporter import Exporter, Held, Tail
 from actors.memory import Memory
 from actors.residency import Residency
@@ -31,8 +31,8 @@ from storage.errors import Fenced, StorageError
 
 logger = logging.getLogger(__name__)
 FEW_ROWS = 8  # computed again sooner than stored and read
-_MOST_ROWS = 256  # that go from engine to engine rather than through the store
 _FEW_BYTES = 1 << 17  # 10 ms at 100 Mbit/s
+_MOST_BYTES, _MOST_ROWS = 1 << 20, 256  # that go with a freeze rather than through the store
 _UNANSWERED_S = 3.0  # a claim back; then the agent's turns go on elsewhere
 
 
@@ -41,12 +41,13 @@ class Copied:
     """A round of pre-copy: rows of turns under way that the shared store, or this node's disk,
     lacked before it, and after it. None: something of turns that are over, which a migration must
     not lose. `card`: the one on this node's disk. `few`: rows that go with the freeze sooner than
-    with another round."""
+    with another round. `runs`: a turn is under way, and more rows come."""
 
     lacked: int | None
     lacks: int | None
     card: CacheCard | None = None
     few: int = FEW_ROWS
+    runs: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,23 @@ class Handoff:
         self._deadlines: dict[AgentId, float] = {}
         self._reclaims: dict[AgentId, float] = {}  # until when their claims back are waited for
 
-    @property
-    def few(self) -> int:
-        """See Copied."""
+    def copied(self, agent: AgentId, lacked: int | None, *, near: bool = False) -> Copied:
+        """After a round."""
+        memory = self._memory.get(agent)
+        runs = memory is not None and self._running(memory) is not None
+        card = self.card(agent) if near else None
+        few = self._rows_of(_FEW_BYTES)
+        return Copied(lacked, self.missing(agent, near=near), card, few, runs)
+
+    def card(self, agent: AgentId) -> CacheCard | None:
+        """The last one on this node's disk."""
+        memory = self._memory.get(agent)
+        return memory.card if memory is not None and self._memory.tiers.local else None
+
+    def _rows_of(self, n_bytes: int) -> int:
+        """At least a few, at most a block."""
         a_row = row_bytes(self._memory.key.spec, self._memory.codec)
-        return min(max(FEW_ROWS, _FEW_BYTES // a_row), _MOST_ROWS)
+        return min(max(FEW_ROWS, n_bytes // a_row), _MOST_ROWS)
 
     def precopy(self, agent: AgentId, *, near: bool = False) -> tuple[int | None, Future[None]]:
         """While the agent runs on: hand over what the shared store lacks of it. (What that was, as
@@ -102,8 +115,8 @@ class Handoff:
         self, agent: AgentId, held: Held | None = None, *, near: bool = False
     ) -> tuple[Tail | None, Future[None]]:
         """Stop the agent at this token boundary. (Rows of its turn that the target, who has `held`,
-        lacks; done at once where these are all, or all but few, that the shared store lacks, else
-        when that has been given the others). See `lacks_little`.
+        lacks, if they can go with the answer; done at once where the shared store lacks no others,
+        or few, else when it has been given all). See `lacks_little`.
 
         Raises AgentMoved when the agent is not owned here.
         """
@@ -115,16 +128,20 @@ class Handoff:
             turn.sequence.paused = True
         running = self._running(memory)
         if running is not None and held is not None:
-            tail = self._exporter.tail(running, held, _MOST_ROWS)
+            try:
+                tail = self._exporter.tail(running, held, self._rows_of(_MOST_BYTES))
+            except EngineFault as error:  # they are stored, or computed again
+                self._memory.faults.count("engine_refused", error)
         if self.lacks_little(agent, tail, near=near):
             return tail, _done()
         return tail, self._hand_over(memory, near)
 
     def lacks_little(self, agent: AgentId, tail: Tail | None, *, near: bool = False) -> bool:
-        """Whether the shared store lacks nothing of an agent but what `tail` has, or the target
-        computes."""
+        """Whether the shared store lacks nothing of an agent but what `tail` has, and a few rows of
+        turns under way."""
         lacks = self.missing(agent, near=near)
-        return lacks is not None and lacks <= (FEW_ROWS if tail is None else _MOST_ROWS)
+        come = len(tail.tokens) - tail.start if tail is not None else 0
+        return lacks is not None and lacks <= come + FEW_ROWS
 
     def latest(self, agent: AgentId) -> tuple[int, int] | None:
         """Epoch and generation of what the shared store has of an agent that is owned here."""

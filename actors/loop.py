@@ -263,9 +263,9 @@ class ReplicaLoop:
         for token in ready.tokens[ready.n_prompt :]:
             text.push(token)
         sequence = Sequence(
-            request.id, ready.tokens, ready.n_prompt, request.sampling, ready.max_tokens,
-            text, seq_id, n_rows, paused=ready.memory.state != "owned", grammar=ready.grammar,
-            priority=request.priority, stops=self._exporter.stops(turn, n_rows),
+            request.id, ready.tokens, ready.n_prompt, request.sampling, ready.max_tokens, text,
+            seq_id, n_rows, paused=ready.memory.state != "owned", grammar=ready.grammar,
+            priority=request.priority, stops=self._exporter.stops(turn, n_rows), n_loaded=n_rows,
         )  # fmt: skip
         turn.sequence = sequence
         self.scheduler.start(sequence)
@@ -288,7 +288,8 @@ class ReplicaLoop:
 
     def _go_on(self, turn: Turn, sequence: Sequence, seq_id: int) -> None:
         """A turn that had left the engine is back, with the rows that came with it."""
-        sequence.seq_id, sequence.n_rows = seq_id, self.engine.n_rows(seq_id)
+        sequence.seq_id = seq_id
+        sequence.n_rows = sequence.n_loaded = self.engine.n_rows(seq_id)
         sequence.paused = turn.ready.memory.state != "owned"
         self.scheduler.start(sequence)
         self._book.by_sequence[id(sequence)] = turn

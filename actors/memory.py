@@ -132,18 +132,16 @@ class Memory:
 
     def _claimed(self, agent: AgentId, was: Before = _UNKNOWN) -> AgentMemory:
         self._reach()
-        handed = was.handed
-        after = handed.epoch if handed is not None else None
         claim = self.store.claim(
-            self.template(agent), after=after, look_s=_LOOK_S, known=was.read, sure=was.is_sure
+            self.template(agent), after=was.epoch, look_s=_LOOK_S, known=was.read, sure=was.is_sure
         )
         before = claim.previous
         here = before is None or before.owner.node == self.owner.node
         card = claim.card
         branches = [branch_of(branch, "shared") for branch in card.branches]
-        if handed is not None and journal.goes_on(handed, before):
-            branches = self._taken_over(handed, card)
-            ahead: CacheCard | None = replace(handed, branches=self._as_stored(branches))
+        if was.handed is not None and journal.goes_on(was.handed, before):
+            branches = self._taken_over(was.handed, card)
+            ahead: CacheCard | None = replace(was.handed, branches=self._as_stored(branches))
         else:
             ahead = journal.ahead(self.tiers.local, self.owner, agent, before)
             if ahead is not None:
@@ -204,6 +202,8 @@ class Memory:
     def adopt(self, agent: AgentId, before: Before = _UNKNOWN) -> int:
         """Claim the agent for a migration; returns the epoch. Raises Fenced, StoreUnavailable."""
         with self._claiming[hash(agent) % len(self._claiming)]:
+            if owned := self.get(agent):
+                owned.seen = -math.inf  # this time it looks
             memory = self._known(agent) or self._claimed(agent, before)
         memory.seen = time.monotonic()
         assert memory.card is not None

@@ -3,7 +3,8 @@ disk has of it comes into RAM and into an idle sequence of the engine, while oth
 
 Between two blocks the sequence is idle as any other: it may be evicted, and then what is missing is
 restored when the agent's turn comes. It gets no step before its agent is claimed; nobody finds it
-by its branch until then. `fetch` runs on a worker, everything else on the loop's thread.
+by its branch until then. `fetch` and `extend` run on workers, `read` anywhere, everything else on
+the loop's thread.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from actors.engines.base import count_rows as count_loadable
 from actors.errors import EngineFault
 from actors.exporter import Held, Tail
 from actors.memory import Memory
+from actors.prompt import common_prefix
 from actors.residency import Residency
 from storage.card import AgentId, CacheCard
 from storage.codec import Tensors, count_rows
@@ -31,6 +33,7 @@ from storage.spec import KVRows, Part
 
 T = TypeVar("T")
 _LOOP_S = 30.0  # for the loop to take a block
+_LATELY_S = 2.0  # between a claim and the turn that follows it
 Loadable = Callable[[Tensors, Tensors | None], KVRows | Tensors]
 
 
@@ -71,6 +74,7 @@ class Preloader:
         self._book, self._loadable = book, loadable
         self._call, self._timeout_s = call, timeout_s
         self._preloads: dict[AgentId, _Preload] = {}
+        self._lately: list[tuple[float, Branch]] = []  # when claimed, oldest first
 
     @property
     def n_preloads(self) -> int:
@@ -100,8 +104,11 @@ class Preloader:
         for other in memory.branches[1:]:
             rows.runs.bring(memory, other)
         loaded = self._on_loop(partial(self._loaded, preload))
+        self._memory.store.condemned.names(agent.tenant)  # which the claim will ask for
         held = Held(branch.id, at)
         return Fetched(held, loaded, n_bytes, min(n_bytes, peers.n_bytes - before))
+
+    # ---- from anywhere
 
     def read(self, agent: AgentId) -> LoadedCard | None:
         """The card of the shared store from which the agent was prefetched."""
@@ -110,7 +117,7 @@ class Preloader:
 
     def extend(self, agent: AgentId, tail: Tail | None) -> None:
         """Append the rows that came with the freeze, while the claim is under way. Raises
-        EngineFault."""
+        EngineFault when the loop does not answer."""
         found = self._on_loop(partial(self._begin_tail, agent, tail)) if tail is not None else None
         if found is not None and tail is not None:
             preload, n = found
@@ -152,14 +159,17 @@ class Preloader:
                 preload.branch.tokens, preload.deadline = list(branch.tokens), deadline
                 return preload, n
             self.drop(agent)
-        if branch.turn is not None:  # soon it runs here, and should be in the first cells
-            self._residency.make_way(*map(self._residency.find, self._branches()))
+        if branch.turn is not None and not self._book.active:  # soon it is the one that runs here
+            self._residency.make_way(*map(self._residency.find, self._expected()))
         preload = _Preload(Branch(branch.id, list(branch.tokens)), deadline)
         self._preloads[agent] = preload
         return preload, 0
 
-    def _branches(self) -> list[Branch]:
-        return [preload.branch for preload in self._preloads.values()]
+    def _expected(self) -> list[Branch]:
+        """Branches whose turns are about to come."""
+        since = time.monotonic() - _LATELY_S
+        self._lately = [(at, branch) for at, branch in self._lately if at > since]
+        return [*(p.branch for p in self._preloads.values()), *(b for _, b in self._lately)]
 
     def _begin_tail(self, agent: AgentId, tail: Tail) -> tuple[_Preload, int] | None:
         """(the agent's preload, rows that it has), if the tail goes on from there."""
@@ -230,6 +240,7 @@ class Preloader:
             self._residency.free(seq_id)
             return 0
         self._residency.give(seq_id, branch)
+        self._lately.append((time.monotonic(), branch))
         return n
 
     def _own(self, agent: AgentId, tail: Tail) -> None:
@@ -238,11 +249,15 @@ class Preloader:
         if memory is None or branch is None or agent in self._book.active:
             return
         n, stop = branch.exported, len(tail.tokens)
-        if not tail.start <= n < stop or branch.tokens[:n] != tail.tokens[:n]:
+        same = common_prefix(branch.tokens, tail.tokens) == min(len(branch.tokens), stop)
+        if not tail.start <= n < stop or not same:
             return
-        if branch.tokens[:stop] != tail.tokens:
+        if len(branch.tokens) < stop:
             branch.tokens = list(tail.tokens)
-        self._memory.rows.append(memory, branch, n, stop, tail.after(n)[0])
+        # Arrays of a message lie in memory that is not ours to keep.
+        rows = {name: field.copy() for name, field in tail.after(n)[0].items()}
+        self._memory.rows.append(memory, branch, n, stop, rows)
+        self._memory.commits.later(memory)
 
     def _branch(self, agent: AgentId, branch_id: int) -> Branch | None:
         memory = self._memory.get(agent)

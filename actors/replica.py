@@ -199,7 +199,7 @@ class ModelReplica:
         loading = self._in_thread(lambda: preloader.extend(agent, tail))
         try:
             epoch, _ = await asyncio.gather(claiming, loading)
-        except StorageError:
+        except (StorageError, ActorError):
             await self._on_loop(lambda: preloader.drop(agent))
             raise
         await self._on_loop(lambda: preloader.claimed(agent, tail))
@@ -211,8 +211,7 @@ class ModelReplica:
         handoff = self._loop.handoff
         lacked, tried = await self._on_loop(lambda: handoff.precopy(agent, near=near))
         await _done(tried)
-        lacks = await self._on_loop(lambda: handoff.missing(agent, near=near))
-        return Copied(lacked, lacks, self._card(agent) if near else None, handoff.few)
+        return await self._on_loop(lambda: handoff.copied(agent, lacked, near=near))
 
     async def freeze(self, agent: AgentId, held: Held | None = None, near: bool = False) -> Frozen:
         """Stop the agent at a token boundary. Its card is committed where the shared store, or this
@@ -228,13 +227,8 @@ class ModelReplica:
             if not enough:
                 place = "this node's disk" if near else self._config.store
                 raise StoreUnavailable(place, f"it lacks rows of agent {agent}")
-        card = self._card(agent) if near else None
+        card = handoff.card(agent) if near else None
         return Frozen(card, tail, handoff.latest(agent), waited_s)
-
-    def _card(self, agent: AgentId) -> CacheCard | None:
-        """The last one on this node's disk."""
-        memory = self._memory.get(agent)
-        return memory.card if memory is not None and self._memory.tiers.local else None
 
     async def thaw(self, agent: AgentId) -> None:
         """A migration failed: go on with the agent after claiming it again."""

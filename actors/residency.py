@@ -138,7 +138,8 @@ class Residency:
             self._leave([i for i in self._idle if self._parked[i] <= late])
 
     def make_way(self, *stay: int | None) -> None:
-        """A turn begins. Where idle rows cost, and it is alone, all leave but those it needs."""
+        """A turn begins, or is about to come. Where idle rows cost, and it is alone, all leave but
+        those that are needed."""
         if self._engine.idle_rows_cost and not self._busy:
             self._leave([i for i in self._idle if i not in stay])
 

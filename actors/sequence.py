@@ -97,6 +97,7 @@ class Sequence:
     priority: int = 0
     drafting: Drafting | None = None  # of a sequence that has been drafted for
     stops: tuple[int, ...] = ()  # positions at which a chunk of the prefill ends, in order
+    n_loaded: int = 0  # rows that were not computed since it entered the engine
     sampler: Sampler = field(init=False)
 
     def __post_init__(self) -> None:

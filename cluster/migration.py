@@ -109,7 +109,7 @@ async def migrate(
             froze += frozen.waited_s if frozen is not None else 0.0
         handed = frozen.card if frozen is not None else None
         if handed is not None and prefetch_s and _rows(handed) > _rows(shipped.card):
-            # Too many to go with the freeze: they are fetched before the claim, or never.
+            # Stored since: they are fetched before the claim, or never.
             await _quietly(_fetch(agent, target, timeout, shipped, handed))
         epoch = await call(_adopt(agent, target[1], frozen, shipped.disk), timeout)
     except (ReplicaLost, ActorError, StorageError) as error:
@@ -201,7 +201,7 @@ async def _precopy(
         if copied.lacks is not None:
             # `lacks` were computed while the source stored, more while the target fetched.
             longer = (time.monotonic() - began) / max(store_s, _SHORT_S)
-            if copied.lacks * max(longer, 1.0) <= copied.few:
+            if (copied.lacks + copied.runs) * max(longer, 1.0) <= copied.few:
                 return
         lacked = copied.lacked
         if lacked is not None and before is not None and lacked >= before:

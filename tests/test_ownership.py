@@ -19,6 +19,7 @@ import datetime
 import errno
 import itertools
 import logging
+import math
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -34,7 +35,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
-from actors.branches import AgentMemory, Branch, durable_rows
+from actors.branches import AgentMemory, Before, Branch, durable_rows
 from actors.errors import AgentMoved
 from actors.handoff import Handoff
 from actors.memory import Memory, MemoryConfig
@@ -326,6 +327,9 @@ class Replica:
 
     def begin_turn(self, agent: AgentId, n: int) -> None:
         """On a worker: open, then on the loop: the prompt, which goes on where the memory ends."""
+        known = self.memory.get(agent)
+        if known is not None and n % 2:
+            known.seen = -math.inf  # its claim was longer ago
         memory = self.memory.open(agent)
         if memory.card is None or memory.state != "owned" or agent in self.turns:
             return
@@ -383,9 +387,15 @@ class Moving:
     agent: AgentId
     source: Replica
     target: Replica
-    stage: str = "freeze"
+    stage: str = "prefetch"
+    read: LoadedCard | None = None
     settled: Any = None
+    latest: tuple[int, int] | None = None
     adopting: Task | None = None
+
+    def prefetch(self) -> None:
+        stored = self.target.memory.stored(self.agent)
+        self.read = stored.read if stored is not None else None
 
 
 # ---- the world, and what must hold in it
@@ -649,11 +659,15 @@ class Ownership(RuleBasedStateMachine):
         agent, source = moving.agent, moving.source
         if source.paused or source not in self.world.replicas:
             # Silent: it is frozen already, or the router gives up; dead: the target claims.
-            if moving.stage in ("freeze", "settle"):
+            if moving.stage in ("prefetch", "freeze", "settle"):
                 moving.stage = "adopt"
                 return source.paused
             return moving.stage == "release" or self._adopt(moving, lost)
         match moving.stage:
+            case "prefetch":
+                moving.target.start("worker", moving.prefetch)
+                moving.stage = "freeze"
+                return False
             case "freeze" if not lost:
                 try:
                     moving.settled, moving.stage = source.freeze(agent), "settle"
@@ -661,6 +675,7 @@ class Ownership(RuleBasedStateMachine):
                     moving.stage = "adopt"
                 return False
             case "settle" if moving.settled.done() and source.memory.is_stored(agent):
+                moving.latest = source.handoff.latest(agent)
                 moving.stage = "adopt"
                 return False
             case "settle":
@@ -675,7 +690,8 @@ class Ownership(RuleBasedStateMachine):
     def _adopt(self, moving: Moving, lost: bool) -> bool:
         target, agent = moving.target, moving.agent
         if moving.adopting is None:
-            moving.adopting = target.start("worker", lambda: target.memory.adopt(agent))
+            before = Before(read=moving.read, latest=moving.latest)
+            moving.adopting = target.start("worker", lambda: target.memory.adopt(agent, before))
             moving.stage = "adopting" if moving.adopting is not None else "adopt"
             return moving.adopting is None and self._thaw(moving)
         if lost or target not in self.world.replicas:  # adopted or not: the router cannot know
