@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from actors.engines import llama_context
 from actors.engines.base import Engine
 from actors.engines.options import EngineOptions
 from actors.errors import ModelUnavailable
@@ -258,3 +259,19 @@ def test_an_engine_is_opened_again_on_other_options(tiny_models: dict[str, Path]
     assert (engine.key, engine.kv_bytes, engine.loads_encoded) == (key, f16, "")
     assert_equal(wanted[None], feed(engine, 0, [5, 6, 7])[None], exact=True)
     engine.close()
+
+
+@pytest.mark.parametrize(("info", "repacks"), [(b"AVX512 = 1 | AMX_INT8 = 1", False), (b"", True)])
+def test_weights_stay_as_they_are_where_amx_would_kill_the_process(
+    monkeypatch: pytest.MonkeyPatch, info: bytes, repacks: bool
+) -> None:
+    asked: list[bool] = []
+
+    def load(path: bytes, params: Any) -> int:
+        asked.append(params.use_extra_bufts)
+        return 1
+
+    monkeypatch.setattr(llama_context.llama, "llama_print_system_info", lambda: info)
+    monkeypatch.setattr(llama_context.llama, "llama_model_load_from_file", load)
+    llama_context.open_model(Path("model.gguf"))
+    assert asked == [repacks]
