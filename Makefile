@@ -44,8 +44,8 @@ else
 	@exec $(BIN)/pytest -q $(ARGS)
 endif
 
-unit: $(VENV)/.dev-ready ## the fast tests, which need neither a Ray cluster nor the real model
-	@exec $(BIN)/pytest -q -n auto -m "$(UNIT)" $(ARGS)
+unit: $(VENV)/.dev-ready ## most of the tests that need neither a Ray cluster nor the real model: a minute
+	@exec $(BIN)/pytest -q -n auto -m "$(UNIT) and not long" $(ARGS)
 
 soak: $(VENV)/.dev-ready ## every fault at every moment, storms, 200 agents: 40 minutes; LOG=docs/soak.log
 	@exec bash scripts/soak.sh $(BIN)/python $(ARGS)

@@ -37,6 +37,8 @@ from tests.loops import (
     user,
 )
 
+pytestmark = pytest.mark.long
+
 MakeLoop = Callable[..., ReplicaLoop]
 
 

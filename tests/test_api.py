@@ -38,6 +38,8 @@ from storage.card import AgentId
 from storage.errors import StoreUnavailable
 from tests.fake_cluster import N_CTX, FakeReplica, FakeRouter, Handle, Stray, lost
 
+pytestmark = pytest.mark.long
+
 HELLO = [{"role": "user", "content": "Hello."}]
 CHAT = "/v1/chat/completions"
 SESSION = {"x-session-id": "s"}

@@ -32,6 +32,8 @@ from tests.engine_contract import EngineContract, assert_same_rows, both, feed
 from tests.loops import assistant, make_loop, memory_of, run, settle, user
 from tests.require import require
 
+pytestmark = pytest.mark.long
+
 F16, Q4 = get_codec("f16"), get_codec("q4")
 LIMIT = 0.02  # nats
 STORY = " ".join(EngineContract.prompts)

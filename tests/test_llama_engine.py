@@ -23,6 +23,8 @@ from tests.engine_contract import (
 )
 from tests.loops import assistant, make_loop, memory_of, run, settle, user
 
+pytestmark = pytest.mark.long
+
 
 def open_engine(path: Path, n_threads: int = 1) -> Engine:
     from actors.engines.llama_engine import LlamaEngine

@@ -42,6 +42,8 @@ from tests.loops import (
     user,
 )
 
+pytestmark = pytest.mark.long
+
 AGENT = agent_id()
 KEYS = "default = " + "07" * 32
 HELD = Held(0, 100)

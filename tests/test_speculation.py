@@ -47,6 +47,8 @@ from tests.loops import (
     user,
 )
 
+pytestmark = pytest.mark.long
+
 Messages = list[dict[str, str]]
 MakeLoop = Callable[..., ReplicaLoop]
 K = 5

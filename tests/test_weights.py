@@ -33,6 +33,8 @@ from storage.weights import (
 from tests.clusters import until
 from tests.servers import BUCKET, s3_server
 
+pytestmark = pytest.mark.long
+
 SIZE = 3 * PIECE + 12_345
 QUICK = FetchOptions(stall_s=1.0, read_s=0.3, spare=0, poll_s=0.01)
 

@@ -25,6 +25,8 @@ from tests.loops import (
     user,
 )
 
+pytestmark = pytest.mark.long
+
 WINDOW = 300  # more than a block, so that a window reaches over several runs
 LONG = "Tell me about the sea, the wind and the old harbour of the town. " * 12  # 780 tokens
 MakeLoop = Callable[..., ReplicaLoop]
