@@ -74,7 +74,7 @@ class Preloader:
         self._book, self._loadable = book, loadable
         self._call, self._timeout_s = call, timeout_s
         self._preloads: dict[AgentId, _Preload] = {}
-        self._lately: list[tuple[float, Branch]] = []  # when claimed, oldest first
+        self._lately: list[tuple[float, Branch]] = []  # claimed, and until when expected to run
 
     @property
     def n_preloads(self) -> int:
@@ -108,13 +108,6 @@ class Preloader:
         held = Held(branch.id, at)
         return Fetched(held, loaded, n_bytes, min(n_bytes, peers.n_bytes - before))
 
-    # ---- from anywhere
-
-    def read(self, agent: AgentId) -> LoadedCard | None:
-        """The card of the shared store from which the agent was prefetched."""
-        preload = self._preloads.get(agent)
-        return preload.read if preload is not None else None
-
     def extend(self, agent: AgentId, tail: Tail | None) -> None:
         """Append the rows that came with the freeze, while the claim is under way. Raises
         EngineFault when the loop does not answer."""
@@ -146,6 +139,13 @@ class Preloader:
             raise EngineFault("the replica's loop does not answer") from error
         return result
 
+    # ---- from anywhere
+
+    def read(self, agent: AgentId) -> LoadedCard | None:
+        """The card of the shared store from which the agent was prefetched."""
+        preload = self._preloads.get(agent)
+        return preload.read if preload is not None else None
+
     # ---- on the loop's thread
 
     def _begin(self, agent: AgentId, branch: Branch) -> tuple[_Preload, int]:
@@ -167,8 +167,6 @@ class Preloader:
 
     def _expected(self) -> list[Branch]:
         """Branches whose turns are about to come."""
-        since = time.monotonic() - _LATELY_S
-        self._lately = [(at, branch) for at, branch in self._lately if at > since]
         return [*(p.branch for p in self._preloads.values()), *(b for _, b in self._lately)]
 
     def _begin_tail(self, agent: AgentId, tail: Tail) -> tuple[_Preload, int] | None:
@@ -240,7 +238,7 @@ class Preloader:
             self._residency.free(seq_id)
             return 0
         self._residency.give(seq_id, branch)
-        self._lately.append((time.monotonic(), branch))
+        self._lately.append((time.monotonic() + _LATELY_S, branch))
         return n
 
     def _own(self, agent: AgentId, tail: Tail) -> None:
@@ -271,7 +269,8 @@ class Preloader:
             self._residency.drop(preload.branch)
 
     def drop_overdue(self) -> None:
-        """Preloads that nobody has claimed."""
+        """Preloads that nobody has claimed, and word of claims that no turn followed."""
         now = time.monotonic()
+        self._lately = [(until, branch) for until, branch in self._lately if until > now]
         for agent in [a for a, preload in self._preloads.items() if now > preload.deadline]:
             self.drop(agent)

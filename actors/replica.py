@@ -184,16 +184,14 @@ class ModelReplica:
     # ---- ownership
 
     async def adopt(
-        self,
-        agent: AgentId,
-        frozen: Frozen = Frozen(),  # noqa: B008
-        peer: BlockSource | None = None,
+        self, agent: AgentId, frozen: Frozen | None = None, peer: BlockSource | None = None
     ) -> int:
         """Claim the agent; returns the epoch. What was prefetched is its, or dropped, and so are
         the rows that the owner gave with the freeze. With the card on the disk of the node that had
         it (`peer`), what the shared store lacks is ours to bring there. Raises Fenced,
         StoreUnavailable."""
-        preloader, tail = self._loop.preloader, frozen.tail
+        preloader, frozen = self._loop.preloader, frozen or Frozen()
+        tail = frozen.tail
         before = Before(frozen.card, peer, preloader.read(agent), frozen.latest)
         claiming = self._in_thread(lambda: self._memory.adopt(agent, before))
         loading = self._in_thread(lambda: preloader.extend(agent, tail))

@@ -7,6 +7,7 @@ both answer greedily, as a stream, and end at max_tokens only. A side that is no
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -21,7 +22,6 @@ from typing import Any
 
 import httpx
 
-from actors.engines.llama_context import repacks
 from actors.engines.options import WAITING
 from bench.client import Message
 from bench.serve_figures import Answer
@@ -193,6 +193,15 @@ class Kvferry(Side):
         return bool(text)
 
 
+def _repacks() -> bool:
+    """Whether the peer may lay weights out anew, as our own llama.cpp does, if it is installed."""
+    if importlib.util.find_spec("llama_cpp") is None:
+        return True
+    from actors.engines.llama_context import repacks
+
+    return repacks()
+
+
 class LlamaServer(Side):
     """llama.cpp's own server, with flash attention and float16 cells, as kvferry has them."""
 
@@ -207,7 +216,7 @@ class LlamaServer(Side):
             "--ctx-size", str(settings.slots * settings.n_ctx),
             "--threads", str(settings.threads), "--threads-batch", str(settings.threads),
             "--flash-attn", "on", "--cache-type-k", "f16", "--cache-type-v", "f16",
-            "--no-webui", *([] if repacks() else ["--no-repack"]), *options,
+            "--no-webui", *([] if _repacks() else ["--no-repack"]), *options,
         ]  # fmt: skip
         env = {k: v for k, v in os.environ.items() if k not in WAITING}  # replicas'
         super().__init__(command, env, folder / "log", port)

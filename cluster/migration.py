@@ -111,7 +111,8 @@ async def migrate(
         if handed is not None and prefetch_s and _rows(handed) > _rows(shipped.card):
             # Stored since: they are fetched before the claim, or never.
             await _quietly(_fetch(agent, target, timeout, shipped, handed))
-        epoch = await call(_adopt(agent, target[1], frozen, shipped.disk), timeout)
+        near = shipped.disk if handed is not None else None
+        epoch = await call(target[1].adopt.remote(agent, frozen, near), timeout)
     except (ReplicaLost, ActorError, StorageError) as error:
         if frozen is not None and source is not None:
             await _quietly(call(source[1].thaw.remote(agent), timeout))
@@ -129,12 +130,6 @@ async def migrate(
         source[0] if source else None, target[0], epoch, now - froze, now - began,
         shipped.rounds, shipped.rows, shipped.loaded, shipped.n_bytes, shipped.peer_bytes,
     )  # fmt: skip
-
-
-def _adopt(agent: AgentId, target: Any, frozen: Frozen | None, disk: BlockSource | None) -> Any:
-    if frozen is None:
-        return target.adopt.remote(agent)
-    return target.adopt.remote(agent, frozen, disk if frozen.card is not None else None)
 
 
 def _rows(card: CacheCard | None) -> int:
@@ -200,8 +195,8 @@ async def _precopy(
             return
         if copied.lacks is not None:
             # `lacks` were computed while the source stored, more while the target fetched.
-            longer = (time.monotonic() - began) / max(store_s, _SHORT_S)
-            if (copied.lacks + copied.runs) * max(longer, 1.0) <= copied.few:
+            longer = max(time.monotonic() - began, _SHORT_S) / max(store_s, _SHORT_S)
+            if (copied.lacks + copied.runs) * longer <= copied.few:
                 return
         lacked = copied.lacked
         if lacked is not None and before is not None and lacked >= before:

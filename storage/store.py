@@ -125,13 +125,13 @@ class CacheStore(CardReader):
         """
         agent, key = template.agent, template.key
         folder = self.agent_folder(agent, key)
-        found = known
-        if known is None or not sure:
+        found: LoadedCard | None = known
+        if known is not None and sure:
+            newest = known.ref.epoch
+        else:
             names = self._card_names(folder, look_s)
             newest = names[-1][0] if names else 0
             found = self._newest(folder, key, names=names, known=known)
-        else:
-            newest = known.ref.epoch
         epoch = (newest if after is None else after) + 1
         if newest >= epoch or (expect is not None and (found is None or found.ref != expect)):
             raise Fenced(str(agent), newest)
