@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import secrets
 import sys
 import tempfile
@@ -31,7 +30,6 @@ from rich.table import Table
 from actors.config import ReplicaConfig
 from actors.engine_settings import is_fake, is_mlx
 from actors.engines.base import Chunk, Engine
-from actors.engines.options import WAITING
 from actors.errors import ModelUnavailable
 from actors.models import open_engine, open_store, resolve, served_name
 from bench.client import EndpointError, Message
@@ -88,7 +86,6 @@ class Cost:
 def run(settings: ClusterConfig, n_turns: int, as_json: bool) -> int:
     """Returns the exit code. Raises ConfigError, ModelUnavailable."""
     _check(settings.replica)
-    os.environ.update(WAITING)  # as in a replica, before the library is loaded
     # Wide, so that a pipe gets whole lines.
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
     with tempfile.TemporaryDirectory(prefix="kvferry-demo-") as directory:

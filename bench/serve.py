@@ -27,7 +27,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from actors.engines.options import WAITING
 from actors.models import resolve, served_name
 from bench.serve_crowd import crowd, settings
 from bench.serve_figures import Agreement, Compared, meets
@@ -83,8 +82,6 @@ def run(
     replica = config.replica
     if replica.kv_type not in ("auto", "f16"):
         raise ConfigError(f"kv_type = {replica.kv_type}: this compares float16 cells")
-    # as in a replica of `kvferry up`, before the library is loaded
-    os.environ.update(WAITING)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without stopping the servers
     threads = replica.threads or os.cpu_count() or 1
     replica = replace(replica, threads=threads)

@@ -22,7 +22,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from actors.engines.options import WAITING
 from bench.client import Endpoint, EndpointError, Message
 from bench.raw import RawEngine
 from bench.report import Figures, print_report
@@ -87,7 +86,6 @@ class Cluster:
 
 def run(settings: ClusterConfig, lengths: list[int], runs: int, text: Path | None) -> int:
     """Returns the exit code. Raises ConfigError, ModelUnavailable."""
-    os.environ.update(WAITING)  # as in a replica, before the library is loaded
     settings = divided(replace(settings, http=replace(settings.http, api_keys={})))
     placement = replace(settings.placement, hysteresis_s=_STAY_S)
     settings = replace(settings, placement=placement)

@@ -20,7 +20,6 @@ import typer
 from actors import checks
 from actors.checks import Check
 from actors.engine_settings import engine_of, is_fake
-from actors.engines.options import WAITING
 from actors.errors import ModelUnavailable
 from actors.models import resolve
 from cluster.config import ClusterConfig, load_config
@@ -40,8 +39,6 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="One line for programs.")] = False,
 ) -> None:
     """Check this machine, the model and the store: one line each; exits with 1 if one fails."""
-    # As replicas wait; OpenMP reads it once, when llama.cpp is loaded.
-    os.environ.update(WAITING | os.environ)
     try:
         settings = load_config(config, os.environ, {"model": model, "store": store})
     except ConfigError as error:

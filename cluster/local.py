@@ -1,8 +1,7 @@
 """A local cluster: a head and several device nodes on one machine, one raylet each.
 
-What `kvferry up` and the tests start. The cores are divided over the replicas, and llama.cpp's
-threads spin no longer than a moment while they wait: replicas that share a machine fight otherwise.
-A device node that dies is started again under its name.
+What `kvferry up` and the tests start. The cores are divided over the replicas. A device node that
+dies is started again under its name.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from actors.engines.options import WAITING
+from actors.engines.options import CROWDED
 from cluster.config import ClusterConfig
 from cluster.errors import ConfigError
 
@@ -30,11 +29,17 @@ _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",  # macOS: more than one node
     "RAY_BACKEND_LOG_LEVEL": "error",  # a node that dies is news of one line, and it is ours
-    **WAITING,
     # What runs beside the engine's threads costs them as much time: seldomer than by default.
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # ten times a second costs 3 % of a core
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "10000",
     "RAY_memory_monitor_refresh_ms": "1000",
+    # What nobody asks this cluster for, 2 % of a core: its own metrics, events and tables of tasks.
+    "RAY_enable_metrics_collection": "0",
+    "RAY_event_stats": "0",
+    "RAY_task_events_report_interval_ms": "0",
+    "RAY_DASHBOARD_AGENT_LOOP_MONITOR_ENABLED": "0",
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",
+    "SCAN_EVENT_DIR_INTERVAL_SECONDS": "60",
     "RAY_health_check_period_ms": "1000",  # a dead node is noticed in 5 s; the default takes 15
 }
 # Two processes less: nothing scales this cluster, nobody reads its workers' logs from a terminal.
@@ -49,6 +54,12 @@ def divided(config: ClusterConfig) -> ClusterConfig:
     if config.replica.profile == "auto":  # which may take fewer threads
         return replace(config, replica=replace(config.replica, cores=share))
     return replace(config, replica=replace(config.replica, threads=share))
+
+
+def crowded(config: ClusterConfig) -> bool:
+    """Whether replicas that compute with several threads have more of them than there are cores."""
+    threads = config.replica.threads
+    return threads > 1 and config.nodes * threads > (os.cpu_count() or 1)
 
 
 def check_port(host: str, port: int) -> None:
@@ -75,6 +86,8 @@ class LocalCluster:
 
     def __enter__(self) -> LocalCluster:
         os.environ.update(_ENVIRONMENT)
+        if crowded(self.config):
+            os.environ.update(CROWDED | os.environ)
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         root = str(Path(__file__).resolve().parent.parent)
         paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]

@@ -14,7 +14,6 @@ from typing import Annotated, Literal
 import typer
 from rich.table import Table
 
-from actors.engines.options import WAITING
 from actors.errors import ModelUnavailable
 from actors.models import open_profiled, served_name
 from actors.tuning import PROMPT, REPLY, Profile, Trial
@@ -34,8 +33,6 @@ def tune(
     config: Annotated[Path | None, typer.Option(help="A TOML file of settings.")] = None,
 ) -> None:
     """Measure the engine's options on this machine, and keep the best for `profile = "auto"`."""
-    # As replicas of `kvferry up` wait; OpenMP reads it once, when llama.cpp is loaded.
-    os.environ.update(WAITING | os.environ)
     try:
         flags = {"model": model, "nodes": nodes, "slots": slots, "profile": "auto"}
         replica = divided(load_config(config, os.environ, flags)).replica

@@ -29,7 +29,6 @@ from typing import Any
 import httpx
 import psutil
 
-from actors.engines.options import WAITING
 from storage.card import CacheCard, decode_card
 from tests.clusters import ROOT, START, WAIT, Endpoint, alive, until
 from tests.require import require
@@ -360,7 +359,6 @@ def _environment(hosts: dict[str, Host], folder: Path, settings: dict[str, Any])
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_health_check_period_ms": "1000",
         "RAY_health_check_timeout_ms": "2000",
-        **WAITING,
         "PYTHONPATH": str(ROOT),
     }
 
