@@ -226,6 +226,7 @@ def _open_llama(config: ReplicaConfig, path: Path, options: EngineOptions, n_cel
         flash_attention=options.flash_attention,
         n_ubatch=options.ubatch,
         lora=lora,
+        yields=True,
     )
     return engine
 

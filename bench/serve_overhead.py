@@ -65,7 +65,7 @@ def _overhead(config: ReplicaConfig, name: str, params: SamplingParams) -> Overh
 
         def look() -> tuple[int, float, float]:
             spent = bench.loop.overhead
-            return spent.steps, spent.engine_s + spent.outside_s, engine.compute_s
+            return spent.steps, spent.engine_s + spent.outside_s, engine.threads.compute_s
 
         try:
             window = _Window(config.slots, lambda: bench.loop.call(look).result(_WAIT_S))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,11 @@ def open_context(
     if not context:
         raise ModelUnavailable(f"llama.cpp cannot make a context of {n_cells} cells ({options})")
     return context
+
+
+def using(context: Any) -> Callable[[int], None]:
+    """Makes a context compute with n threads from its next step on."""
+    return lambda n: llama.llama_set_n_threads(context, n, n)
 
 
 def build() -> str:

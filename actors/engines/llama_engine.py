@@ -11,13 +11,11 @@ codec's tensors go as they are.
 Models with sliding-window layers have two caches in one context. llama.cpp gives every sequence
 window + (n_ubatch, shared) cells in the sliding one and takes back those that no window reaches,
 its own or an idle neighbour's, when a step needs them: what is left of a window must be asked for.
-Its position calls see the sliding cache only. `swa_full` would keep every cell (Gemma 3 270M: 5/6
-of the layers; with 4 sequences and 32K cells 4 times the memory) and make no call simpler.
+Its position calls see the sliding cache only. `swa_full` would make no call simpler.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,15 +25,15 @@ import llama_cpp as llama
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.engines import llama_lora, llama_spec, llama_state
+from actors.engines import llama_context, llama_lora, llama_spec, llama_state
 from actors.engines.base import Chunk, Engine, Logits, Vocab, count_rows
 from actors.engines.llama_batch import Batch
-from actors.engines.llama_context import check_options, init_backend, open_context, open_model
 from actors.engines.llama_front import Front
 from actors.engines.llama_lora import Lora
 from actors.engines.llama_rows import Layout
 from actors.engines.llama_scratch import SLIDING_ONLY, WHOLE, Scratch
 from actors.engines.llama_state import Cells
+from actors.engines.llama_threads import Threads
 from actors.engines.llama_vocab import LlamaVocab
 from actors.engines.options import MAX_UBATCH, EngineOptions
 from actors.errors import EngineFault, ModelUnavailable
@@ -69,12 +67,12 @@ class LlamaEngine(Engine):
         flash_attention: bool = True,
         n_ubatch: int = MAX_UBATCH,
         lora: Lora | None = None,
+        yields: bool = False,
     ) -> None:
-        """n_ctx: tokens per sequence, at most the model's; n_cells: tokens of all sequences."""
-        init_backend()
+        """n_ctx: tokens per sequence, at most the model's; n_cells: of all; yields: see Threads."""
+        llama_context.init_backend()
         self._context: Any = None
-        self.compute_s = 0.0  # in llama_decode, since the start
-        self._model: Any = open_model(path)
+        self._model: Any = llama_context.open_model(path)
         spec, self._rope = llama_spec.read(self._model, path)  # refuses before the file is hashed
         self.key = CompatibilityKey(
             *llama_spec.digests(path), rope=self._rope.parameters, spec=spec
@@ -83,6 +81,7 @@ class LlamaEngine(Engine):
         if lora:
             self.key = replace(self.key, weights=lora.weights(self.key.weights))
             self._adapter = llama_lora.load(self._model, lora)
+        self._fixed = not yields
         self.window = max(layer.window for layer in spec.layers)
         self.vocab: Vocab = LlamaVocab(self._model)
         self._n_ctx = min(n_ctx, llama.llama_model_n_ctx_train(self._model))
@@ -93,16 +92,18 @@ class LlamaEngine(Engine):
     def reopen(self, options: EngineOptions, n_cells: int) -> None:
         """Compute in another way, with the same weights: every sequence is empty then. Raises
         ModelUnavailable for what this model does not allow; only `reopen` and `close` work then."""
-        check_options(options)
+        llama_context.check_options(options)
         self._free_context()
         self._layout = self._layout_of(options)
         self.tile = _TILE if options.flash_attention and options.kv_type == "f16" else 0
         self.loads_encoded = self._layout.codec.name if self._layout.codec else ""
         self._sliding = self._layout.sliding
         n_batch, n_seq_max = self.n_batch + self.n_seq_max, self.n_seq_max + 1
-        self._context = open_context(self._model, options, n_cells, n_batch, n_seq_max)
+        sizes = n_cells, n_batch, n_seq_max
+        self._context = llama_context.open_context(self._model, options, *sizes)
         if self._lora:
             llama_lora.apply(self._context, self._adapter, self._lora)
+        self.threads = Threads(options.threads, llama_context.using(self._context), self._fixed)
         self._batch = Batch(n_batch)
         self.n_cells = llama.llama_n_ctx(self._context)
         self.n_ctx = min(self._n_ctx, n_cells)
@@ -154,9 +155,8 @@ class LlamaEngine(Engine):
             self._check_start(chunk)
         self._look(chunks)
         n = self._batch.fill(chunks)
-        began = time.perf_counter()
-        code = llama.llama_decode(self._context, self._batch.raw)
-        self.compute_s += time.perf_counter() - began
+        with self.threads.computing():
+            code = llama.llama_decode(self._context, self._batch.raw)
         for chunk in chunks:
             if code:  # part of the batch may be computed: a failed step leaves nothing
                 llama.llama_memory_seq_rm(self._memory, chunk.seq_id, chunk.start, -1)
