@@ -14,17 +14,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 import re
-import threading
-from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import TypeVar
 from urllib.parse import parse_qsl
 
+from actors.apart import apart, wait_actively
 from actors.config import ReplicaConfig
 from actors.draft_model import check_draft
 from actors.engine_settings import (
@@ -38,7 +34,7 @@ from actors.engine_settings import (
     speculation_of,
 )
 from actors.engines.base import Engine
-from actors.engines.options import WAITING, EngineOptions
+from actors.engines.options import EngineOptions
 from actors.errors import ModelUnavailable
 from actors.tuned import Source, Tunable, open_tuned
 from actors.tuning import Profile
@@ -49,7 +45,6 @@ from storage.spec import CompatibilityKey
 from storage.store import CacheStore
 from storage.weights import DIRECTORY_FILES
 
-T = TypeVar("T")
 _GGUF_MAGIC = b"GGUF"
 
 
@@ -171,11 +166,20 @@ def _open_engine(
         engine = FakeEngine(config.slots, config.n_ctx, step_delay=per_step, token_delay=per_token)
         return engine, None
     path, n_cells = resolve(config.model), config.cells or config.slots * config.n_ctx
+    wait_actively()
     if engine_of(config, path) == "mlx":
         return _open_mlx(path, config, n_cells), None
+    llama, profile = apart(lambda: _open_profiled(config, path, n_cells, again, seconds))
+    llama.threads.adapt()
+    return llama, profile
+
+
+def _open_profiled(
+    config: ReplicaConfig, path: Path, n_cells: int, again: bool, seconds: float
+) -> tuple[Tunable, Profile | None]:
     options = default_options(config)
     if config.profile == "default":
-        return _apart(lambda: _open_llama(config, path, options, n_cells)), None
+        return _open_llama(config, path, options, n_cells), None
     source = Source(
         lambda options, n_cells: _open_llama(config, path, options, n_cells),
         options,
@@ -183,25 +187,7 @@ def _open_engine(
         _identity(path),
         path.stat().st_size,
     )
-    return _apart(lambda: open_tuned(config, source, again=again, seconds=seconds))
-
-
-def _apart(function: Callable[[], T]) -> T:
-    """Run what computes on a thread that ends. OpenMP keeps a team of threads for every thread that
-    has ever computed, and once it counts more of them than cores, none waits actively any more."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(function())
-        except BaseException as error:
-            future.set_exception(error)
-
-    thread = threading.Thread(target=run, name="open", daemon=True)
-    thread.start()
-    result = future.result()
-    thread.join()
-    return result
+    return open_tuned(config, source, again=again, seconds=seconds)
 
 
 def _identity(path: Path) -> dict[str, str]:
@@ -226,13 +212,11 @@ def _open_llama(config: ReplicaConfig, path: Path, options: EngineOptions, n_cel
         flash_attention=options.flash_attention,
         n_ubatch=options.ubatch,
         lora=lora,
-        yields=True,
     )
     return engine
 
 
 def _import_llama() -> ModuleType:
-    os.environ.update(WAITING | os.environ)  # OpenMP reads it once, when llama.cpp is loaded
     try:
         return importlib.import_module("actors.engines.llama_engine")
     except ImportError as error:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from actors import profiles
 from actors.config import ReplicaConfig
 from actors.engines.base import Engine
+from actors.engines.llama_threads import Threads
 from actors.engines.options import EngineOptions
 from actors.errors import EngineFault, ModelUnavailable
 from actors.timing import largest, measure, noise, plan
@@ -31,6 +32,8 @@ _AUTO_KV = ("f16", "q8_0", "q4_1")
 
 class Tunable(Engine, Protocol):
     """An engine that can compute in another way with the same weights."""
+
+    threads: Threads  # others after every reopen
 
     def reopen(self, options: EngineOptions, n_cells: int) -> None: ...
 
@@ -55,7 +58,7 @@ def deadline_s(weights_bytes: float) -> float:
 
 def open_tuned(
     config: ReplicaConfig, source: Source, *, again: bool = False, seconds: float = 0.0
-) -> tuple[Engine, Profile | None]:
+) -> tuple[Tunable, Profile | None]:
     """The engine and its profile: None where the defaults have to do, because another replica was
     still measuring at the deadline, or a few tokens took too long to measure anything. `again`:
     measure, whatever is kept; `seconds`: that a search may take, 0: by the size of the weights.
@@ -119,7 +122,7 @@ def choices_of(config: ReplicaConfig, source: Source) -> Choices:
 
 def _measured(
     config: ReplicaConfig, source: Source, folder: Path, limit: float
-) -> tuple[Engine, Profile | None]:
+) -> tuple[Tunable, Profile | None]:
     most = largest(config.slots, config.n_ctx)
     engine = source.open(source.defaults, most.cells)
     try:

@@ -17,7 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from actors.engines.options import CROWDED
 from cluster.config import ClusterConfig
 from cluster.errors import ConfigError
 
@@ -37,7 +36,6 @@ _ENVIRONMENT = {
     "RAY_enable_metrics_collection": "0",
     "RAY_event_stats": "0",
     "RAY_task_events_report_interval_ms": "0",
-    "RAY_DASHBOARD_AGENT_LOOP_MONITOR_ENABLED": "0",
     "REPORTER_UPDATE_INTERVAL_MS": "60000",
     "SCAN_EVENT_DIR_INTERVAL_SECONDS": "60",
     "RAY_health_check_period_ms": "1000",  # a dead node is noticed in 5 s; the default takes 15
@@ -54,12 +52,6 @@ def divided(config: ClusterConfig) -> ClusterConfig:
     if config.replica.profile == "auto":  # which may take fewer threads
         return replace(config, replica=replace(config.replica, cores=share))
     return replace(config, replica=replace(config.replica, threads=share))
-
-
-def crowded(config: ClusterConfig) -> bool:
-    """Whether replicas that compute with several threads have more of them than there are cores."""
-    threads = config.replica.threads
-    return threads > 1 and config.nodes * threads > (os.cpu_count() or 1)
 
 
 def check_port(host: str, port: int) -> None:
@@ -86,8 +78,6 @@ class LocalCluster:
 
     def __enter__(self) -> LocalCluster:
         os.environ.update(_ENVIRONMENT)
-        if crowded(self.config):
-            os.environ.update(CROWDED | os.environ)
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         root = str(Path(__file__).resolve().parent.parent)
         paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
