@@ -188,6 +188,8 @@ class Storm(threading.Thread):
         try:
             while not self._over.wait(self._random.uniform(2.0, 5.0)):
                 self._end_what_is_due()
+                for host in set(self._hosts.devices) - self._hurt:  # it heard late of its death
+                    self._hosts.rejoin(host)
                 deck = deck or self._random.sample(kinds, len(kinds))
                 able = self._able()
                 if len(able) > UNHURT:
