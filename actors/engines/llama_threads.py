@@ -2,7 +2,7 @@
 
 The threads of a step go side by side, and wait for each other after every operation. Where one of
 them has to share its core, all are as slow as that: beside one busy program, two threads on two
-cores decode at an eighth of their rate, and one alone at half of it. So when threads had to wait
+cores decode at an eighth of their rate, and one alone at three fifths. So when threads had to wait
 for a core, one fewer computes, and when the others have left room, one more. Linux tells both
 (/proc/PID/task/*/schedstat, /proc/stat); elsewhere the number stays.
 """
