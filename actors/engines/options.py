@@ -8,8 +8,8 @@ KV_TYPES = ("f16", "q8_0", "q4_1", "q4_0")  # the better kept first
 # How OpenMP's threads wait for each other, told before llama.cpp is loaded. A wait that ends in
 # sleep costs more than what was waited for, and threads that others interrupt wait often: on two
 # cores that carry a cluster, too, two decode at 0.86 of llama-server's rate with 30,000 looks, at
-# 0.94 with 300,000, at 0.95 with a million (20 ms on x86). Where libgomp has more threads than
-# there are cores, it looks 1,000 times if "active", else 100.
+# 0.94 with 300,000, at 0.93 to 0.96 with a million (20 ms on x86). Where libgomp has more threads
+# than there are cores, it looks 1,000 times if "active", else 100.
 WAITING = {"OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": "1000000"}
 MAX_UBATCH = 512
 
