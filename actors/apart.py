@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from typing import TypeVar
 
 from actors.engines.options import WAITING
+from actors.futures import fulfil
 
 T = TypeVar("T")
 
@@ -25,14 +26,7 @@ def apart(function: Callable[[], T]) -> T:
     """Run what computes on a thread that ends. OpenMP keeps a team of threads for every thread that
     has ever computed, and once it counts more of them than cores, none waits actively any more."""
     future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(function())
-        except BaseException as error:
-            future.set_exception(error)
-
-    thread = threading.Thread(target=run, name="apart", daemon=True)
+    thread = threading.Thread(target=fulfil, args=(future, function), name="apart", daemon=True)
     thread.start()
     result = future.result()
     thread.join()

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 from actors.admission import Admission, Begin
@@ -27,6 +28,7 @@ from actors.ends import Ends
 from actors.engines.base import Engine
 from actors.errors import AgentMoved, EngineFault
 from actors.exporter import Exporter
+from actors.futures import fulfil
 from actors.handoff import Handoff
 from actors.memory import Memory
 from actors.preload import Preloader
@@ -141,14 +143,7 @@ class ReplicaLoop:
         """Run a function on the loop's thread, between two steps. The future fails with EngineFault
         when the loop has ended."""
         future: Future[T] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(function())
-            except BaseException as error:
-                future.set_exception(error)
-
-        self._calls.put(run)
+        self._calls.put(partial(fulfil, future, function))
         self._wake.set()
         if not self.alive and not future.done():
             future.set_exception(EngineFault("the replica's loop has ended"))

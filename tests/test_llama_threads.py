@@ -28,12 +28,12 @@ class Machine:
         self.ran = {str(i): [0.0, 0.0] for i in range(most)}
         self.changes: list[int] = []
         self.blind = False
-        self.threads = Threads(most, self.changes.append, self.look, cores, lambda: self.at)
+        self.threads = Threads(most, self.changes.append, self.look, lambda: self.at)
         self.threads.adapt()
 
     def look(self) -> Load | None:
         threads = {name: (ran, waited) for name, (ran, waited) in self.ran.items()}
-        return None if self.blind else Load(self.at, threads, self.own, self.all)
+        return None if self.blind else Load(self.at, threads, self.own, self.all, self.cores)
 
     def step(self) -> None:
         with self.threads.computing():
@@ -144,7 +144,7 @@ def test_a_system_that_does_not_tell_keeps_all_threads(monkeypatch: pytest.Monke
     monkeypatch.setattr(llama_threads, "Path", lambda _: Path("/nowhere"))
     assert load() is None
     clock = iter(range(1000)).__next__
-    threads = Threads(2, pytest.fail, load, 2, clock)
+    threads = Threads(2, pytest.fail, load, clock)
     threads.adapt()
     for _ in range(10):
         with threads.computing():
@@ -153,7 +153,7 @@ def test_a_system_that_does_not_tell_keeps_all_threads(monkeypatch: pytest.Monke
 
 
 def test_the_number_is_fixed_until_it_may_adapt() -> None:
-    threads = Threads(2, pytest.fail, lambda: pytest.fail("looked"), 2)
+    threads = Threads(2, pytest.fail, lambda: pytest.fail("looked"))
     with threads.computing():
         time.sleep(0.01)
     assert threads.compute_s >= 0.01

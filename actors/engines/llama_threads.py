@@ -30,12 +30,13 @@ _SOON_S = 10.0  # a thread that leaves so soon after one came: it came too early
 @dataclass(frozen=True)
 class Load:
     """Seconds since some time. threads: of every thread of this process, on a core and waiting for
-    one; own: of processor time, all: that of all programs on the cores this process may use."""
+    one; own: of processor time, all: that of all programs on the `cores` this process may use."""
 
     at: float
     threads: dict[str, tuple[float, float]]
     own: float
     all: float
+    cores: int
 
 
 def load() -> Load | None:
@@ -51,7 +52,8 @@ def load() -> Load | None:
         user + nice + system + irq + soft for user, nice, system, _idle, _io, irq, soft in ticks
     )
     found = {name: times for name, times in threads.items() if times is not None}
-    return Load(time.monotonic(), found, time.process_time(), busy / os.sysconf("SC_CLK_TCK"))
+    busy_s = busy / os.sysconf("SC_CLK_TCK")
+    return Load(time.monotonic(), found, time.process_time(), busy_s, len(cores))
 
 
 def _schedstat(task: Path) -> tuple[float, float] | None:
@@ -74,12 +76,10 @@ class Threads:
         most: int,
         use: Callable[[int], None],
         look: Callable[[], Load | None] = load,
-        cores: int | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.n, self.compute_s = most, 0.0
         self._most, self._use, self._look, self._clock = most, use, look, clock
-        self._cores = cores or _cores()
         self._adapts = False
         self._before: Load | None = None  # of the stretch of steps that is under way
         self._looked = self._ended = clock()
@@ -113,7 +113,7 @@ class Threads:
             self._change(self.n - 1, "others use the cores")
         elif self.n < self._most and now.at >= self._not_before:
             others = (now.all - before.all - (now.own - before.own)) / seconds
-            if others + self.n + 1 - self._cores < _ROOM:
+            if others + self.n + 1 - now.cores < _ROOM:
                 self._came = now.at
                 self._change(self.n + 1, "others have left room")
 
@@ -121,12 +121,6 @@ class Threads:
         logger.info("%s: %d of %d threads compute", why, n, self._most)
         self.n = n
         self._use(n)
-
-
-def _cores() -> int:
-    """That this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
 
 def _waited(before: Load, now: Load, n: int) -> float:
