@@ -92,7 +92,7 @@ def run(
     settings = replace(settings, nodes=2, replica=replace(settings.replica, codec="f16"))
     on_hosts = "host" in kills
     try:
-        with host_site(settings) if on_hosts else local_site(settings) as site:
+        with host_site(settings, disks=False) if on_hosts else local_site(settings) as site:
             found = _Bench(site, length, len(kills) * runs).run(kills, runs)
     except (BenchFailed, EndpointError) as error:
         print(f"kvferry bench: {error}", file=sys.stderr)

@@ -1,9 +1,11 @@
 """kvferry bench migrate --link: migrations, and the choice to ship or to prefill, over real links.
 
-Runs on hosts of their own (see sites), whose links are limited to one rate after the other. Nothing
-stays on a device but what its engine holds, so all that moves comes over the link. A context is
-prefilled once, which is what prefilling costs; every agent that begins with it later has its rows
-shipped. What placement chooses for an agent that nobody runs is then held against both.
+Runs on hosts of their own (see sites), whose links are limited to one rate after the other. Before
+a migration, and before the choices of a link, the devices start anew with empty disks, so all that
+moves comes over the link. A context is prefilled once, which is what prefilling costs; every agent
+that begins with it later has its rows shipped. What placement chooses for an agent that nobody runs
+is then held against both. What a migration may take depends on the link, and on what bringing the
+context back from its node's own disk takes, measured once.
 """
 
 from __future__ import annotations
@@ -73,9 +75,10 @@ def run(
     moves: dict[str, list[Moved]] = {}
     cases: list[Case] = []
     try:
-        with host_site(settings) as site:
+        with host_site(settings, disks=True) as site:
             bench = _Bench(site)
             bench.prefill(lengths)
+            bench.restore(lengths)
             for name, mbit in links.items():
                 progress(f"{name}: starting the replicas again, so that they measure this link")
                 bench.change(mbit)
@@ -107,6 +110,7 @@ class _Bench:
         self._texts: dict[int, str] = {}
         self._kept: dict[int, tuple[str, list[Message]]] = {}  # agents that are stored, by context
         self._prefill_s: dict[int, float] = {}
+        self._restore_s: dict[int, float] = {}
 
     def prefill(self, lengths: Sequence[int]) -> None:
         """An agent with each context, cold, after something to warm up."""
@@ -122,13 +126,28 @@ class _Bench:
             self._texts[length], self._prefill_s[length] = text, reply.ttft_s
             self._kept[length] = session, [*messages, _said(reply)]
 
+    def restore(self, lengths: Sequence[int]) -> None:
+        """What each context takes from its node's disk: the first token after the replicas have
+        started anew, less that of the next turn."""
+        progress("restore from the nodes' own disks")
+        self._site.restart()
+        self._warm()
+        for length in lengths:
+            session, messages = self._kept[length]
+            asked = [*messages, *_asked(_QUESTION)]
+            first = self._endpoint.chat(asked, session=session, max_tokens=4)
+            asked += [_said(first), *_asked(_QUESTION)]
+            then = self._endpoint.chat(asked, session=session, max_tokens=4)
+            if first.cached_tokens < length // 2 or then.node != first.node:
+                raise BenchFailed(f"at {length}: the context did not come back from a disk")
+            self._restore_s[length] = max(first.ttft_s - then.ttft_s, 0.0)
+            wait_stored(self._endpoint, session)
+            self._kept[length] = session, [*asked, _said(then)]
+
     def change(self, mbit: float) -> None:
         """All links get this rate, and the replicas measure it. Nobody runs an agent then."""
         self._site.limit(mbit)
-        for node in self._endpoint.request("GET", "/v1/cluster")["nodes"]:
-            if node["pid"]:
-                self._site.kill("process", node["id"])
-        self._site.recover()
+        self._site.restart(empty=True)
         self._warm()
 
     def _warm(self) -> None:
@@ -162,7 +181,9 @@ class _Bench:
 
     def move(self, link: str, length: int, mbit: float) -> Moved:
         progress(f"{link}, {length} tokens: a migration")
-        return move(self._endpoint, length, self._texts[length], mbit)
+        self._site.restart(empty=True)
+        moved = move(self._endpoint, length, self._texts[length], mbit)
+        return replace(moved, restore_s=self._restore_s[length])
 
 
 def _name() -> str:

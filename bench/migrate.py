@@ -37,7 +37,8 @@ _GROWTH_S = 0.02  # by which a freeze may differ between contexts, for noise
 @dataclass(frozen=True)
 class Moved:
     """One migration; seconds. `floor_s`: of its bytes over the link; 0: no limit. `restore_s`: of
-    its rows from RAM into the engine, at the rate that the target measured; 0: none yet."""
+    its rows into the engine, from RAM at the rate that the target measured (0: none yet), or from a
+    disk where that was measured."""
 
     context: int  # tokens of the prompt, about
     freeze_s: float

@@ -36,6 +36,7 @@ from cluster.local import LocalCluster, divided
 Kill = Literal["process", "node", "host"]
 KILLS: tuple[Kill, ...] = ("process", "node", "host")
 _BEFORE = 16  # deltas, until the kill
+_START_S = 60.0  # for a replica to be there again
 STAY_S = 1e6  # an agent moves only when told to
 _ROOT = Path(__file__).resolve().parent.parent
 _HOSTS = ["a", "b"]
@@ -126,6 +127,21 @@ class HostSite:
         for name in self._hosts.devices:
             self._hosts[name].limit(mbit)
 
+    def restart(self, *, empty: bool = False) -> None:
+        """The replicas start anew, with nothing in RAM, and if they are to be `empty` nothing on
+        their disks. Nobody runs an agent then. Raises BenchFailed."""
+        pids = {name: node_of(self.endpoint, name)["pid"] for name in self._hosts.devices}
+        for name in pids:
+            self.kill("process", name)
+        if empty:
+            shutil.rmtree(self._hosts.environment["KVFERRY_LOCAL"])
+        deadline = time.monotonic() + _START_S
+        while any(node_of(self.endpoint, name)["pid"] in (None, pids[name]) for name in pids):
+            if time.monotonic() > deadline:
+                raise BenchFailed("the replicas do not start again")
+            time.sleep(0.1)
+        self.recover()
+
 
 def check_hosts() -> None:
     """Raises BenchFailed, saying what is missing for hosts of their own."""
@@ -148,13 +164,13 @@ def _harness() -> Any:
 
 
 @contextmanager
-def host_site(settings: ClusterConfig) -> Iterator[HostSite]:
-    """A head, a store, and two devices, each on a host of its own. Nothing is kept on the devices'
-    disks: what is not in RAM comes over the link. Raises BenchFailed, ConfigError."""
+def host_site(settings: ClusterConfig, *, disks: bool) -> Iterator[HostSite]:
+    """A head, a store, and two devices, each on a host of its own. Without `disks` nothing is kept
+    on the devices': what is not in RAM comes from the store. Raises BenchFailed, ConfigError."""
     harness = _harness()
     given = _told(divided(replace(settings, nodes=len(_HOSTS))).replica)
-    given |= {"hysteresis_s": STAY_S, "local_bytes": 0}
-    given |= {"item_timeout_s": settings.http.item_timeout_s}
+    given |= {"hysteresis_s": STAY_S, "item_timeout_s": settings.http.item_timeout_s}
+    given |= {} if disks else {"local_bytes": 0}
     try:
         with harness.cluster(_HOSTS, **given) as hosts, Endpoint(hosts.url) as endpoint:
             yield HostSite(endpoint, hosts)

@@ -2,7 +2,8 @@
 # Builds llama-server, the peer of `kvferry bench serve`, from the llama.cpp sources inside the source
 # distribution of the llama-cpp-python that is installed: the same kernels on both sides.
 # usage: scripts/build-llama-server.sh [UNPACKED_SDIST]     (without: pip fetches it from its index)
-# The result is build/llama-server, beside the libraries it loads. PYTHON and JOBS may be set.
+# The result is build/llama-server, beside the libraries it loads. PYTHON, JOBS and CMAKE_ARGS may be
+# set; `make llama-server` gives those of the wheel.
 set -eu
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -24,7 +25,7 @@ cmake -S "$sdist/vendor/llama.cpp" -B "$out/cmake" \
     -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON -DGGML_NATIVE=ON \
     -DLLAMA_BUILD_COMMON=ON -DLLAMA_BUILD_TOOLS=ON -DLLAMA_BUILD_SERVER=ON \
     -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF \
-    -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF
+    -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF ${CMAKE_ARGS:-}
 cmake --build "$out/cmake" --target llama-server --parallel "${JOBS:-2}"
 ln -sf llama-server.d/cmake/bin/llama-server "$root/build/llama-server"
 "$root/build/llama-server" --version
