@@ -23,7 +23,7 @@ from typing import Any
 from rich.table import Column, Table
 
 from bench.client import EndpointError, Message, Reply
-from bench.migrate import Moved, move, print_moves, print_targets, targets
+from bench.migrate import Moved, move, print_moves, print_targets, restore_rate, targets
 from bench.sites import HostSite, chars_per_token, filling, host_site, progress, show, wait_stored
 from bench.ttft import BenchFailed
 from cluster.config import ClusterConfig
@@ -110,7 +110,7 @@ class _Bench:
         self._texts: dict[int, str] = {}
         self._kept: dict[int, tuple[str, list[Message]]] = {}  # agents that are stored, by context
         self._prefill_s: dict[int, float] = {}
-        self._restore_s: dict[int, float] = {}
+        self._restore_rate = 0.0  # tokens/s
 
     def prefill(self, lengths: Sequence[int]) -> None:
         """An agent with each context, cold, after something to warm up."""
@@ -127,22 +127,21 @@ class _Bench:
             self._kept[length] = session, [*messages, _said(reply)]
 
     def restore(self, lengths: Sequence[int]) -> None:
-        """What each context takes from its node's disk: the first token after the replicas have
-        started anew, less that of the next turn."""
+        """How fast contexts come back from their node's disk, once the replicas have started anew.
+        Of several the fastest counts."""
         progress("restore from the nodes' own disks")
         self._site.restart()
         self._warm()
         for length in lengths:
             session, messages = self._kept[length]
             asked = [*messages, *_asked(_QUESTION)]
-            first = self._endpoint.chat(asked, session=session, max_tokens=4)
-            asked += [_said(first), *_asked(_QUESTION)]
-            then = self._endpoint.chat(asked, session=session, max_tokens=4)
-            if first.cached_tokens < length // 2 or then.node != first.node:
-                raise BenchFailed(f"at {length}: the context did not come back from a disk")
-            self._restore_s[length] = max(first.ttft_s - then.ttft_s, 0.0)
+            reply = self._endpoint.chat(asked, session=session, max_tokens=4)
             wait_stored(self._endpoint, session)
-            self._kept[length] = session, [*asked, _said(then)]
+            rate = restore_rate(self._endpoint, reply.node)
+            if rate is None or reply.cached_tokens < length // 2:
+                raise BenchFailed(f"at {length}: the context did not come back from a disk")
+            self._restore_rate = max(self._restore_rate, rate)
+            self._kept[length] = session, [*asked, _said(reply)]
 
     def change(self, mbit: float) -> None:
         """All links get this rate, and the replicas measure it. Nobody runs an agent then."""
@@ -183,7 +182,7 @@ class _Bench:
         progress(f"{link}, {length} tokens: a migration")
         self._site.restart(empty=True)
         moved = move(self._endpoint, length, self._texts[length], mbit)
-        return replace(moved, restore_s=self._restore_s[length])
+        return replace(moved, restore_s=moved.rows / self._restore_rate)
 
 
 def _name() -> str:

@@ -38,7 +38,7 @@ _GROWTH_S = 0.02  # by which a freeze may differ between contexts, for noise
 class Moved:
     """One migration; seconds. `floor_s`: of its bytes over the link; 0: no limit. `restore_s`: of
     its rows into the engine, from RAM at the rate that the target measured (0: none yet), or from a
-    disk where that was measured."""
+    disk (see links)."""
 
     context: int  # tokens of the prompt, about
     freeze_s: float
@@ -136,7 +136,7 @@ def move(endpoint: Endpoint, length: int, text: str, mbit: float | None) -> Move
     if not over:
         raise BenchFailed(f"at {length}: the reply was over before the migration")
     floor_s = 8e-6 * done["bytes"] / mbit if mbit else 0.0
-    restore_s = done["rows"] / rate if (rate := _restore_rate(endpoint, done["target"])) else 0.0
+    restore_s = done["rows"] / rate if (rate := restore_rate(endpoint, done["target"])) else 0.0
     gap_s = replies[-1].longest_pause[1]
     return Moved(
         length, done["freeze_s"], gap_s, done["total_s"], done["rounds"],
@@ -154,7 +154,8 @@ def _migrate(endpoint: Endpoint, session: str, source: str) -> dict[str, Any]:
     return done
 
 
-def _restore_rate(endpoint: Endpoint, node: str) -> float | None:
+def restore_rate(endpoint: Endpoint, node: str) -> float | None:
+    """Tokens per second, into the node's engine; None: not measured yet."""
     rate: float | None = node_of(endpoint, node)["rates"].get("restore_tokens_per_s")
     return rate
 
