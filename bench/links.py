@@ -181,8 +181,7 @@ class _Bench:
     def move(self, link: str, length: int, mbit: float) -> Moved:
         progress(f"{link}, {length} tokens: a migration")
         self._site.restart(empty=True)
-        moved = move(self._endpoint, length, self._texts[length], mbit)
-        return replace(moved, restore_s=moved.rows / self._restore_rate)
+        return move(self._endpoint, length, self._texts[length], mbit, self._restore_rate)
 
 
 def _name() -> str:

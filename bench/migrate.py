@@ -98,8 +98,11 @@ def _endpoint(settings: ClusterConfig, url: str | None, api_key: str) -> Iterato
         yield site.endpoint
 
 
-def move(endpoint: Endpoint, length: int, text: str, mbit: float | None) -> Moved:
-    """A fresh agent speaks after `text`, of about `length` tokens, and moves. Raises BenchFailed,
+def move(
+    endpoint: Endpoint, length: int, text: str, mbit: float | None, restore: float | None = None
+) -> Moved:
+    """A fresh agent speaks after `text`, of about `length` tokens, and moves. `restore`: tokens/s
+    that a restore is reckoned with; None: the target's own rate. Raises BenchFailed,
     EndpointError."""
     session = f"bench-{secrets.token_hex(6)}"
     messages: list[Message] = [{"role": "user", "content": text}]
@@ -136,7 +139,8 @@ def move(endpoint: Endpoint, length: int, text: str, mbit: float | None) -> Move
     if not over:
         raise BenchFailed(f"at {length}: the reply was over before the migration")
     floor_s = 8e-6 * done["bytes"] / mbit if mbit else 0.0
-    restore_s = done["rows"] / rate if (rate := restore_rate(endpoint, done["target"])) else 0.0
+    rate = restore or restore_rate(endpoint, done["target"])
+    restore_s = done["rows"] / rate if rate else 0.0
     gap_s = replies[-1].longest_pause[1]
     return Moved(
         length, done["freeze_s"], gap_s, done["total_s"], done["rounds"],

@@ -36,7 +36,6 @@ from cluster.local import LocalCluster, divided
 Kill = Literal["process", "node", "host"]
 KILLS: tuple[Kill, ...] = ("process", "node", "host")
 _BEFORE = 16  # deltas, until the kill
-_START_S = 60.0  # for a replica to be there again
 STAY_S = 1e6  # an agent moves only when told to
 _ROOT = Path(__file__).resolve().parent.parent
 _HOSTS = ["a", "b"]
@@ -130,16 +129,12 @@ class HostSite:
     def restart(self, *, empty: bool = False) -> None:
         """The replicas start anew, with nothing in RAM, and if they are to be `empty` nothing on
         their disks. Nobody runs an agent then. Raises BenchFailed."""
-        pids = {name: node_of(self.endpoint, name)["pid"] for name in self._hosts.devices}
-        for name in pids:
+        pids = [node_of(self.endpoint, name)["pid"] for name in self._hosts.devices]
+        for name in self._hosts.devices:
             self.kill("process", name)
         if empty:
             shutil.rmtree(self._hosts.environment["KVFERRY_LOCAL"])
-        deadline = time.monotonic() + _START_S
-        while any(node_of(self.endpoint, name)["pid"] in (None, pids[name]) for name in pids):
-            if time.monotonic() > deadline:
-                raise BenchFailed("the replicas do not start again")
-            time.sleep(0.1)
+        await_ready(self.endpoint, len(pids), old=pids)
         self.recover()
 
 

@@ -15,7 +15,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -190,14 +190,18 @@ def free_port() -> int:
 
 
 def await_ready(
-    endpoint: Endpoint, n_nodes: int, tend: Callable[[], object] = lambda: None
+    endpoint: Endpoint,
+    n_nodes: int,
+    tend: Callable[[], object] = lambda: None,
+    old: Collection[int | None] = (),
 ) -> None:
-    """`tend` is called while it waits. Raises BenchFailed."""
+    """`tend` is called while it waits; replicas whose process is an `old` one do not count. Raises
+    BenchFailed."""
     deadline = time.monotonic() + _READY_TIMEOUT_S
     while time.monotonic() < deadline:
         tend()
         nodes = endpoint.request("GET", "/v1/cluster")["nodes"]
-        if sum(node["replica"] == "ready" for node in nodes) == n_nodes:
+        if sum(n["replica"] == "ready" and n["pid"] not in old for n in nodes) == n_nodes:
             return
         time.sleep(0.3)
     raise BenchFailed(f"the cluster was not ready after {_READY_TIMEOUT_S:.0f} s")
