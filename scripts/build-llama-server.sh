@@ -1,9 +1,9 @@
 #!/bin/sh
 # Builds llama-server, the peer of `kvferry bench serve`, from the llama.cpp sources inside the source
-# distribution of the llama-cpp-python that is installed: the same kernels on both sides.
+# distribution of the llama-cpp-python that is installed, as released: without patches/llama.cpp.
 # usage: scripts/build-llama-server.sh [UNPACKED_SDIST]     (without: pip fetches it from its index)
 # The result is build/llama-server, beside the libraries it loads. PYTHON, JOBS and CMAKE_ARGS may be
-# set; `make llama-server` gives those of the wheel.
+# set.
 set -eu
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -12,6 +12,7 @@ out=$root/build/llama-server.d
 mkdir -p "$out"
 
 version=$("$python" -c 'from importlib.metadata import version; print(version("llama-cpp-python"))')
+version=${version%+*}
 sdist=${1:-$out/llama_cpp_python-$version}
 if [ ! -d "$sdist" ]; then
     "$python" -m pip download --no-binary :all: --no-deps --dest "$out" \

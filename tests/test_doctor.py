@@ -267,6 +267,15 @@ def test_an_old_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "0.3.9" in failing("llama.cpp")
 
 
+@pytest.mark.parametrize(("version", "told"), [("0.3.36", True), ("0.3.36+kvferry.0", False)])
+def test_llama_cpp_without_patches(
+    monkeypatch: pytest.MonkeyPatch, version: str, told: bool
+) -> None:
+    without("llama-cpp-python", monkeypatch, version)
+    check = checks.check_build("llama.cpp")[-1]
+    assert (check.status, "without patches" in check.text) == ("ok", told)
+
+
 def test_no_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
     """It fails where the model needs it."""
     without("llama-cpp-python", monkeypatch)
