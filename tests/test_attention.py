@@ -140,8 +140,8 @@ def computed(ggml: Any, case: Case, q: Array, k: Array, v: Array, mask: Any, sin
         ggml.ggml_free(context)
 
 
-def worst(ggml: Any, case: Case) -> float:
-    """The largest difference."""
+def made_up(case: Case) -> tuple[Array, Array, Array, Array | None, Array]:
+    """q, K, V, mask and sinks."""
     rng = np.random.default_rng(case.seed)
     q = (2 * rng.standard_normal((case.streams, case.heads, case.tokens, case.dk))).astype(
         np.float32
@@ -150,9 +150,13 @@ def worst(ggml: Any, case: Case) -> float:
     k = rng.standard_normal((*shape, case.dk)).astype(np.float16)
     v = rng.uniform(-1, 1, (*shape, case.dv)).astype(np.float16)
     sinks = rng.standard_normal(case.heads).astype(np.float32)
-    mask = masked(case, rng)
-    found = computed(ggml, case, q, k, v, mask, sinks)
-    return float(np.abs(found - expected(case, q, k, v, mask, sinks)).max())
+    return q, k, v, masked(case, rng), sinks
+
+
+def worst(ggml: Any, case: Case) -> float:
+    """The largest difference."""
+    given = made_up(case)
+    return float(np.abs(computed(ggml, case, *given) - expected(case, *given)).max())
 
 
 BASE = Case()
@@ -216,6 +220,20 @@ def test_attention_of_any_shape(ggml: Any) -> None:
             seed=seed,
         )
         assert worst(ggml, case) < TOLERANCE, case
+
+
+@pytest.mark.parametrize("seen", ["all", "some", "few"])
+@pytest.mark.parametrize("cells", [100, 1000, 9000])
+def test_a_token_alone_gets_the_bits_it_gets_in_a_batch(ggml: Any, cells: int, seen: str) -> None:
+    """And on any number of threads: speculation and batches do not change a greedy reply so."""
+    case = replace(BASE, tokens=5, cells=cells, seen=seen)
+    q, k, v, mask, sinks = made_up(case)
+    batch = computed(ggml, case, q, k, v, mask, sinks)
+    for i in range(5):
+        own = None if mask is None else mask[:, :, i : i + 1]
+        one = replace(case, tokens=1, threads=i + 1)
+        alone = computed(ggml, one, q[:, :, i : i + 1], k, v, own, sinks)
+        np.testing.assert_array_equal(alone[:, 0], batch[:, i])
 
 
 def test_what_is_installed_has_these_patches(ggml: Any) -> None:

@@ -4,8 +4,9 @@
 // itself, converts K and V again for every head of a group, and brings its f16 sums to f32 and back for
 // every cell. Here the cells that a token sees are collected first (in a cache that many sequences
 // share most are another's), BLOCK at a time; the query heads of one K head share each converted row;
-// sums stay in f32 registers; the next rows are fetched early; and a single token's cells are divided
-// among the threads by what it sees.
+// sums stay in f32 registers; and the next rows are fetched early. What a token sees is divided into
+// pieces of a size that depends on nothing but their number, and the pieces' sums are put together in
+// their order: a token's attention is the same bits alone and in a batch, on any number of threads.
 //
 // Included by ops.cpp (attention.patch), whose ggml_compute_forward_flash_attn_ext_f16 asks forward()
 // first. Prompts (GGML_FA_TILE_Q tokens and more) and all that is not supported stay with ggml.
@@ -31,14 +32,13 @@
 #    endif
 #endif
 
-static void ggml_flash_attn_ext_reduce_partials(const ggml_compute_params *, ggml_tensor *, int64_t, int64_t);
-
 namespace attention {
 
 #ifdef KVF_SUPPORTED
 
 constexpr int W     = KVF_WIDTH; // floats of a register
 constexpr int BLOCK = 64;        // cells between two looks at the maximum
+constexpr int PIECE = 2;         // blocks, at least, that a thread takes of one token
 constexpr int HEADS = 4;         // query heads taken together, at most
 
 typedef float vec __attribute__((vector_size(4 * KVF_WIDTH)));
@@ -95,11 +95,12 @@ struct row {
 
     bool sees(int64_t cell) const { return !mask || mask[cell] != HIDDEN; }
 
-    bool none_of_four(int64_t cell, int64_t end) const {
+    bool none_of_four(int64_t cell) const {
         uint64_t four;
-        return mask && cell + 4 <= end && (memcpy(&four, mask + cell, 8), four == HIDDEN * 0x0001000100010001u);
+        return mask && cell + 4 <= n && (memcpy(&four, mask + cell, 8), four == HIDDEN * 0x0001000100010001u);
     }
 
+    int64_t count() const { return count(0, n); }
     int64_t count(int64_t from, int64_t to) const {
         if (!mask) {
             return to - from;
@@ -136,11 +137,11 @@ struct block {
     int     n;
     bool    biased;      // any of it is not 0
 
-    // The next that are seen from `at` on, ahead of `end`; `at` moves on.
-    void take(const row & seen, int64_t & at, int64_t end) {
+    // The next that are seen from `at` on; `at` moves on.
+    void take(const row & seen, int64_t & at) {
         biased = false;
-        for (n = 0; at < end && n < BLOCK; at++) {
-            if (seen.none_of_four(at, end)) {
+        for (n = 0; at < seen.n && n < BLOCK; at++) {
+            if (seen.none_of_four(at)) {
                 at += 3;
             } else if (seen.sees(at)) {
                 biased |= seen.mask && seen.mask[at];
@@ -154,12 +155,12 @@ struct block {
 
 struct shape {
     const ggml_tensor * q, * k, * v, * mask, * sinks;
-    int64_t DK, DV, group; // of a head; query heads of one K head
+    int64_t DK, DV, heads, group; // of a head; of q, and of them for one head of K
     float   scale, max_bias, softcap;
 
     explicit shape(const ggml_tensor * t)
         : q(t->src[0]), k(t->src[1]), v(t->src[2]), mask(t->src[3]), sinks(t->src[4]), DK(k->ne[0]), DV(v->ne[0]),
-          group(q->ne[2] / k->ne[2]) {
+          heads(q->ne[2]), group(heads / k->ne[2]) {
         memcpy(&scale, (const float *) t->op_params + 0, sizeof(float));
         memcpy(&max_bias, (const float *) t->op_params + 1, sizeof(float));
         memcpy(&softcap, (const float *) t->op_params + 2, sizeof(float));
@@ -172,14 +173,29 @@ struct shape {
         return q->type == GGML_TYPE_F32 && k->type == GGML_TYPE_F16 && v->type == GGML_TYPE_F16 && DK % W == 0 &&
                DV % W == 0 && k->ne[2] == v->ne[2] && k->ne[3] == v->ne[3] && q->ne[1] < GGML_FA_TILE_Q &&
                q->nb[0] == sizeof(float) && k->nb[0] == sizeof(ggml_fp16_t) && v->nb[0] == sizeof(ggml_fp16_t) &&
-               q->ne[2] * (2 + DV) <= GGML_FA_TILE_Q * (DK + 2 * DV); // sums of all heads fit a thread's part
+               most_pieces() >= 4;
+    }
+
+    // Of the scratch memory that ggml gives each thread (ggml_graph_plan), floats.
+    int64_t scratch() const {
+        return GGML_FA_TILE_Q * (DK + DV + 2 * GGML_FA_TILE_KV) + GGML_FA_TILE_KV * (DK + DV);
+    }
+
+    int64_t sum_size() const { return 2 + DV; } // floats
+
+    // For whose sums two threads have room; a thread has it for two pieces.
+    int64_t most_pieces() const { return 2 * scratch() / (heads * sum_size()); }
+
+    int64_t blocks_of_piece(int64_t seen) const {
+        const int64_t all = most_pieces() * BLOCK;
+        return std::max((int64_t) PIECE, (seen + all - 1) / all);
     }
 
     float slope(int64_t head) const { // ALiBi
         if (max_bias <= 0.0f) {
             return 1.0f;
         }
-        const int64_t half = 1 << (int) floorf(log2f(q->ne[2]));
+        const int64_t half = 1 << (int) floorf(log2f(heads));
         return head < half ? powf(powf(2.0f, -max_bias / half), head + 1) :
                              powf(powf(2.0f, -max_bias / 2.0f / half), 2 * (head - half) + 1);
     }
@@ -212,6 +228,21 @@ struct sum {
             weight() *= less;
             max() = to;
         }
+    }
+
+    void add(const sum & other, int64_t DV) const {
+        if (other.weight() != 0.0f) {
+            rise(other.max(), DV);
+            const float less = expf(other.max() - max());
+            weight() += other.weight() * less;
+            ggml_vec_mad_f32(DV, values(), other.values(), less);
+        }
+    }
+
+    // A sink has weight and no value.
+    void add_sink(float sink, int64_t DV) const {
+        rise(sink, DV);
+        weight() += expf(sink - max());
     }
 };
 
@@ -326,81 +357,109 @@ void attend(const shape & a, const block & b, const block & next, int64_t token,
     }
 }
 
-// The query heads [first, last) of one token over the cells [from, to); `sums` holds one for each head.
-inline void attend_heads(const shape & a, int64_t token, int64_t stream, int64_t first, int64_t last, int64_t from,
-                         int64_t to, float * sums, int64_t stride) {
+// The query heads [first, last) of one token over a piece that begins at `at`, which moves on to its
+// end; `sums` holds one for each head.
+inline void attend_piece(const shape & a, const row & seen, int64_t blocks, int64_t & at, int64_t token,
+                         int64_t stream, int64_t first, int64_t last, float * sums) {
+    const auto of = [&](int64_t head) { return sum{ sums + (head - first) * a.sum_size() }; };
     for (int64_t head = first; head < last; head++) {
-        sum{ sums + (head - first) * stride }.clear(a.DV);
+        of(head).clear(a.DV);
     }
-    for (int64_t head = first; head < last;) {
-        const int64_t end  = a.one_mask() ? last : head + 1; // heads that see the same cells
-        const row     seen = a.seen(token, head, stream);
-        int64_t       at   = from;
-        block         two[2], *b = two, *next = two + 1;
-        for (b->take(seen, at, to); b->n; std::swap(b, next)) {
-            next->take(seen, at, to);
-            for (int64_t h = head, g; h < end; h += g) {
-                g = std::min({ (int64_t) HEADS, end - h, a.group - h % a.group });
-                sum out[HEADS];
-                for (int i = 0; i < g; i++) {
-                    out[i].at = sums + (h + i - first) * stride;
-                }
-                const auto attend_group = g == 4 ? attend<4> : g == 3 ? attend<3> : g == 2 ? attend<2> : attend<1>;
-                attend_group(a, *b, *next, token, h, stream, out);
+    block   two[2], *b = two, *next = two + 1;
+    int64_t ahead = at;
+    next->take(seen, ahead);
+    while (blocks-- > 0 && next->n) {
+        std::swap(b, next);
+        at = ahead;
+        next->take(seen, ahead);
+        for (int64_t head = first, g; head < last; head += g) {
+            g = std::min({ (int64_t) HEADS, last - head, a.group - head % a.group });
+            sum out[HEADS];
+            for (int i = 0; i < g; i++) {
+                out[i] = of(head + i);
             }
+            const auto attend_group = g == 4 ? attend<4> : g == 3 ? attend<3> : g == 2 ? attend<2> : attend<1>;
+            attend_group(a, *b, *next, token, head, stream, out);
         }
-        head = end;
+    }
+    if (next->n == 0) {
+        at = seen.n;
     }
 }
 
-// A sink has weight and no value.
-inline void add_sinks(const shape & a, int64_t first, int64_t last, float * sums, int64_t stride) {
-    for (int64_t head = first; a.sinks && head < last; head++) {
-        const sum   out{ sums + (head - first) * stride };
-        const float sink = ((const float *) a.sinks->data)[head];
-        out.rise(sink, a.DV);
-        out.weight() += expf(sink - out.max());
+inline void finish(const shape & a, ggml_tensor * dst, int64_t token, int64_t head, int64_t stream, const sum & all) {
+    if (a.sinks) {
+        all.add_sink(((const float *) a.sinks->data)[head], a.DV);
     }
+    ggml_vec_scale_f32(a.DV, all.values(), all.weight() == 0.0f ? 0.0f : 1.0f / all.weight());
+    memcpy((char *) dst->data + head * dst->nb[1] + token * dst->nb[2] + stream * dst->nb[3], all.values(),
+           a.DV * sizeof(float));
 }
 
-// One token: every thread takes a part of the cells, and the parts are put together.
-inline void forward_one(const ggml_compute_params * params, ggml_tensor * dst, const shape & a) {
-    const int64_t nth = params->nth, ith = params->ith, part = 2 + a.DV;
-    const row     seen = a.seen(0, 0, 0);
-    const int64_t all  = seen.count(0, seen.n);
-    float *       own  = (float *) params->wdata + nth * (a.DK + 2 * a.DV + CACHE_LINE_SIZE_F32) + ith * part;
-    attend_heads(a, 0, 0, 0, a.q->ne[2], ith == 0 ? 0 : seen.find(all * ith / nth),
-                 ith == nth - 1 ? seen.n : seen.find(all * (ith + 1) / nth), own, nth * part);
-    if (ith == 0) {
-        add_sinks(a, 0, a.q->ne[2], own, nth * part);
-    }
-    ggml_barrier(params->threadpool);
-    ggml_flash_attn_ext_reduce_partials(params, dst, nth, 1);
-}
-
-// Several tokens: a thread takes one token's heads, or some of them, at a time.
-inline void forward_many(const ggml_compute_params * params, ggml_tensor * dst, const shape & a) {
-    const int64_t tokens = a.q->ne[1], all = tokens * a.q->ne[3], kheads = a.k->ne[2], part = 2 + a.DV;
-    const int64_t split  = std::min(kheads, (4 * params->nth + all - 1) / all);
-    float * own = (float *) params->wdata + params->ith * (GGML_FA_TILE_Q * (a.DK + 2 * a.DV) + CACHE_LINE_SIZE_F32);
-
+// f(i) for every i below n, by the thread that comes to it.
+template <typename F> void share(const ggml_compute_params * params, int64_t n, F f) {
     if (params->ith == 0) {
         ggml_threadpool_chunk_set(params->threadpool, params->nth);
     }
     ggml_barrier(params->threadpool);
-    for (int64_t i = params->ith; i < all * split; i = ggml_threadpool_chunk_add(params->threadpool, 1)) {
-        const int64_t token = i / split % tokens, stream = i / split / tokens;
-        const int64_t first = i % split * kheads / split * a.group, last = (i % split + 1) * kheads / split * a.group;
-        attend_heads(a, token, stream, first, last, 0, a.k->ne[1], own, part);
-        add_sinks(a, first, last, own, part);
-        for (int64_t head = first; head < last; head++) {
-            const sum   out{ own + (head - first) * part };
-            const float whole = out.weight() == 0.0f ? 0.0f : 1.0f / out.weight();
-            ggml_vec_scale_f32(a.DV, out.values(), whole);
-            memcpy((char *) dst->data + head * dst->nb[1] + token * dst->nb[2] + stream * dst->nb[3], out.values(),
-                   a.DV * sizeof(float));
-        }
+    for (int64_t i = params->ith; i < n; i = ggml_threadpool_chunk_add(params->threadpool, 1)) {
+        f(i);
     }
+}
+
+// One token: the threads share its pieces, whose sums lie in all threads' scratch memory together.
+inline void forward_one(const ggml_compute_params * params, ggml_tensor * dst, const shape & a) {
+    const row     seen   = a.seen(0, 0, 0);
+    const int64_t all    = seen.count();
+    const int64_t blocks = a.blocks_of_piece(all), size = blocks * BLOCK, pieces = (all + size - 1) / size;
+    const int64_t kheads = a.heads / a.group, split = pieces < 4 * params->nth ? kheads : 1;
+    const auto    of     = [&](int64_t piece, int64_t head) {
+        return (float *) params->wdata + (piece * a.heads + head) * a.sum_size();
+    };
+    share(params, pieces * split, [&](int64_t i) {
+        const int64_t piece = i / split, first = i % split * a.heads / split, last = (i % split + 1) * a.heads / split;
+        int64_t       at = seen.find(piece * size);
+        attend_piece(a, seen, blocks, at, 0, 0, first, last, of(piece, first));
+    });
+    ggml_barrier(params->threadpool);
+    for (int64_t head = params->ith; head < a.heads; head += params->nth) {
+        const sum total{ of(0, head) };
+        if (pieces == 0) {
+            total.clear(a.DV);
+        }
+        for (int64_t piece = 1; piece < pieces; piece++) {
+            total.add(sum{ of(piece, head) }, a.DV);
+        }
+        finish(a, dst, 0, head, 0, total);
+    }
+}
+
+// Any number of tokens: a thread takes one token's heads, or some of them, at a time.
+inline void forward_many(const ggml_compute_params * params, ggml_tensor * dst, const shape & a) {
+    const int64_t tokens = a.q->ne[1], all = tokens * a.q->ne[3], kheads = a.heads / a.group;
+    // heads that see the same cells, and few enough to go round
+    const int64_t split = !a.one_mask() ? a.heads : std::min(kheads, (4 * params->nth + all - 1) / all);
+    float *       own   = (float *) params->wdata + params->ith * (a.scratch() + CACHE_LINE_SIZE_F32);
+
+    share(params, all * split, [&](int64_t i) {
+        const int64_t token = i / split % tokens, stream = i / split / tokens, part = i % split;
+        const int64_t unit  = a.one_mask() ? a.group : 1; // of heads
+        const int64_t first = part * (a.heads / unit) / split * unit, last = (part + 1) * (a.heads / unit) / split * unit;
+        const row     seen   = a.seen(token, first, stream);
+        const int64_t blocks = a.blocks_of_piece(seen.count());
+        float *       piece  = own + (last - first) * a.sum_size();
+        int64_t       at     = 0;
+        attend_piece(a, seen, blocks, at, token, stream, first, last, own);
+        while (at < seen.n) {
+            attend_piece(a, seen, blocks, at, token, stream, first, last, piece);
+            for (int64_t j = 0; j < (last - first) * a.sum_size(); j += a.sum_size()) {
+                sum{ own + j }.add(sum{ piece + j }, a.DV);
+            }
+        }
+        for (int64_t head = first; head < last; head++) {
+            finish(a, dst, token, head, stream, sum{ own + (head - first) * a.sum_size() });
+        }
+    });
 }
 
 #else
@@ -440,7 +499,7 @@ inline bool forward(const ggml_compute_params * params, ggml_tensor * dst) {
     if (params->use_ref || !a.supported()) {
         return false;
     }
-    if (a.q->ne[1] == 1 && a.q->ne[3] == 1 && a.one_mask() && a.k->ne[1] >= params->nth) {
+    if (a.q->ne[1] == 1 && a.q->ne[3] == 1 && a.one_mask() && params->nth > 1) {
         forward_one(params, dst, a);
     } else {
         forward_many(params, dst, a);
