@@ -1,4 +1,4 @@
-# make serve and make test need nothing but Python 3.11+, a C++ compiler, cmake and make:
+# make serve and make test need nothing but Python 3.11+, a C++ compiler, cmake, patch and make:
 # both create .venv on first use and bring it up to date when a dependency changes.
 
 comma := ,
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip $(if $(V),,-qq) --disable-pip-version-check
 
 # What an installation depends on. The code itself does not count: it is installed editable.
-PATCHES := $(shell find patches -type f)
+PATCHES := $(shell find patches) # folders, too: files that go change them
 INPUTS := pyproject.toml setup.py constraints.txt scripts/build_llama.py $(PATCHES) $(wildcard storage/_codec.c)
 
 # Extras to test with besides, separated by commas: EXTRAS=hf. On Linux PyPI's torch brings CUDA, so
@@ -94,7 +94,7 @@ endif
 define install
 @echo "Installing kvferry[$(1)] into $(VENV)"
 @$(PIP) install -c constraints.txt pip
-@$(BIN)/python scripts/build_llama.py
+@V='$(V)' $(BIN)/python scripts/build_llama.py
 @$(PIP) install -c constraints.txt --build-constraint constraints.txt -e '.[$(1)]' \
 	$(if $(filter hf,$(subst $(comma), ,$(1))),$(CPU_TORCH))
 @ls storage/_codec.*.so >/dev/null 2>&1 || echo "storage/_codec.c did not compile: numpy does its work, slower"

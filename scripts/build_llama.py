@@ -3,9 +3,10 @@ with patches/llama.cpp (new files, and changes to others), compiled for this mac
 
 usage: python scripts/build_llama.py      (of the environment to install into)
 
-The version gets a local part, +kvferry. and the patches' digest. Wheels are kept under
-$XDG_CACHE_HOME/kvferry/wheels (~/.cache) by version, CMAKE_ARGS, compiler and processor, as other
-checkouts and a new .venv want the same; where that cannot be written, under build/.
+The version gets a local part, +kvferry.p and the patches' digest. Wheels are kept under
+$XDG_CACHE_HOME/kvferry/wheels (~/.cache) by version, SETTINGS, compiler and processor, as other
+checkouts and a new .venv want the same; where that cannot be written, under build/. What is
+installed already stays when only a setting changes: `make clean`. V=1 shows the compilation.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,11 +26,13 @@ ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "constraints.txt"
 PATCHES = ROOT / "patches" / "llama.cpp"
 NAME = "llama-cpp-python"
+SETTINGS = ("CMAKE_ARGS", "CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS", "MACOSX_DEPLOYMENT_TARGET")
 
 
 def pip(*arguments: str | Path) -> None:
     """Runs this environment's pip; what it has to say is shown where it fails."""
-    command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    quiet = () if os.environ.get("V") else ("--quiet",)
+    command = [sys.executable, "-m", "pip", *quiet, "--disable-pip-version-check"]
     subprocess.run([*command, *map(str, arguments)], check=True)
 
 
@@ -45,7 +49,7 @@ def patched() -> str:
     digest = hashlib.sha256()
     for file in sorted(path for path in PATCHES.rglob("*") if path.is_file()):
         digest.update(str(file.relative_to(PATCHES)).encode() + b"\0" + file.read_bytes())
-    return f"{released()}+kvferry.{digest.hexdigest()[:8]}"
+    return f"{released()}+kvferry.p{digest.hexdigest()[:8]}"
 
 
 def _processor() -> str:
@@ -59,11 +63,12 @@ def _processor() -> str:
 
 
 def _compiler() -> str:
-    command = [os.environ.get("CXX", "c++"), "--version"]
+    """Its version; "": cmake looks for one by itself."""
+    command = [*shlex.split(os.environ.get("CXX") or "c++"), "--version"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise SystemExit(f"llama.cpp needs a C++ compiler: {error}") from error
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def shelves() -> Iterator[Path]:
@@ -75,11 +80,20 @@ def shelves() -> Iterator[Path]:
         _compiler(),
         _processor(),
     )
-    parts = (patched(), os.environ.get("CMAKE_ARGS", ""), *machine)
+    parts = (patched(), *(os.environ.get(name, "") for name in SETTINGS), *machine)
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    yield Path(cache) / "kvferry" / "wheels" / key
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if os.path.isabs(cache):  # ~ of nobody stays ~
+        yield Path(cache) / "kvferry" / "wheels" / key
     yield ROOT / "build" / "wheels" / key
+
+
+def kept(shelf: Path) -> Path | None:
+    """The wheel on it."""
+    try:
+        return next(shelf.glob("*.whl"), None)
+    except PermissionError:
+        return None
 
 
 def apply(source: Path) -> None:
@@ -110,15 +124,15 @@ def build(shelf: Path) -> None:
         try:
             (work / "made").rename(shelf)
         except OSError:
-            if not shelf.is_dir():  # nobody else was faster
+            if not kept(shelf):  # nobody else was faster
                 raise
 
 
 def wheel() -> Path:
     """The wheel, compiled unless it has been before."""
     for shelf in shelves():
-        if shelf.is_dir():
-            return next(shelf.glob("*.whl"))
+        if found := kept(shelf):
+            return found
     print("llama.cpp is compiled, which takes about 5 minutes on 2 cores once", flush=True)
     for shelf in shelves():
         try:
@@ -127,7 +141,8 @@ def wheel() -> Path:
         except OSError:
             continue
         build(shelf)
-        return next(shelf.glob("*.whl"))
+        if found := kept(shelf):
+            return found
     raise SystemExit("neither the user's cache nor build/ can be written")
 
 

@@ -39,6 +39,7 @@ if [ -z "$python" ]; then
 fi
 runs "${CXX:-c++}" || runs g++ || runs clang++ || miss "a C++ compiler"
 runs cmake || miss "cmake"
+runs patch || miss "patch"
 runs "${MAKE:-make}" || miss "make"
 
 if [ -n "$missing" ]; then

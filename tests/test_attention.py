@@ -225,7 +225,7 @@ def test_attention_of_any_shape(ggml: Any) -> None:
 @pytest.mark.parametrize("seen", ["all", "some", "few"])
 @pytest.mark.parametrize("cells", [100, 1000, 9000])
 def test_a_token_alone_gets_the_bits_it_gets_in_a_batch(ggml: Any, cells: int, seen: str) -> None:
-    """And on any number of threads: speculation and batches do not change a greedy reply so."""
+    """And on any number of threads: batches and drafts change no reply by way of attention."""
     case = replace(BASE, tokens=5, cells=cells, seen=seen)
     q, k, v, mask, sinks = made_up(case)
     batch = computed(ggml, case, q, k, v, mask, sinks)

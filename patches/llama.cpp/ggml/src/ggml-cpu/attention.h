@@ -26,13 +26,12 @@
 #    define KVF_ODD 1, 3, 5, 7
 #endif
 
-#if defined(KVF_WIDTH) && defined(__has_builtin)
-#    if __has_builtin(__builtin_shufflevector) // gcc 12, clang
-#        define KVF_SUPPORTED
-#    endif
+#if defined(KVF_WIDTH) && defined(__GNUC__)
+#    define KVF_SUPPORTED
 #endif
 
 namespace attention {
+namespace {
 
 #ifdef KVF_SUPPORTED
 
@@ -75,12 +74,21 @@ inline float largest(const float * x, int n) {
     return largest(top);
 }
 
+// Neighbours added up: those of a, then those of b.
+inline vec pairs(vec a, vec b) {
+#    ifdef __clang__
+    return __builtin_shufflevector(a, b, KVF_EVEN) + __builtin_shufflevector(a, b, KVF_ODD);
+#    else
+    typedef int lanes __attribute__((vector_size(4 * KVF_WIDTH)));
+    return __builtin_shuffle(a, b, lanes{ KVF_EVEN }) + __builtin_shuffle(a, b, lanes{ KVF_ODD });
+#    endif
+}
+
 // Lane c of the result is the sum of x[c]'s lanes; x is used up.
 inline vec sums(vec * x) {
     for (int n = W; n > 1; n /= 2) {
         for (int i = 0; i < n / 2; i++) {
-            const vec a = x[2 * i], b = x[2 * i + 1];
-            x[i] = __builtin_shufflevector(a, b, KVF_EVEN) + __builtin_shufflevector(a, b, KVF_ODD);
+            x[i] = pairs(x[2 * i], x[2 * i + 1]);
         }
     }
     return x[0];
@@ -179,6 +187,12 @@ struct shape {
     // Of the scratch memory that ggml gives each thread (ggml_graph_plan), floats.
     int64_t scratch() const {
         return GGML_FA_TILE_Q * (DK + DV + 2 * GGML_FA_TILE_KV) + GGML_FA_TILE_KV * (DK + DV);
+    }
+
+    // The first head of the i-th share of `split`; whole groups, if there are as many.
+    int64_t share(int64_t i, int64_t split) const {
+        const int64_t unit = split * group <= heads ? group : 1;
+        return i * (heads / unit) / split * unit;
     }
 
     int64_t sum_size() const { return 2 + DV; } // floats
@@ -396,6 +410,13 @@ inline void finish(const shape & a, ggml_tensor * dst, int64_t token, int64_t he
            a.DV * sizeof(float));
 }
 
+// Into how many shares the heads of each of n are divided, so that there is work for all threads: by
+// heads of K as long as that is enough, as its rows are then converted once.
+inline int64_t shares(const ggml_compute_params * params, const shape & a, int64_t n) {
+    const int64_t kheads = a.heads / a.group, wanted = (4 * params->nth + n - 1) / n;
+    return std::min(wanted, n * kheads < 2 * params->nth ? a.heads : kheads);
+}
+
 // f(i) for every i below n, by the thread that comes to it.
 template <typename F> void share(const ggml_compute_params * params, int64_t n, F f) {
     if (params->ith == 0) {
@@ -412,12 +433,12 @@ inline void forward_one(const ggml_compute_params * params, ggml_tensor * dst, c
     const row     seen   = a.seen(0, 0, 0);
     const int64_t all    = seen.count();
     const int64_t blocks = a.blocks_of_piece(all), size = blocks * BLOCK, pieces = (all + size - 1) / size;
-    const int64_t kheads = a.heads / a.group, split = pieces < 4 * params->nth ? kheads : 1;
+    const int64_t split = pieces ? shares(params, a, pieces) : 0;
     const auto    of     = [&](int64_t piece, int64_t head) {
         return (float *) params->wdata + (piece * a.heads + head) * a.sum_size();
     };
     share(params, pieces * split, [&](int64_t i) {
-        const int64_t piece = i / split, first = i % split * a.heads / split, last = (i % split + 1) * a.heads / split;
+        const int64_t piece = i / split, first = a.share(i % split, split), last = a.share(i % split + 1, split);
         int64_t       at = seen.find(piece * size);
         attend_piece(a, seen, blocks, at, 0, 0, first, last, of(piece, first));
     });
@@ -436,15 +457,13 @@ inline void forward_one(const ggml_compute_params * params, ggml_tensor * dst, c
 
 // Any number of tokens: a thread takes one token's heads, or some of them, at a time.
 inline void forward_many(const ggml_compute_params * params, ggml_tensor * dst, const shape & a) {
-    const int64_t tokens = a.q->ne[1], all = tokens * a.q->ne[3], kheads = a.heads / a.group;
-    // heads that see the same cells, and few enough to go round
-    const int64_t split = !a.one_mask() ? a.heads : std::min(kheads, (4 * params->nth + all - 1) / all);
+    const int64_t tokens = a.q->ne[1], all = tokens * a.q->ne[3];
+    const int64_t split = a.one_mask() ? shares(params, a, all) : a.heads; // heads that see the same cells
     float *       own   = (float *) params->wdata + params->ith * (a.scratch() + CACHE_LINE_SIZE_F32);
 
     share(params, all * split, [&](int64_t i) {
         const int64_t token = i / split % tokens, stream = i / split / tokens, part = i % split;
-        const int64_t unit  = a.one_mask() ? a.group : 1; // of heads
-        const int64_t first = part * (a.heads / unit) / split * unit, last = (part + 1) * (a.heads / unit) / split * unit;
+        const int64_t first = a.share(part, split), last = a.share(part + 1, split);
         const row     seen   = a.seen(token, first, stream);
         const int64_t blocks = a.blocks_of_piece(seen.count());
         float *       piece  = own + (last - first) * a.sum_size();
@@ -512,4 +531,5 @@ inline bool forward(const ggml_compute_params * params, ggml_tensor * dst) {
 #endif
 }
 
+} // namespace
 } // namespace attention
