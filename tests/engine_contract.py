@@ -165,18 +165,20 @@ class EngineContract:
             assert_equal(reference[2:], again, exact=self.exact, limit=self.kl)
 
     def test_prefill_beside_decode_equals_prefill_alone(self, engine: Engine) -> None:
-        ids, other = self.ids(engine, 60, 0), self.ids(engine, 30, 1)
-        tokens, reference = greedy(engine, 0, ids, 8)
+        """In the same chunks; what chunks of other lengths do is the next test's."""
+        ids, other = self.ids(engine, 90, 0), self.ids(engine, 30, 1)
+        feed(engine, 0, ids[:40])
+        tokens, reference = greedy(engine, 0, ids[40:], 8)
         engine.truncate(0, 0)
         feed(engine, 1, other)
-        for start, stop in ((0, 20), (20, 60)):
+        for start, stop in ((0, 40), (40, 90)):
             logits = engine.step(
                 [
                     Chunk(1, [5], engine.n_rows(1), 1),
-                    Chunk(0, ids[start:stop], start, int(stop == 60)),
+                    Chunk(0, ids[start:stop], start, int(stop == 90)),
                 ]
             )
-            assert logits.keys() == ({0, 1} if stop == 60 else {1})
+            assert logits.keys() == ({0, 1} if stop == 90 else {1})
         first = logits[0][-1].copy()
         assert_equal(reference, forced(engine, 0, tokens, first), exact=self.exact, limit=self.kl)
 
