@@ -196,6 +196,7 @@ class Admission:
         """A sequence with what the engine has of the prompt's rows; None: no room."""
         engine, residency = self._engine, self._residency
         cells = self._cells.to_begin(ready)
+        residency.make_way(held, source.seq_id if source is not None else None)
         if source is not None:
             seq_id = residency.fork(source.seq_id, match.branch, cells, source.n)
             if seq_id is not None and match.source is None:

@@ -62,6 +62,10 @@ class Cells:
                 reserved = wanted
         return max(0, min(k, reserved - needed))
 
+    def charge(self, n_tokens: int) -> None:
+        """Tokens that running turns have drawn."""
+        self._residency.charge(n_tokens)
+
     def _turn(self, sequence: Sequence) -> Turn:
         return self._book.by_sequence[id(sequence)]
 

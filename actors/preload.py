@@ -33,6 +33,7 @@ from storage.spec import KVRows, Part
 
 T = TypeVar("T")
 _LOOP_S = 30.0  # for the loop to take a block
+_LATELY_S = 2.0  # between a claim and the turn that follows it
 Loadable = Callable[[Tensors, Tensors | None], KVRows | Tensors]
 
 
@@ -73,6 +74,7 @@ class Preloader:
         self._book, self._loadable = book, loadable
         self._call, self._timeout_s = call, timeout_s
         self._preloads: dict[AgentId, _Preload] = {}
+        self._lately: list[tuple[float, Branch]] = []  # claimed, and until when expected to run
 
     @property
     def n_preloads(self) -> int:
@@ -157,9 +159,15 @@ class Preloader:
                 preload.branch.tokens, preload.deadline = list(branch.tokens), deadline
                 return preload, n
             self.drop(agent)
+        if branch.turn is not None and not self._book.active:  # soon it is the one that runs here
+            self._residency.make_way(*map(self._residency.find, self._expected()))
         preload = _Preload(Branch(branch.id, list(branch.tokens)), deadline)
         self._preloads[agent] = preload
         return preload, 0
+
+    def _expected(self) -> list[Branch]:
+        """Branches whose turns are about to come."""
+        return [*(p.branch for p in self._preloads.values()), *(b for _, b in self._lately)]
 
     def _begin_tail(self, agent: AgentId, tail: Tail) -> tuple[_Preload, int] | None:
         """(the agent's preload, rows that it has), if the tail goes on from there."""
@@ -230,6 +238,7 @@ class Preloader:
             self._residency.free(seq_id)
             return 0
         self._residency.give(seq_id, branch)
+        self._lately.append((time.monotonic() + _LATELY_S, branch))
         return n
 
     def _own(self, agent: AgentId, tail: Tail) -> None:
@@ -260,7 +269,8 @@ class Preloader:
             self._residency.drop(preload.branch)
 
     def drop_overdue(self) -> None:
-        """Preloads that nobody has claimed."""
+        """Preloads that nobody has claimed, and word of claims that no turn followed."""
         now = time.monotonic()
+        self._lately = [(until, branch) for until, branch in self._lately if until > now]
         for agent in [a for a, preload in self._preloads.items() if now > preload.deadline]:
             self.drop(agent)

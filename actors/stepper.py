@@ -67,6 +67,7 @@ class Stepper:
                 taken += self._accept(turn, entry, logits[sequence.seq_id])
             if id(sequence) in self._book.by_sequence:
                 self._exporter.filled(turn)
+        self._cells.charge(taken)
         self._scheduler.measure(scheduled, seconds, taken)
         self._speculator.measure(scheduled, seconds)
         return True

@@ -480,33 +480,77 @@ def test_gemma_goes_on_from_the_last_window(gemma_270m: Engine) -> None:
         feed(engine, 0, [7])
 
 
-def test_a_sequence_goes_on_before_the_rows_it_follows(tiny_models: dict[str, Path]) -> None:
-    """In cells that came free, or beside a neighbour: the same but for the last bits."""
+def test_a_sequence_that_is_left_alone_moves_to_the_front_and_goes_on_bit_for_bit(
+    tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from actors.engines.llama_scratch import Scratch
+
+    moved: list[int] = []
+    gather = Scratch.gather
+    monkeypatch.setattr(
+        Scratch, "gather", lambda self, seq_id: (moved.append(seq_id), gather(self, seq_id))
+    )
     engine = open_engine(tiny_models["llama"], n_threads=2)
     ids = [(7 * i) % 400 + 300 for i in range(640)]
     reply = ids[:60]
     feed(engine, 0, ids[:400])  # an idle neighbour
     first = feed(engine, 1, ids[:200])
+    rows = engine.export(1, 0, 200)
     beside = forced(engine, 1, reply, first)
+    assert moved == []  # the neighbour's rows would be in the way again
     engine.truncate(0, 0)
     engine.truncate(1, 200)
     after = forced(engine, 1, reply, first)
+    assert moved == [1]
+    assert engine.n_rows(1) == 200 + len(reply) - 1
     engine.truncate(1, 0)
-    alone = forced(engine, 1, reply, feed(engine, 1, ids[:200]))
-    np.testing.assert_allclose(beside, alone, atol=1e-2)
-    np.testing.assert_allclose(after, alone, atol=1e-2)
+    engine.load(1, 0, rows)
+    expected = forced(engine, 1, reply, first)
+    assert moved == [1]  # it lies there
+    assert_equal(expected, after, exact=True)
+    assert_equal(expected, beside, exact=False)
     engine.close()
 
 
-def test_idle_agents_stay_in_the_cells_while_there_is_room(
+@pytest.mark.parametrize("step", ["_get", "_set"])
+def test_a_move_that_fails_leaves_an_empty_engine(
+    tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    from actors.engines.llama_scratch import Scratch
+
+    def fail(*_: object) -> None:
+        raise EngineFault("the state cannot be read")
+
+    engine = open_engine(tiny_models["llama"])
+    ids = [(7 * i) % 400 + 300 for i in range(400)]
+    expected = feed(engine, 1, ids[:200])
+    engine.truncate(1, 0)
+    feed(engine, 0, ids)
+    feed(engine, 1, ids[:200])
+    engine.truncate(0, 0)
+    with monkeypatch.context() as broken:
+        broken.setattr(Scratch, step, fail)
+        with pytest.raises(EngineFault):
+            feed(engine, 1, [7])
+    assert engine.n_rows(1) == 0
+    np.testing.assert_array_equal(feed(engine, 1, ids[:200]), expected)
+    engine.close()
+
+
+def test_idle_agents_leave_the_cells_for_one_that_computes_long(
     tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:
     loop = make_loop(open_engine(tiny_models["llama"]), tmp_path)
     messages = [user("What did the fishermen see? " * 12)]
-    run(loop, messages, n=20)
+    messages += [assistant(run(loop, messages, n=20).text), user("Why?")]
     settle(loop)
     branch = memory_of(loop).branches[0]
-    run(loop, [user("Tell me all about the sea. " * 10)], session="long", n=100)
-    settle(loop)
     assert loop.residency.find(branch) is not None
+    run(loop, [user("Tell me all about the sea. " * 10)], session="long", n=20)
+    settle(loop)
+    assert loop.residency.find(branch) is None
+    assert loop.residency.n_idle == 1  # the one that spoke last
+    again = run(loop, messages, n=20)
+    assert again.cache == "hot"  # from RAM
+    assert again.cached > 100
     loop.close()

@@ -629,6 +629,19 @@ def test_rows_that_the_target_cannot_use_are_stored_instead(
     assert rows == len(moved.prompt) + len(moved.ids) - 1
 
 
+def test_claims_that_no_turn_follows_are_forgotten(
+    pair_of: MakePair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """I9: an agent that is idle may stay so."""
+    monkeypatch.setattr("actors.preload._LATELY_S", 0.3)
+    pair = pair_of(fake())
+    talk(real(pair.a)._loop, [], LONG, n=5)
+    pair.migrate()
+    preloader = real(pair.b)._loop.preloader
+    assert len(preloader._lately) == 1
+    wait_until(lambda: not preloader._lately)
+
+
 def test_a_tail_that_cannot_be_made_is_stored(pair_of: MakePair) -> None:
     pair = pair_of(fake())
     source = real(pair.a)

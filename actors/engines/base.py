@@ -76,6 +76,7 @@ class Engine(Protocol):
         str  # name of the codec in whose tensors export_encoded gives all rows; "": none
     )
     tile: int = 0  # tokens of a step from which on it is computed in another way; 0: none
+    idle_rows_cost: bool = False  # whether the rows of some sequences slow the steps of others down
 
     def step(self, chunks: Sequence[Chunk]) -> dict[int, Logits]:
         """Compute all chunks in one batch; the (n_logits, n_vocab) logits of those that want any,

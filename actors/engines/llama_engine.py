@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from actors.engines import llama_context, llama_lora, llama_spec, llama_state
 from actors.engines.base import Chunk, Engine, Logits, Vocab, count_rows
 from actors.engines.llama_batch import Batch
+from actors.engines.llama_front import Front
 from actors.engines.llama_lora import Lora
 from actors.engines.llama_rows import Layout
 from actors.engines.llama_scratch import SLIDING_ONLY, WHOLE, Scratch
@@ -53,6 +54,7 @@ class LlamaEngine(Engine):
     name = "llama.cpp"
     exports_encoded = ""  # rows that llama.cpp has quantized are in no codec's codes
     device = "cpu"
+    idle_rows_cost = True  # order of the cells, and time where llama.cpp is not patched
 
     def __init__(
         self,
@@ -108,6 +110,7 @@ class LlamaEngine(Engine):
         self.kv_bytes = self._layout.bytes(self.n_cells, self._sliding_cells)
         self._memory = llama.llama_get_memory(self._context)
         self._scratch = Scratch(self._context, self.n_seq_max)
+        self._front = Front(self._scratch, moves=not self._sliding)
         self._rows = [0] * self.n_seq_max
         self._run = [0] * self.n_seq_max  # first position of the sliding rows loaded without a gap
         self._check_state()
@@ -149,6 +152,7 @@ class LlamaEngine(Engine):
     def step(self, chunks: Sequence[Chunk]) -> dict[int, Logits]:
         for chunk in chunks:
             self._check_start(chunk)
+        self._look(chunks)
         n = self._batch.fill(chunks)
         with self.threads.computing():
             code = llama.llama_decode(self._context, self._batch.raw)
@@ -157,9 +161,17 @@ class LlamaEngine(Engine):
                 llama.llama_memory_seq_rm(self._memory, chunk.seq_id, chunk.start, -1)
             else:
                 self._rows[chunk.seq_id] += len(chunk.token_ids)
+                self._front.place(len(chunk.token_ids))
         if code:
             raise EngineFault(f"llama_decode of {n} tokens failed with {code}")
         return self._batch.logits(self._context, self.vocab.size)
+
+    def _look(self, chunks: Sequence[Chunk]) -> None:
+        try:
+            self._front.look(chunks, self._rows)
+        except EngineFault:
+            self.truncate(chunks[0].seq_id, 0)
+            raise
 
     def _check_start(self, chunk: Chunk) -> None:
         """llama.cpp itself computes on, silently wrong, where sliding cells are missing."""
@@ -236,6 +248,7 @@ class LlamaEngine(Engine):
             raise EngineFault(f"{n_rows} full rows to fill {start}..{stop}")
         self._scratch.copy_in(seq_id, start, stop, caches)
         self._rows[seq_id] = stop
+        self._front.place(n_rows)
 
     def fork(self, source: int, target: int, n_rows: int) -> None:
         if self._rows[target]:
@@ -265,7 +278,7 @@ class LlamaEngine(Engine):
         if not n_rows:
             self._run[seq_id] = 0
         if not any(self._rows):
-            llama.llama_memory_clear(self._memory, False)  # the first cells are the next
+            self._front.clear()
 
     def n_rows(self, seq_id: int) -> int:
         return self._rows[seq_id]

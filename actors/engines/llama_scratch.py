@@ -72,6 +72,21 @@ class Scratch:
             llama.llama_memory_seq_rm(self._memory, seq_id, -1, -1)
             raise EngineFault(f"the window of a fork was not copied ({got} of {state.size} bytes)")
 
+    def gather(self, seq_id: int) -> None:
+        """Move the only sequence there is to the first cells, in order. Raises EngineFault; what
+        it then holds is to be thrown away."""
+        before = self.held(seq_id)
+        state = self._get(seq_id, WHOLE)
+        self._state = np.empty(0, np.uint8)  # as large as the sequence: not to be kept
+        self.clear()
+        got = self._set(state, seq_id, WHOLE)
+        if got != state.size or self.held(seq_id) != before:
+            raise EngineFault(f"a sequence was lost on the way ({got} of {state.size} bytes)")
+
+    def clear(self) -> None:
+        """Every sequence is empty, and the first cells are the next."""
+        llama.llama_memory_clear(self._memory, False)
+
     def held(self, seq_id: int) -> tuple[int, int]:
         """First and last position; (-1, -1): none."""
         first = llama.llama_memory_seq_pos_min(self._memory, seq_id)
