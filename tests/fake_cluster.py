@@ -87,9 +87,9 @@ def _as_ray_says(error: Exception) -> Exception:
 
 class FakeReplica:
     """A real replica on the fake engine, which sends its items one by one, or all `at_once`. With
-    `faults` (one per turn, then none), it goes wrong after `after` token items: an exception to
-    raise, or a function from the request and the next index to the items to send; None ends the
-    stream."""
+    `faults` (one per turn, then none), it goes wrong after `after` token ids, or the item they
+    came in: an exception to raise, or a function from the request and the next index to the items
+    to send; None ends the stream."""
 
     def __init__(self, config: ReplicaConfig, node: str) -> None:
         self.node = node
@@ -107,7 +107,7 @@ class FakeReplica:
         self.requests.append(request)
         fault = next(self.faults, self)
         n_ids = len(request.resume.emitted) if request.resume else 0
-        seen = 0
+        wrong_at = n_ids + self.after
         if self.after == 0 and fault is not self:
             async for batch in _misbehave(fault, request, n_ids):
                 yield batch
@@ -122,8 +122,7 @@ class FakeReplica:
                     if not isinstance(item, Tokens):
                         continue
                     n_ids += len(item.ids)
-                    seen += 1
-                    if seen == self.after and fault is not self:
+                    if n_ids >= wrong_at > n_ids - len(item.ids) and fault is not self:
                         async for extra in _misbehave(fault, request, n_ids):
                             yield extra
                         if not getattr(fault, "goes_on", False):
