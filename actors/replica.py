@@ -12,11 +12,13 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import aclosing
 from typing import TypeVar
 
 from actors.branches import Before
+from actors.carrier import Carried, Carriers
 from actors.checks import check_packages
 from actors.config import ReplicaConfig
 from actors.engine_settings import speculation_of
@@ -37,7 +39,7 @@ from actors.report import (
     versions,
 )
 from actors.scheduler import SchedulerConfig
-from actors.turn import Alive, StreamItem, TurnFailed, TurnFinished, TurnMoved, TurnRequest
+from actors.turn import Alive, StreamItem, TurnFailed, TurnRequest, is_last
 from actors.weights import WeightsProvider, provide
 from storage.card import AgentId, CacheCard, Owner
 from storage.codec import get_codec, refused_layers, row_bytes
@@ -50,7 +52,6 @@ logger = logging.getLogger(__name__)
 _CALL_TIMEOUT_S = 30.0
 _BEAT_S = 0.5
 _UNSTREAMED_S = 0.25  # of tokens that nobody reads as they come
-_LAST = (TurnFinished, TurnMoved, TurnFailed)
 _MAX_CODEC_THREADS = 4  # memory is the limit beyond that
 
 
@@ -101,6 +102,7 @@ class ModelReplica:
             self._loop.rates.expect(figures.prefill_tokens_per_s, figures.decode_s)
         self._prefixes = HeldPrefixes(engine.key.spec.block_tokens)
         threading.Thread(target=self._recover, name="recover", daemon=True).start()
+        self._carriers = Carriers(self.run_turn)
         self._workers = ThreadPoolExecutor(8, "replica")
         self._met: Sequence[BlockSource] = ()
 
@@ -135,7 +137,17 @@ class ModelReplica:
 
     # ---- turns
 
-    async def run_turn(self, request: TurnRequest) -> AsyncIterator[list[StreamItem]]:
+    async def carry(self, name: str, request: TurnRequest) -> AsyncGenerator[list[Carried], None]:
+        """Run a turn on a stream that others may board."""
+        async with aclosing(self._carriers.carry(name, request)) as lists:
+            async for carried in lists:
+                yield carried
+
+    async def board(self, name: str, request: TurnRequest) -> bool:
+        """Run a turn on an open stream; False: it has ended, or has not begun."""
+        return self._carriers.board(name, request)
+
+    async def run_turn(self, request: TurnRequest) -> AsyncGenerator[list[StreamItem], None]:
         """Items as they come, those that are ready together in one list. When the caller goes
         away, the turn is cancelled."""
         items = Outbox(lambda: self._interval(request))
@@ -146,11 +158,10 @@ class ModelReplica:
             return
         beating = asyncio.create_task(self._beat(request.attempt, items))
         try:
-            last = False
-            while not last:
+            ready: list[StreamItem] = []
+            while not is_last(ready):
                 ready = await items.take()
                 self._prefixes.note(request, ready)
-                last = any(isinstance(item, _LAST) for item in ready)  # a beat may come after it
                 yield ready
         finally:
             beating.cancel()

@@ -177,3 +177,8 @@ class TurnFailed:
 
 
 StreamItem = TurnStarted | Progress | Alive | Tokens | TurnFinished | TurnMoved | TurnFailed
+
+
+def is_last(items: list[StreamItem]) -> bool:
+    """Whether a turn's stream ends with these; a sign of life may come after its last item."""
+    return any(isinstance(item, (TurnFinished, TurnMoved, TurnFailed)) for item in items)

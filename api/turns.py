@@ -33,7 +33,8 @@ from cluster.config import HttpConfig
 from cluster.decisions import Decision, Outcome
 from cluster.errors import NoReplica
 from cluster.failover import TurnLog
-from cluster.remote import ReplicaLost, call, stream
+from cluster.remote import ReplicaLost, call
+from cluster.streams import Streams
 from storage.errors import StorageError
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,7 @@ class Turns:
 
     def __init__(self, router: Any, config: HttpConfig, metrics: Metrics) -> None:
         self._router, self._config, self._metrics = router, config, metrics
+        self._streams = Streams(config.item_timeout_s)
 
     async def run(self, request: TurnRequest) -> AsyncGenerator[list[Event], None]:
         """Started by itself, then Text as it comes, then Done; what comes together in one list.
@@ -190,17 +192,16 @@ class Turns:
     async def _items(
         self, decision: Decision, attempt: TurnRequest, deadline: float
     ) -> AsyncIterator[list[StreamItem]]:
-        generator = decision.actor.run_turn.options(num_returns="streaming").remote(attempt)
+        wait = min(self._config.item_timeout_s, max(0.0, deadline - time.monotonic()))
+        turn = self._streams.run_turn(decision.actor, decision.incarnation, attempt, wait)
         try:
-            wait = min(self._config.item_timeout_s, max(0.0, deadline - time.monotonic()))
-            async for items in stream(generator, wait):
-                yield items
-                self._check(deadline)
+            async with aclosing(turn) as lists:
+                async for items in lists:
+                    yield items
+                    self._check(deadline)
         except ReplicaLost:
             self._check(deadline)  # silence until the turn's own deadline is no loss
             raise
-        finally:
-            decision.actor.cancel.remote(attempt.id, attempt.attempt)  # no-op after the last item
 
     def _check(self, deadline: float) -> None:
         if time.monotonic() >= deadline:

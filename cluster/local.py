@@ -32,6 +32,10 @@ _ENVIRONMENT = {
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # ten times a second costs 3 % of a core
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "10000",
     "RAY_memory_monitor_refresh_ms": "1000",
+    # What a piece of a stream costs Serve's proxy and the ingress: half of it with these.
+    "RAY_SERVE_PROXY_USE_GRPC": "1",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     # What nobody asks this cluster for, 2 % of a core: its own metrics, events and tables of tasks.
     "RAY_enable_metrics_collection": "0",
     "RAY_event_stats": "0",

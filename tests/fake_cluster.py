@@ -4,12 +4,13 @@ that only knows owners, real replicas on the fake engine, and replicas that fail
 
 import asyncio
 import pickle
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing
 from typing import Any
 
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
+from actors.carrier import Carried, Carriers
 from actors.config import ReplicaConfig
 from actors.errors import AgentMoved
 from actors.replica import ModelReplica
@@ -99,11 +100,23 @@ class FakeReplica:
         self.faults: Iterator[Any] = iter(())
         self.after = 0
         self.at_once = False
+        self._carriers = Carriers(self.run_turn)
 
     def fails(self, *faults: Any, after: int = 3) -> None:
         self.faults, self.after = iter(faults), after
 
-    async def run_turn(self, request: TurnRequest) -> AsyncIterator[list[StreamItem]]:
+    async def carry(self, name: str, request: TurnRequest) -> AsyncIterator[list[Carried]]:
+        async with aclosing(self._carriers.carry(name, request)) as lists:
+            async for carried in lists:
+                for entry in carried:
+                    if isinstance(entry[1], RayError):  # it is the replica that died
+                        raise entry[1]
+                    yield [entry]
+
+    async def board(self, name: str, request: TurnRequest) -> bool:
+        return self._carriers.board(name, request)
+
+    async def run_turn(self, request: TurnRequest) -> AsyncGenerator[list[StreamItem], None]:
         self.requests.append(request)
         fault = next(self.faults, self)
         n_ids = len(request.resume.emitted) if request.resume else 0
