@@ -69,6 +69,9 @@ class Rates:
 
     def filled(self, peers: Sequence[Rates] = ()) -> KnownRates:
         """Every rate as a number: its own, else the mean of the peers', else a guess."""
+        if not peers:  # asked for every token
+            known = ((getattr(self, name), guess) for name, guess in vars(_GUESS).items())
+            return KnownRates(*(guess if rate is None else rate for rate, guess in known))
         return fill([self, *peers])[0]
 
 

@@ -132,23 +132,23 @@ def _nucleus(logits: Logits, top_p: float) -> Indices:
     peak = logits.max()
     weights = logits - peak
     np.exp(weights, out=weights)
-    wanted = top_p * weights.sum(dtype=np.float64)
+    wanted = top_p * _sum(weights)
     for reach in _REACH:
         heavy = np.flatnonzero(logits >= peak - np.float32(reach))
-        mass = weights[heavy].astype(np.float64)
-        if mass.sum() >= wanted:
+        near = logits[heavy]
+        falling = np.sort(near)[::-1]
+        up_to = np.exp(falling - peak).astype(np.float64).cumsum()
+        if up_to[-1] >= wanted:
             break
-    # Sorting takes long: only those of about the last one's weight are sorted.
-    near = logits[heavy]
-    steps = np.minimum((peak - near) * np.float32(16), 2000).astype(np.intp)
-    up_to = np.bincount(steps, mass).cumsum()
-    last = min(int(np.searchsorted(up_to, wanted)), len(up_to) - 1)
-    before = up_to[last - 1] if last else 0.0
-    falling = np.sort(near[steps == last])[::-1]
-    sums = before + np.exp(falling - peak).astype(np.float64).cumsum()
-    among = min(int(np.searchsorted(sums, wanted)), len(falling) - 1)
-    k = int(np.count_nonzero(steps < last)) + among + 1
-    return heavy[_from(near, falling[among], k)]
+    last = min(int(np.searchsorted(up_to, wanted)), len(falling) - 1)
+    return heavy[_from(near, falling[last], last + 1)]
+
+
+def _sum(weights: Logits) -> float:
+    """The same on every machine: many sums side by side, each in order."""
+    rest = len(weights) % 512
+    sums = weights[rest:].reshape(-1, 512).sum(axis=0).astype(np.float64)
+    return float(sums.sum() + weights[:rest].sum(dtype=np.float64))
 
 
 class Sampler:
@@ -186,7 +186,14 @@ class Sampler:
         """The token at `position`. Raises InvalidRequest when the grammar has become too complex
         to go on."""
         allowed = self.grammar.mask() if self.grammar is not None else None
-        return sample(self.adjusted(logits), self.params, position, allowed)
+        if self._seen is not None or self._counts is not None:
+            return sample(self.adjusted(logits), self.params, position, allowed)
+        own = logits[self._biased]  # put back afterwards: a copy of all takes as long as the draw
+        logits[self._biased] += self._bias
+        try:
+            return sample(logits, self.params, position, allowed)
+        finally:
+            logits[self._biased] = own
 
     def accept(self, token: int) -> None:
         """The reply goes on with this token."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import llama_cpp as llama
@@ -41,17 +42,19 @@ class Batch:
         n = sum(len(chunk.token_ids) for chunk in chunks)
         if n > self._tokens.size:
             raise EngineFault(f"a step of {n} tokens, the batch holds {self._tokens.size}")
-        n, self._n_logits = 0, {}
-        self._wanted[:] = 0
-        for chunk in chunks:
-            end = n + len(chunk.token_ids)
-            self._tokens[n:end] = chunk.token_ids
-            self._positions[n:end] = np.arange(chunk.start, chunk.start + end - n)
-            self._seq_ids[n:end] = chunk.seq_id
-            if chunk.n_logits:
-                self._wanted[end - chunk.n_logits : end] = 1
-                self._n_logits[chunk.seq_id] = chunk.n_logits
-            n = end
+        lengths = [len(chunk.token_ids) for chunk in chunks]
+        ends = list(accumulate(lengths))
+        self._tokens[:n] = [token for chunk in chunks for token in chunk.token_ids]
+        self._positions[:n] = [
+            position
+            for chunk, length in zip(chunks, lengths, strict=True)
+            for position in range(chunk.start, chunk.start + length)
+        ]
+        self._seq_ids[:n] = np.repeat([chunk.seq_id for chunk in chunks], lengths)
+        self._wanted[:n] = 0
+        for chunk, end in zip(chunks, ends, strict=True):
+            self._wanted[end - chunk.n_logits : end] = 1
+        self._n_logits = {chunk.seq_id: chunk.n_logits for chunk in chunks if chunk.n_logits}
         self.raw.n_tokens = n
         return n
 
@@ -60,8 +63,10 @@ class Batch:
         llama.cpp keeps the rows that were wanted one after another, in the batch's order."""
         if not self._n_logits:
             return {}
-        pointer = llama.llama_get_logits(context)
-        rows = np.ctypeslib.as_array(pointer, (sum(self._n_logits.values()), n_vocab))
+        size = sum(self._n_logits.values()) * n_vocab
+        address = ctypes.addressof(llama.llama_get_logits(context).contents)
+        rows = np.frombuffer((ctypes.c_float * size).from_address(address), np.float32)
+        rows = rows.reshape(-1, n_vocab)
         found, first = {}, 0
         for seq_id, n in self._n_logits.items():
             found[seq_id] = rows[first : first + n]
