@@ -99,9 +99,8 @@ class Branch:
 @dataclass(eq=False)
 class AgentMemory:
     """`card` is the last claim or commit; None for a one-off agent, which has no claim. `shared` is
-    the last one that the shared store has, `read` the one from which it was made without a claim.
-    `peer`: the disk of the node that had it before. `seen`: when a migration's claim was seen to
-    stand, for the turn that follows it."""
+    the last one that the shared store has. `peer`: the disk of the node that had it before. `seen`:
+    when a migration's claim was seen to stand, for the turn that follows it."""
 
     agent: AgentId
     card: CacheCard | None
@@ -112,8 +111,7 @@ class AgentMemory:
     changed: float = field(default_factory=time.time)  # tokens, rows or card, for reports
     commits_queued: int = 0
     unsaved: bool = False  # the last commit failed
-    shared: CacheCard | None = None
-    read: LoadedCard | None = None
+    shared: LoadedCard | None = None
     peer: BlockSource | None = None
     seen: float = -math.inf
 
@@ -121,28 +119,19 @@ class AgentMemory:
 @dataclass(frozen=True)
 class Before:
     """What the target of a migration knows before its claim. handed: the frozen owner's card, whose
-    blocks are on the disk of `peer` and, as far as they were fetched, on ours. read: a card of the
-    shared store, read ahead; latest: epoch and generation of the one that is the latest there, by
-    the owner's word."""
+    blocks are on the disk of `peer` and, as far as they were fetched, on ours. latest: the card
+    that the shared store has, by the owner's word."""
 
     handed: CacheCard | None = None
     peer: BlockSource | None = None
-    read: LoadedCard | None = None
-    latest: tuple[int, int] | None = None
+    latest: LoadedCard | None = None
 
     @property
     def epoch(self) -> int | None:
         """The frozen owner's: whoever claimed the next one before, be it the owner, wins."""
         if self.handed is not None:
             return self.handed.epoch
-        return self.latest[0] if self.latest is not None else None
-
-    @property
-    def is_sure(self) -> bool:
-        return self.read is not None and self.latest == (
-            self.read.ref.epoch,
-            self.read.ref.generation,
-        )
+        return self.latest.ref.epoch if self.latest is not None else None
 
 
 @dataclass(frozen=True)

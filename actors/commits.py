@@ -67,7 +67,8 @@ class Commits:
         try:
             if self.replicator is None:
                 complete = snapshot.complete("shared", self._window)
-                memory.card = memory.shared = self._store.commit(complete).card
+                memory.shared = self._store.commit(complete)
+                memory.card = memory.shared.card
                 note_committed(states, memory.card)
                 memory.changed = time.time()  # it is reported again
             else:

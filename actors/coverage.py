@@ -17,7 +17,8 @@ def missing(
     """Rows of turns under way that it would compute again; `n_rows`: by branch id, those that are
     computed. `near`: from the card on this node's disk. None: something of turns that are over is
     missing, and must not get lost."""
-    last = memory.card if near else memory.shared
+    stored = memory.shared.card if memory.shared is not None else None
+    last = memory.card if near else stored
     named = last.branches if last is not None else ()
     cards = {card.id: card for card in named}
     total = 0

@@ -28,6 +28,7 @@ from actors.residency import Residency
 from storage.card import AgentId, CacheCard
 from storage.codec import row_bytes
 from storage.errors import Fenced, StorageError
+from storage.reader import LoadedCard
 
 logger = logging.getLogger(__name__)
 FEW_ROWS = 8  # computed again sooner than stored and read
@@ -53,12 +54,12 @@ class Copied:
 @dataclass(frozen=True)
 class Frozen:
     """What the target needs besides: the `card` on this node's disk, if it reads that, the rows of
-    the turn under way that it does not have, and which card of the shared store is the latest.
+    the turn under way that it does not have, and the latest card of the shared store.
     waited_s: until the token boundary, while the agent spoke on."""
 
     card: CacheCard | None = None
     tail: Tail | None = None
-    latest: tuple[int, int] | None = None  # epoch, generation
+    latest: LoadedCard | None = None
     waited_s: float = 0.0
 
 
@@ -143,11 +144,10 @@ class Handoff:
         come = len(tail.tokens) - tail.start if tail is not None else 0
         return lacks is not None and lacks <= come + FEW_ROWS
 
-    def latest(self, agent: AgentId) -> tuple[int, int] | None:
-        """Epoch and generation of what the shared store has of an agent that is owned here."""
+    def latest(self, agent: AgentId) -> LoadedCard | None:
+        """What the shared store has of an agent that is owned here."""
         memory = self._memory.get(agent)
-        shared = memory.shared if memory is not None else None
-        return (shared.epoch, shared.generation) if shared is not None else None
+        return memory.shared if memory is not None else None
 
     def _owned(self, agent: AgentId) -> AgentMemory:
         memory = self._memory.get(agent)

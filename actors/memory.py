@@ -132,9 +132,9 @@ class Memory:
 
     def _claimed(self, agent: AgentId, was: Before = _UNKNOWN) -> AgentMemory:
         self._reach()
-        claim = self.store.claim(
-            self.template(agent), after=was.epoch, look_s=_LOOK_S, known=was.read, sure=was.is_sure
-        )
+        same = was.latest is not None and was.latest.card.key == self.key
+        known = was.latest if same else None
+        claim = self.store.claim(self.template(agent), after=was.epoch, look_s=_LOOK_S, known=known)
         before = claim.previous
         here = before is None or before.owner.node == self.owner.node
         card = claim.card
@@ -151,7 +151,7 @@ class Memory:
             card = replace(card, generation=ahead.generation, branches=ahead.branches)
         self.rows.know(branches)
         origin: CacheState = "warm" if here else "remote"
-        memory = AgentMemory(agent, card, origin, branches, shared=claim.card, peer=was.peer)
+        memory = AgentMemory(agent, card, origin, branches, shared=claim.stored, peer=was.peer)
         with self._lock:
             self._agents[agent] = memory
             self._drop_idle_records()
@@ -217,7 +217,7 @@ class Memory:
         after = memory.card.epoch
         claim = self.store.claim(self.template(memory.agent), after=after, look_s=_LOOK_S)
         with self._lock:
-            memory.card = memory.shared = claim.card
+            memory.card, memory.shared = claim.card, claim.stored
             memory.state = "owned"
 
     def one_off(self, agent: AgentId) -> AgentMemory:
@@ -291,7 +291,7 @@ class Memory:
         if shared is not None:
             note_shared(branches, shared)
         shown = branches if near else branches[:1]
-        return AgentMemory(agent, card, "remote", shown, read=loaded, peer=peer)
+        return AgentMemory(agent, card, "remote", shown, shared=loaded, peer=peer)
 
     def delete(self, agent: AgentId) -> None:
         """Forget the agent here and bury it in the store. Raises Fenced, StoreUnavailable."""

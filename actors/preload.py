@@ -3,8 +3,8 @@ disk has of it comes into RAM and into an idle sequence of the engine, while oth
 
 Between two blocks the sequence is idle as any other: it may be evicted, and then what is missing is
 restored when the agent's turn comes. It gets no step before its agent is claimed; nobody finds it
-by its branch until then. `fetch` and `extend` run on workers, `read` anywhere, everything else on
-the loop's thread.
+by its branch until then. `fetch` and `extend` run on workers, everything else on the loop's
+thread.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from actors.residency import Residency
 from storage.card import AgentId, CacheCard
 from storage.codec import Tensors, count_rows
 from storage.peers import BlockSource
-from storage.reader import LoadedCard
 from storage.spec import KVRows, Part
 
 T = TypeVar("T")
@@ -52,7 +51,6 @@ class Fetched:
 class _Preload:
     branch: Branch  # the sequence's, until the agent is claimed; its tokens are the rows' ids
     deadline: float
-    read: LoadedCard | None = None  # of the shared store
     fails: bool = False  # evicted, refused by the engine, or no room: rows stay in RAM only
 
 
@@ -92,7 +90,6 @@ class Preloader:
             return Fetched(Held(0, 0), 0, 0)
         branch, rows = memory.branches[0], self._memory.rows
         preload, begin = self._on_loop(partial(self._begin, agent, branch))
-        preload.read = memory.read
         n_bytes, at, loads = self._away_bytes(agent, branch, begin), begin, True
         peers = self._memory.tiers.peers
         before = peers.n_bytes
@@ -138,13 +135,6 @@ class Preloader:
         except TimeoutError as error:
             raise EngineFault("the replica's loop does not answer") from error
         return result
-
-    # ---- from anywhere
-
-    def read(self, agent: AgentId) -> LoadedCard | None:
-        """The card of the shared store from which the agent was prefetched."""
-        preload = self._preloads.get(agent)
-        return preload.read if preload is not None else None
 
     # ---- on the loop's thread
 

@@ -203,7 +203,7 @@ class ModelReplica:
         StoreUnavailable."""
         preloader, frozen = self._loop.preloader, frozen or Frozen()
         tail = frozen.tail
-        before = Before(frozen.card, peer, preloader.read(agent), frozen.latest)
+        before = Before(frozen.card, peer, frozen.latest)
         claiming = self._in_thread(lambda: self._memory.adopt(agent, before))
         loading = self._in_thread(lambda: preloader.extend(agent, tail))
         try:

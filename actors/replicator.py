@@ -173,8 +173,8 @@ class Replicator:
         ]
         for _ in self._shared.files.map(lambda x: self._upload(memory, *x), missing):
             pass
-        committed = self._shared.commit(snapshot.complete("shared", self._window)).card
-        note_committed(snapshot.states, committed)
+        committed = self._shared.commit(snapshot.complete("shared", self._window))
+        note_committed(snapshot.states, committed.card)
         memory.shared, memory.changed = committed, time.time()  # it is reported again
         with self._changed:
             if self._pending.get(memory.agent) is snapshot:

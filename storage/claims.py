@@ -13,10 +13,14 @@ from storage.spec import CompatibilityKey
 
 @dataclass(frozen=True)
 class Claim:
-    """The card that now owns the agent, and the one it started from."""
+    """The card that now owns the agent, as it is stored, and the one it started from."""
 
-    card: CacheCard
+    stored: LoadedCard
     previous: CacheCard | None
+
+    @property
+    def card(self) -> CacheCard:
+        return self.stored.card
 
 
 def new_card(

@@ -61,10 +61,8 @@ class CardReader:
         key: CompatibilityKey | None,
         look_s: float | None = None,
         names: list[tuple[int, int]] | None = None,
-        known: LoadedCard | None = None,
     ) -> LoadedCard | None:
-        """`names`: of a list that was just made. `known`: a card that was read before, not to be
-        read again, for cards do not change."""
+        """`names`: of a list that was just made."""
         unusable: set[tuple[int, int]] = set()
         names = self._card_names(folder, look_s) if names is None else names
         while names:
@@ -72,8 +70,6 @@ class CardReader:
             left = [name for name in names if name[0] == epoch and name not in unusable]
             if not left:
                 break
-            if known is not None and left[-1] == (known.ref.epoch, known.ref.generation):
-                return known
             try:
                 return self._read_card(f"{folder}/{card_name(*left[-1])}", key)
             except FileNotFoundError:  # its owner has gone on and removed it: list again

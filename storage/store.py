@@ -108,7 +108,6 @@ class CacheStore(CardReader):
         expect: CardRef | None = None,
         look_s: float | None = None,
         known: LoadedCard | None = None,
-        sure: bool = False,
     ) -> Claim:
         """Take the agent over: create `<epoch + 1>-0` with what its latest card holds.
 
@@ -117,21 +116,20 @@ class CacheStore(CardReader):
         `inherit`: False begins with the template's own branches, salt and parent; `named` are
         block files of them that the card they come from names. `rows`: False
         keeps the tokens and lets go of the blocks. `expect`: only if this is still the latest
-        card. `look_s`: a deadline sooner than the store's own for the first look. `known`: a card
-        of the agent that the caller has read; while it is the latest, it is not read again. `sure`:
-        by the word of its owner it is the latest, and need not be looked for. Raises Fenced when
-        another claim wins, or `expect` fails; StoreUnavailable when the store gives no answer (then
-        nothing is owned).
+        card. `look_s`: a deadline sooner than the store's own for the first look. `known`: the
+        latest card, by the word of its owner, who adds none; it is not looked for. Raises Fenced
+        when another claim wins, or `expect` fails; StoreUnavailable when the store gives no answer
+        (then nothing is owned).
         """
         agent, key = template.agent, template.key
         folder = self.agent_folder(agent, key)
         found: LoadedCard | None = known
-        if known is not None and sure:
+        if known is not None:
             newest = known.ref.epoch
         else:
             names = self._card_names(folder, look_s)
             newest = names[-1][0] if names else 0
-            found = self._newest(folder, key, names=names, known=known)
+            found = self._newest(folder, key, names=names)
         epoch = (newest if after is None else after) + 1
         if newest >= epoch or (expect is not None and (found is None or found.ref != expect)):
             raise Fenced(str(agent), newest)
@@ -141,12 +139,13 @@ class CacheStore(CardReader):
             card = self._secured(card, named)
         elif found and not tombstone and not found.card.tombstone:
             card = self._inherit(card, found.card, rows)
-        self._create_or_read_back(f"{folder}/{card.name}", self._encode(card), card)
+        raw = self._encode(card)
+        self._create_or_read_back(f"{folder}/{card.name}", raw, card)
         newest = self.epoch(agent, key)
         if newest > epoch:  # claimed and cleaned up by others between our look and our create
             raise Fenced(str(agent), newest)
         self._wrote(folder, card, started)
-        return Claim(card, found.card if found else None)
+        return Claim(_stored(card, raw), found.card if found else None)
 
     def _inherit(self, card: CacheCard, old: CacheCard, rows: bool) -> CacheCard:
         if old.codec != card.codec:  # stored rows are never encoded again
@@ -192,7 +191,7 @@ class CacheStore(CardReader):
         mine = [n for n in names if n[0] == card.epoch and 0 < n[1] < card.generation]
         self._remove_cards(folder, [n for n in names if n[0] < card.epoch] + mine[:-1])
         self._wrote(folder, card, started)
-        return LoadedCard(card, CardRef(card.epoch, card.generation, sha256(raw)))
+        return _stored(card, raw)
 
     def _check_owned(self, folder: str, names: list[tuple[int, int]], card: CacheCard) -> None:
         """Raises Fenced unless the newest epoch is the caller's, with its claim in place."""
@@ -275,3 +274,7 @@ class CacheStore(CardReader):
         if found != raw:
             raise Fenced(str(card.agent), card.epoch) from failure
         self.on_fault(StoreUnavailable(self.url, f"{path} is there, in spite of {failure!r}"))
+
+
+def _stored(card: CacheCard, raw: bytes) -> LoadedCard:
+    return LoadedCard(card, CardRef(card.epoch, card.generation, sha256(raw)))

@@ -23,9 +23,10 @@ from actors.turn import Resume, TurnFinished, TurnMoved
 from cluster.disks import NodeDisk
 from cluster.errors import MigrationFailed
 from cluster.migration import Migration, migrate
-from storage.card import AgentId, BlockRef, BranchCard, CacheCard, OpenTurn, Owner, Reply
+from storage.card import AgentId, BlockRef, BranchCard, CacheCard, CardRef, OpenTurn, Owner, Reply
 from storage.claims import new_card
 from storage.errors import Fenced, StoreUnavailable
+from storage.reader import LoadedCard
 from storage.spec import CompatibilityKey
 from tests.fake_cluster import Handle, lost
 from tests.loops import (
@@ -655,7 +656,7 @@ def test_a_tail_that_cannot_be_made_is_stored(pair_of: MakePair) -> None:
     assert source._memory.faults["engine_refused"] == 1
     memory = memory_of(source._loop)
     assert memory.shared is not None
-    assert memory.shared.branches[0].rows == n_rows(source) >= held.rows + 20
+    assert memory.shared.card.branches[0].rows == n_rows(source) >= held.rows + 20
     asyncio.run(source.release(AGENT))
     assert isinstance(stream.result().last, TurnMoved)
 
@@ -682,7 +683,33 @@ def test_rows_that_came_from_codes_are_not_encoded_again(pair_of: MakePair) -> N
     assert frozen.tail is None
     memory = memory_of(source._loop)
     assert memory.shared is not None
-    assert memory.shared.branches[0].rows == n_rows(source), "stored instead"
+    assert memory.shared.card.branches[0].rows == n_rows(source), "stored instead"
+    asyncio.run(source.release(AGENT))
+    stream.result()
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_frozen_agent_is_claimed_without_a_look_at_the_store(
+    pair_of: MakePair, again: bool
+) -> None:
+    """`again`: its owner has stored more since the target fetched."""
+    pair = pair_of(fake())
+    source, target = real(pair.a), real(pair.b)
+    stream = start(source._loop, [user(LONG)], n=400)
+    stream.take(20)
+    asyncio.run(source.precopy(AGENT))
+    held = asyncio.run(target.prefetch(AGENT)).held
+    if again:
+        stream.take(20)
+        asyncio.run(source.precopy(AGENT))
+    frozen = asyncio.run(source.freeze(AGENT, held))
+    asked: list[str] = []
+    files = target._memory.store.files
+    for name in ("names", "read", "create"):
+        was = getattr(files, name)
+        setattr(files, name, lambda *a, n=name, f=was, **k: (asked.append(n), f(*a, **k))[1])
+    asyncio.run(target.adopt(AGENT, frozen))
+    assert asked[:2] == ["create", "names"], "then the rows that came along are stored"
     asyncio.run(source.release(AGENT))
     stream.result()
 
@@ -1100,8 +1127,9 @@ def remembered(key: CompatibilityKey) -> AgentMemory:
     branch = Branch(3, list(range(40)), [Reply(30, 40, "")], exported=39)
     tail = (BlockRef("x", 39, {}),)
     card = BranchCard(3, tuple(range(40)), (), tail, (Reply(30, 40, ""),), (20, 39))
-    shared = new_card(AGENT, key, "f16", Owner("a", "life"))
-    return AgentMemory(AGENT, None, "warm", [branch], shared=replace(shared, branches=(card,)))
+    latest = replace(new_card(AGENT, key, "f16", Owner("a", "life")), branches=(card,))
+    shared = LoadedCard(latest, CardRef(1, 0, ""))
+    return AgentMemory(AGENT, None, "warm", [branch], shared=shared)
 
 
 def speak(branch: Branch) -> None:

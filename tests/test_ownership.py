@@ -388,14 +388,12 @@ class Moving:
     source: Replica
     target: Replica
     stage: str = "prefetch"
-    read: LoadedCard | None = None
     settled: Any = None
-    latest: tuple[int, int] | None = None
+    latest: LoadedCard | None = None
     adopting: Task | None = None
 
     def prefetch(self) -> None:
-        stored = self.target.memory.stored(self.agent)
-        self.read = stored.read if stored is not None else None
+        self.target.memory.stored(self.agent)
 
 
 # ---- the world, and what must hold in it
@@ -690,7 +688,7 @@ class Ownership(RuleBasedStateMachine):
     def _adopt(self, moving: Moving, lost: bool) -> bool:
         target, agent = moving.target, moving.agent
         if moving.adopting is None:
-            before = Before(read=moving.read, latest=moving.latest)
+            before = Before(latest=moving.latest)
             moving.adopting = target.start("worker", lambda: target.memory.adopt(agent, before))
             moving.stage = "adopting" if moving.adopting is not None else "adopt"
             return moving.adopting is None and self._thaw(moving)

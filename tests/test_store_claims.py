@@ -124,27 +124,22 @@ def test_a_claim_that_expects_a_card_wants_exactly_that(store):
     assert store.claim(template(BOB), after=1, expect=now).card.epoch == 2
 
 
-@pytest.mark.parametrize(
-    ("read_before", "sure", "looks"),
-    [(False, False, ["list", "read"]), (True, False, ["list"]), (True, True, [])],
-)
-def test_a_claim_takes_few_requests(disk, read_before, sure, looks):
+@pytest.mark.parametrize(("told", "looks"), [(False, ["list", "read"]), (True, [])])
+def test_a_claim_takes_few_requests(disk, told, looks):
     steps = []
     store = sim_store(disk, step=lambda operation, path: steps.append(operation))
     store.commit(with_tokens(store.claim(template(ALICE)).card, 1))
-    known = store.latest(AGENT, KEY) if read_before else None
+    known = store.latest(AGENT, KEY) if told else None
     steps.clear()
-    store.claim(template(BOB), known=known, sure=sure)
+    store.claim(template(BOB), known=known)
     assert steps == [*looks, "create", "list"]
     assert tokens_of(store) == (1,)
 
 
-def test_a_card_that_was_read_before_counts_only_while_it_is_the_latest(store):
-    card = store.commit(with_tokens(store.claim(template(ALICE)).card, 1)).card
-    known = store.latest(AGENT, KEY)
-    store.commit(with_tokens(card, 1, 2))
-    store.claim(template(BOB), known=known)
-    assert tokens_of(store) == (1, 2)
+def test_what_a_claim_and_a_commit_tell_is_what_the_store_has(store):
+    claim = store.claim(template(ALICE))
+    assert claim.stored == store.latest(AGENT, KEY)
+    assert store.commit(with_tokens(claim.card, 1)) == store.latest(AGENT, KEY)
 
 
 @pytest.mark.parametrize("claims", [1, 2])
@@ -155,5 +150,5 @@ def test_a_claim_that_does_not_look_first_is_fenced_by_any_other(store, claims):
     for _ in range(claims):
         store.commit(with_tokens(store.claim(template(BOB)).card, 1))
     with pytest.raises(Fenced):
-        store.claim(template(ALICE), known=known, sure=True)
+        store.claim(template(ALICE), known=known)
     assert store.latest(AGENT, KEY).card.owner == template(BOB).owner

@@ -65,7 +65,7 @@ class Batch:
             return {}
         size = sum(self._n_logits.values()) * n_vocab
         address = ctypes.addressof(llama.llama_get_logits(context).contents)
-        rows = np.frombuffer((ctypes.c_float * size).from_address(address), np.float32)
+        rows = np.frombuffer(memoryview((ctypes.c_float * size).from_address(address)), np.float32)
         rows = rows.reshape(-1, n_vocab)
         found, first = {}, 0
         for seq_id, n in self._n_logits.items():
