@@ -41,7 +41,7 @@ class Carriers:
     def board(self, name: str, request: TurnRequest) -> bool:
         """Run a turn whose items leave on an open stream; False: there is none of that name."""
         carrier = self._open.get(name)
-        if carrier is None or not carrier.running:
+        if carrier is None:
             return False
         carrier.board(request)
         return True
@@ -50,17 +50,17 @@ class Carriers:
 class _Carrier:
     def __init__(self, run_turn: RunTurn) -> None:
         self._run_turn = run_turn
-        self.running: set[asyncio.Task[None]] = set()
+        self._running: set[asyncio.Task[None]] = set()
         self._waiting: list[Carried] = []
         self._ready = asyncio.Event()
 
     def board(self, request: TurnRequest) -> None:
         task = asyncio.create_task(self._run(request))
-        self.running.add(task)
+        self._running.add(task)
         task.add_done_callback(self._left)
 
     def _left(self, task: asyncio.Task[None]) -> None:
-        self.running.discard(task)
+        self._running.discard(task)
         self._ready.set()
 
     async def _run(self, request: TurnRequest) -> None:
@@ -79,12 +79,12 @@ class _Carrier:
 
     async def take(self) -> list[Carried]:
         """What has come since, of all turns; empty when they have all ended."""
-        while self.running and not self._waiting:
+        while self._running and not self._waiting:
             await self._ready.wait()
             self._ready.clear()
         carried, self._waiting = self._waiting, []
         return carried
 
     def close(self) -> None:
-        for task in self.running:
+        for task in self._running:
             task.cancel()
