@@ -132,7 +132,7 @@ def _nucleus(logits: Logits, top_p: float) -> Indices:
     peak = logits.max()
     weights = logits - peak
     np.exp(weights, out=weights)
-    wanted = top_p * _sum(weights)
+    wanted = top_p * weights.sum(dtype=np.float64)
     for reach in _REACH:
         heavy = np.flatnonzero(logits >= peak - np.float32(reach))
         near = logits[heavy]
@@ -142,13 +142,6 @@ def _nucleus(logits: Logits, top_p: float) -> Indices:
             break
     last = min(int(np.searchsorted(up_to, wanted)), len(falling) - 1)
     return heavy[_from(near, falling[last], last + 1)]
-
-
-def _sum(weights: Logits) -> float:
-    """The same on every machine: many sums side by side, each in order."""
-    rest = len(weights) % 512
-    sums = weights[rest:].reshape(-1, 512).sum(axis=0).astype(np.float64)
-    return float(sums.sum() + weights[:rest].sum(dtype=np.float64))
 
 
 class Sampler:
