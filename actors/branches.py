@@ -16,6 +16,7 @@ from storage.card import AgentId, BlockRef, BranchCard, CacheCard, OpenTurn, Par
 from storage.codec import Tensors
 from storage.peers import BlockSource
 from storage.reader import LoadedCard
+from storage.spec import CompatibilityKey
 
 Place = Literal["local", "shared"]
 Parts = Mapping[str, PartRef]
@@ -132,6 +133,13 @@ class Before:
         if self.handed is not None:
             return self.handed.epoch
         return self.latest.ref.epoch if self.latest is not None else None
+
+    def known(self, key: CompatibilityKey) -> LoadedCard | None:
+        """`latest`, if that is what the claim starts from."""
+        latest = self.latest
+        if latest is None or (latest.card.key, latest.ref.epoch) != (key, self.epoch):
+            return None
+        return latest
 
 
 @dataclass(frozen=True)

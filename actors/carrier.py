@@ -1,18 +1,24 @@
 """One stream for the turns that run side by side, on their way from a replica to one ingress.
 
-A stream of its own for every turn costs the two processes 2 ms of the engine's cores for each list
-of tokens; turns pass theirs on at the same moments (actors.outbox), so one list can carry them all.
+A list of tokens costs the two processes more than a millisecond of the engine's cores, whatever it
+holds; turns pass theirs on at the same moments (actors.outbox), so one list can carry them all.
 The first turn opens a stream, those that come while it is open board it, and it ends with the last.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
+from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
+from actors.errors import ActorError
 from actors.turn import StreamItem, TurnRequest
+from storage.errors import StorageError
 
+logger = logging.getLogger(__name__)
+_CANCELLED = 1024  # turns that are remembered, those cancelled last
 Key = tuple[str, int]  # turn id, attempt
 Carried = tuple[Key, list[StreamItem] | Exception | None]  # None: it ended; an exception: it broke
 RunTurn = Callable[[TurnRequest], AsyncGenerator[list[StreamItem], None]]
@@ -25,11 +31,11 @@ class Carriers:
         """`run_turn`: an asynchronous generator; closed, it cancels its turn."""
         self._run_turn = run_turn
         self._open: dict[str, _Carrier] = {}
+        self._cancelled: OrderedDict[tuple[str, int | None], None] = OrderedDict()
 
     async def carry(self, name: str, request: TurnRequest) -> AsyncGenerator[list[Carried], None]:
-        """What this turn yields, and all that board. When the caller goes away, they are
-        cancelled."""
-        carrier = self._open[name] = _Carrier(self._run_turn)
+        """What this turn yields, and all that board. Closed, it cancels them."""
+        carrier = self._open[name] = _Carrier(self._run)
         carrier.board(request)
         try:
             while carried := await carrier.take():
@@ -45,6 +51,20 @@ class Carriers:
             return False
         carrier.board(request)
         return True
+
+    def cancel(self, turn_id: str, attempt: int | None) -> None:
+        """A turn whose call comes later than this does not begin: calls overtake one another, and
+        a process that stood still takes up many at once."""
+        self._cancelled[turn_id, attempt] = None
+        if len(self._cancelled) > _CANCELLED:
+            self._cancelled.popitem(last=False)
+
+    async def _run(self, request: TurnRequest) -> AsyncGenerator[list[StreamItem], None]:
+        if {(request.id, request.attempt), (request.id, None)} & self._cancelled.keys():
+            return
+        async with aclosing(self._run_turn(request)) as lists:
+            async for items in lists:
+                yield items
 
 
 class _Carrier:
@@ -70,8 +90,14 @@ class _Carrier:
                 async for items in lists:
                     self._put((key, items))
             self._put((key, None))
-        except Exception as error:  # of this turn alone: whoever reads it is told
+        except (ActorError, StorageError) as error:  # of this turn alone: its reader is told
             self._put((key, error))
+        except Exception as error:
+            logger.exception("turn %s broke", request.id)
+            told = RuntimeError(
+                f"{type(error).__name__}: {error}"
+            )  # it can be sent, whatever it was
+            self._put((key, told))
 
     def _put(self, carried: Carried) -> None:
         self._waiting.append(carried)

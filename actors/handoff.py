@@ -27,7 +27,7 @@ from actors.memory import Memory
 from actors.residency import Residency
 from storage.card import AgentId, CacheCard
 from storage.codec import row_bytes
-from storage.errors import Fenced, StorageError
+from storage.errors import Fenced, StorageError, StoreUnavailable
 from storage.reader import LoadedCard
 
 logger = logging.getLogger(__name__)
@@ -144,10 +144,14 @@ class Handoff:
         come = len(tail.tokens) - tail.start if tail is not None else 0
         return lacks is not None and lacks <= come + FEW_ROWS
 
-    def latest(self, agent: AgentId) -> LoadedCard | None:
-        """What the shared store has of an agent that is owned here."""
-        memory = self._memory.get(agent)
-        return memory.shared if memory is not None else None
+    def answer(self, agent: AgentId) -> tuple[CacheCard | None, LoadedCard | None]:
+        """(the last card on this node's disk, in the shared store) of a frozen agent. From any
+        thread. Raises StoreUnavailable when that took so long that it is claimed back."""
+        memory, card = self._memory.get(agent), self.card(agent)
+        latest = memory.shared if memory is not None else None
+        if agent not in self._deadlines:
+            raise StoreUnavailable("the store", f"it was too slow to hand over agent {agent}")
+        return card, latest
 
     def _owned(self, agent: AgentId) -> AgentMemory:
         memory = self._memory.get(agent)

@@ -132,9 +132,9 @@ class Memory:
 
     def _claimed(self, agent: AgentId, was: Before = _UNKNOWN) -> AgentMemory:
         self._reach()
-        same = was.latest is not None and was.latest.card.key == self.key
-        known = was.latest if same else None
-        claim = self.store.claim(self.template(agent), after=was.epoch, look_s=_LOOK_S, known=known)
+        claim = self.store.claim(
+            self.template(agent), after=was.epoch, look_s=_LOOK_S, known=was.known(self.key)
+        )
         before = claim.previous
         here = before is None or before.owner.node == self.owner.node
         card = claim.card
@@ -291,7 +291,7 @@ class Memory:
         if shared is not None:
             note_shared(branches, shared)
         shown = branches if near else branches[:1]
-        return AgentMemory(agent, card, "remote", shown, shared=loaded, peer=peer)
+        return AgentMemory(agent, card, "remote", shown, peer=peer)
 
     def delete(self, agent: AgentId) -> None:
         """Forget the agent here and bury it in the store. Raises Fenced, StoreUnavailable."""

@@ -28,7 +28,7 @@ from actors.handoff import Copied, Frozen
 from actors.loop import LoopConfig, ReplicaLoop
 from actors.memory import Memory, MemoryConfig
 from actors.models import open_draft, open_local, open_profiled, open_store
-from actors.outbox import Outbox
+from actors.outbox import Outbox, interval
 from actors.preload import Fetched
 from actors.report import (
     HeldPrefixes,
@@ -51,7 +51,6 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 _CALL_TIMEOUT_S = 30.0
 _BEAT_S = 0.5
-_UNSTREAMED_S = 0.25  # of tokens that nobody reads as they come
 _MAX_CODEC_THREADS = 4  # memory is the limit beyond that
 
 
@@ -144,13 +143,13 @@ class ModelReplica:
                 yield carried
 
     async def board(self, name: str, request: TurnRequest) -> bool:
-        """Run a turn on an open stream; False: it has ended, or has not begun."""
+        """Run a turn on an open stream; False: there is none of that name."""
         return self._carriers.board(name, request)
 
     async def run_turn(self, request: TurnRequest) -> AsyncGenerator[list[StreamItem], None]:
         """Items as they come, those that are ready together in one list. When the caller goes
         away, the turn is cancelled."""
-        items = Outbox(lambda: self._interval(request))
+        items = Outbox(lambda: interval(request, len(self._loop.scheduler.running)))
         try:
             self._loop.submit(request, items.put)
         except ActorError as error:
@@ -167,14 +166,6 @@ class ModelReplica:
             beating.cancel()
             self._loop.cancel(request.id, request.attempt)
 
-    def _interval(self, request: TurnRequest) -> float:
-        """Seconds between two lists of a turn's tokens: a lone stream moves ten times a second,
-        several five times, all at once. A list costs the processes between the engine and the
-        client about 3 ms, on the engine's own cores."""
-        if not request.streamed:
-            return _UNSTREAMED_S
-        return min(0.2, 0.1 * max(1, len(self._loop.scheduler.running)))
-
     async def _beat(self, attempt: int, items: Outbox) -> None:
         """Signs of life where there are no others, while the engine's thread lives and is not
         stuck."""
@@ -189,7 +180,8 @@ class ModelReplica:
         items.put(TurnFailed(attempt, EngineFault(reason)))
 
     async def cancel(self, turn_id: str, attempt: int | None = None) -> None:
-        """End a turn at the next token, or only this attempt at it; unknown ids are ignored."""
+        """End a turn, or only this attempt at it, at the next token, or before it has begun."""
+        self._carriers.cancel(turn_id, attempt)
         self._loop.cancel(turn_id, attempt)
 
     # ---- ownership
@@ -236,8 +228,8 @@ class ModelReplica:
             if not enough:
                 place = "this node's disk" if near else self._config.store
                 raise StoreUnavailable(place, f"it lacks rows of agent {agent}")
-        card = handoff.card(agent) if near else None
-        return Frozen(card, tail, handoff.latest(agent), waited_s)
+        card, latest = handoff.answer(agent)
+        return Frozen(card if near else None, tail, latest, waited_s)
 
     async def thaw(self, agent: AgentId) -> None:
         """A migration failed: go on with the agent after claiming it again."""

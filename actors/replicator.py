@@ -175,7 +175,9 @@ class Replicator:
             pass
         committed = self._shared.commit(snapshot.complete("shared", self._window))
         note_committed(snapshot.states, committed.card)
-        memory.shared, memory.changed = committed, time.time()  # it is reported again
+        memory.changed = time.time()  # it is reported again
+        if memory.shared is None or memory.shared.ref.epoch <= committed.ref.epoch:
+            memory.shared = committed  # else it was claimed again meanwhile
         with self._changed:
             if self._pending.get(memory.agent) is snapshot:
                 del self._pending[memory.agent]

@@ -179,7 +179,7 @@ class Sampler:
         """The token at `position`. Raises InvalidRequest when the grammar has become too complex
         to go on."""
         allowed = self.grammar.mask() if self.grammar is not None else None
-        if self._seen is not None or self._counts is not None:
+        if self._seen is not None or self._counts is not None or not len(self._biased):
             return sample(self.adjusted(logits), self.params, position, allowed)
         own = logits[self._biased]  # put back afterwards: a copy of all takes as long as the draw
         logits[self._biased] += self._bias

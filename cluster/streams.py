@@ -91,7 +91,7 @@ class _Stream:
 
     def _enter(self, request: TurnRequest) -> Key:
         key = request.id, request.attempt
-        self._turns[key] = asyncio.Queue()  # as long as its turn's reply, at most
+        self._turns[key] = asyncio.Queue()  # its turn's items bound it
         return key
 
     async def _read(self, generator: Any, item_timeout: float) -> None:

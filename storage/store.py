@@ -117,9 +117,9 @@ class CacheStore(CardReader):
         block files of them that the card they come from names. `rows`: False
         keeps the tokens and lets go of the blocks. `expect`: only if this is still the latest
         card. `look_s`: a deadline sooner than the store's own for the first look. `known`: the
-        latest card, by the word of its owner, who adds none; it is not looked for. Raises Fenced
-        when another claim wins, or `expect` fails; StoreUnavailable when the store gives no answer
-        (then nothing is owned).
+        latest card, by the word of its owner; it is not looked for, and where the store turns out
+        not to have it, the next commit looks at every block. Raises Fenced when another claim wins,
+        or `expect` fails; StoreUnavailable when the store gives no answer (then nothing is owned).
         """
         agent, key = template.agent, template.key
         folder = self.agent_folder(agent, key)
@@ -141,10 +141,13 @@ class CacheStore(CardReader):
             card = self._inherit(card, found.card, rows)
         raw = self._encode(card)
         self._create_or_read_back(f"{folder}/{card.name}", raw, card)
-        newest = self.epoch(agent, key)
+        names = self._card_names(folder)
+        newest = names[-1][0] if names else 0
         if newest > epoch:  # claimed and cleaned up by others between our look and our create
             raise Fenced(str(agent), newest)
         self._wrote(folder, card, started)
+        if known is not None and (known.ref.epoch, known.ref.generation) not in names:
+            self._written.note(folder, None)
         return Claim(_stored(card, raw), found.card if found else None)
 
     def _inherit(self, card: CacheCard, old: CacheCard, rows: bool) -> CacheCard:

@@ -25,6 +25,7 @@ def feed(engine: Engine, seq_id: int, ids: Sequence[int], chunk: int = 0) -> Log
         part = ids[at : at + (chunk or len(ids))]
         last = at + len(part) == len(ids)
         logits = engine.step([Chunk(seq_id, part, engine.n_rows(seq_id), int(last))])
+    assert logits[seq_id].flags.writeable
     return logits[seq_id][-1].copy()
 
 

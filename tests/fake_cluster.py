@@ -21,6 +21,7 @@ from cluster.errors import AgentBusy, UnknownAgent, UnknownNode
 from cluster.migration import Migration
 from cluster.moves import Moves
 from cluster.placement import Placement
+from cluster.remote import ReplicaLost
 from storage.card import AgentId
 
 N_CTX = 512
@@ -100,7 +101,8 @@ class FakeReplica:
         self.faults: Iterator[Any] = iter(())
         self.after = 0
         self.at_once = False
-        self._carriers = Carriers(self.run_turn)
+        self._carriers = Carriers(self._run_turn)
+        self._died: Exception | None = None
 
     def fails(self, *faults: Any, after: int = 3) -> None:
         self.faults, self.after = iter(faults), after
@@ -109,12 +111,22 @@ class FakeReplica:
         async with aclosing(self._carriers.carry(name, request)) as lists:
             async for carried in lists:
                 for entry in carried:
-                    if isinstance(entry[1], RayError):  # it is the replica that died
-                        raise entry[1]
+                    if isinstance(entry[1], Exception) and self._died is not None:
+                        died, self._died = self._died, None
+                        raise died
                     yield [entry]
 
     async def board(self, name: str, request: TurnRequest) -> bool:
         return self._carriers.board(name, request)
+
+    async def _run_turn(self, request: TurnRequest) -> AsyncGenerator[list[StreamItem], None]:
+        try:
+            async with aclosing(self.run_turn(request)) as lists:
+                async for items in lists:
+                    yield items
+        except (RayError, ReplicaLost) as error:
+            self._died = error
+            raise
 
     async def run_turn(self, request: TurnRequest) -> AsyncGenerator[list[StreamItem], None]:
         self.requests.append(request)

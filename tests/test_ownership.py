@@ -56,7 +56,7 @@ from storage.card import (
 from storage.claims import Claim
 from storage.codec import decode_rows, get_codec
 from storage.collector import CollectOptions, collect
-from storage.errors import StorageError
+from storage.errors import StorageError, StoreUnavailable
 from storage.files import FilesOptions
 from storage.reader import CardReader, LoadedCard
 from storage.spec import CompatibilityKey, GroupRows, KVRows, LayerSpec, ModelCacheSpec
@@ -673,7 +673,10 @@ class Ownership(RuleBasedStateMachine):
                     moving.stage = "adopt"
                 return False
             case "settle" if moving.settled.done() and source.memory.is_stored(agent):
-                moving.latest = source.handoff.latest(agent)
+                try:
+                    _, moving.latest = source.handoff.answer(agent)
+                except StoreUnavailable:  # it is claimed back
+                    return self._thaw(moving)
                 moving.stage = "adopt"
                 return False
             case "settle":

@@ -154,7 +154,7 @@ def test_a_turn_that_speaks_does_not_beat(
 ) -> None:
     """Every list costs the processes between here and the client some milliseconds."""
     monkeypatch.setattr("actors.replica._BEAT_S", 0.3)
-    monkeypatch.setattr(replica, "_interval", lambda request: 0.05)
+    monkeypatch.setattr("actors.replica.interval", lambda *_: 0.05)
     step = replica._loop.engine.step
 
     def slowly(chunks):  # type: ignore[no-untyped-def]

@@ -283,6 +283,23 @@ def test_the_engines_logits_are_left_as_they_are() -> None:
     assert (logits == before).all()
     plain = sampler(size=50, top_k=5)
     assert plain.adjusted(logits) is logits
+    plain.draw(logits, 5)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_bias_is_taken_back_from_the_engines_logits(
+    fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = logits_of(1, FakeVocab().size)
+    before = logits.copy()
+    biased = sampler(logit_bias=((7, 100.0), (9, -np.inf)), ignore_eos=True, temperature=0)
+    if fails:
+        monkeypatch.setattr("actors.sampling.sample", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            biased.draw(logits, 5)
+    else:
+        assert biased.draw(logits, 5) == 7
+    assert (logits == before).all()
 
 
 def test_bias_bans_and_forces() -> None:

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import replace
 
 import pytest
 
@@ -233,6 +234,52 @@ def test_the_silence_of_one_turn_is_not_the_others() -> None:
         replica.say("b", last(6))
         await b.task
         assert len(b.items) == 7
+
+    run(go)
+
+
+@pytest.mark.parametrize("any_attempt", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+def test_a_turn_that_is_cancelled_before_its_call_comes_does_not_begin(
+    first: bool, any_attempt: bool
+) -> None:
+    async def go(_: Streams, replica: Replica) -> None:
+        request = TurnRequest("b", AgentId("t", "b"), (), SamplingParams(), attempt=1)
+        replica.carriers.cancel("b", None if any_attempt else 1)
+        if first:
+            lists = [items async for items in replica.carriers.carry("stream", request)]
+        else:
+            a = replace(request, id="a")
+            carrying = replica.carriers.carry("stream", a)
+            replica.say("a", tokens(0))
+            lists = [await anext(carrying)]
+            assert replica.carriers.board("stream", request)
+            lists.append(await anext(carrying))
+            await carrying.aclose()
+        assert lists[-1] == [(("b", 1), None)]
+        assert "b" not in replica.says, "it was never run"
+        again = replace(request, id="c", attempt=1)
+        replica.say("c", last(0))
+        replica.queue("c").put_nowait(None)
+        carrying = replica.carriers.carry("next", again)
+        assert (await anext(carrying))[0][1] == [last(0)]
+        await carrying.aclose()
+
+    run(go)
+
+
+def test_what_breaks_a_turn_can_be_sent_whatever_it_is() -> None:
+    class Bug(Exception):
+        def __reduce__(self) -> str:
+            raise TypeError("it cannot be pickled")
+
+    async def go(streams: Streams, replica: Replica) -> None:
+        a, b = await two(streams, replica)
+        replica.queue("a").put_nowait(Bug("of a"))
+        with pytest.raises(RuntimeError, match="Bug: of a"):
+            await a.task
+        replica.say("b", last(1))
+        await b.task
 
     run(go)
 

@@ -80,7 +80,7 @@ class Engine(Protocol):
 
     def step(self, chunks: Sequence[Chunk]) -> dict[int, Logits]:
         """Compute all chunks in one batch; the (n_logits, n_vocab) logits of those that want any,
-        by seq_id, valid until the next call."""
+        by seq_id, writable, valid until the next call."""
         ...
 
     def export(self, seq_id: int, start: int, stop: int) -> KVRows:
