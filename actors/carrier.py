@@ -3,12 +3,14 @@
 A list of tokens costs the two processes more than a millisecond of the engine's cores, whatever it
 holds; turns pass theirs on at the same moments (actors.outbox), so one list can carry them all.
 The first turn opens a stream, those that come while it is open board it, and it ends with the last.
+Ray does not say that nobody reads a stream any more: who reads it attends it, or its turns end.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
@@ -18,6 +20,7 @@ from actors.turn import StreamItem, TurnRequest
 from storage.errors import StorageError
 
 logger = logging.getLogger(__name__)
+_ABANDONED_S = 15.0  # since its reader was heard of; a turn says something twice a second
 _CANCELLED = 1024  # turns that are remembered, those cancelled last
 Key = tuple[str, int]  # turn id, attempt
 Carried = tuple[Key, list[StreamItem] | Exception | None]  # None: it ended; an exception: it broke
@@ -34,11 +37,14 @@ class Carriers:
         self._cancelled: OrderedDict[tuple[str, int | None], None] = OrderedDict()
 
     async def carry(self, name: str, request: TurnRequest) -> AsyncGenerator[list[Carried], None]:
-        """What this turn yields, and all that board. Closed, it cancels them."""
+        """What this turn yields, and all that board. Closed, or not attended, it cancels them."""
         carrier = self._open[name] = _Carrier(self._run)
         carrier.board(request)
         try:
             while carried := await carrier.take():
+                if time.monotonic() - carrier.attended > _ABANDONED_S:
+                    logger.warning("nobody reads the stream of turn %s any more", request.id)
+                    return
                 yield carried
         finally:
             del self._open[name]
@@ -51,6 +57,11 @@ class Carriers:
             return False
         carrier.board(request)
         return True
+
+    def attend(self, name: str) -> None:
+        """Somebody still reads the stream."""
+        if name in self._open:
+            self._open[name].attended = time.monotonic()
 
     def cancel(self, turn_id: str, attempt: int | None) -> None:
         """A turn whose call comes later than this does not begin: calls overtake one another, and
@@ -73,6 +84,7 @@ class _Carrier:
         self._running: set[asyncio.Task[None]] = set()
         self._waiting: list[Carried] = []
         self._ready = asyncio.Event()
+        self.attended = time.monotonic()
 
     def board(self, request: TurnRequest) -> None:
         task = asyncio.create_task(self._run(request))

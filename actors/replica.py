@@ -146,9 +146,13 @@ class ModelReplica:
         """Run a turn on an open stream; False: there is none of that name."""
         return self._carriers.board(name, request)
 
+    async def attend(self, name: str) -> None:
+        """Who reads a stream is still there."""
+        self._carriers.attend(name)
+
     async def run_turn(self, request: TurnRequest) -> AsyncGenerator[list[StreamItem], None]:
-        """Items as they come, those that are ready together in one list. When the caller goes
-        away, the turn is cancelled."""
+        """Items as they come, those that are ready together in one list. Closed, it cancels the
+        turn."""
         items = Outbox(lambda: interval(request, len(self._loop.scheduler.running)))
         try:
             self._loop.submit(request, items.put)

@@ -18,6 +18,7 @@ from actors.turn import StreamItem, TurnRequest, is_last
 from cluster.remote import ReplicaLost, call, stream
 
 _BOARDING_S = 60.0  # after a stream was opened
+_ATTEND_S = 3.0  # between two signs of life to the replica
 
 
 class Streams:
@@ -96,8 +97,12 @@ class _Stream:
 
     async def _read(self, generator: Any, item_timeout: float) -> None:
         end: Exception | None = None
+        attended = time.monotonic()
         try:
             async for carried in stream(generator, item_timeout):
+                if time.monotonic() - attended > _ATTEND_S:
+                    attended = time.monotonic()
+                    self._actor.attend.remote(self._name)
                 for key, items in carried:
                     if key in self._turns:
                         self._turns[key].put_nowait(items)

@@ -1,6 +1,7 @@
 """A cluster on hosts that really differ: addresses, links and disks of their own. Two replicas of
 the ingress carry its HTTP."""
 
+import contextlib
 import threading
 import time
 from collections import Counter
@@ -20,7 +21,8 @@ FAKE = "fake://?step_delay=0.01"
 
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[Hosts]:
-    with cluster(["a", "b"], ingresses=2, model=FAKE, codec="f16", hysteresis_s=60) as running:
+    settings = {"model": FAKE, "codec": "f16", "hysteresis_s": 60, "n_ctx": 8192}
+    with cluster(["a", "b"], ingresses=2, **settings) as running:
         until(lambda: len(ingresses(running)) == 2, "two ingresses", START)
         yield running
 
@@ -233,3 +235,22 @@ def test_an_ingress_dies_in_the_middle_of_its_streams(hosts: Hosts) -> None:
     until(lambda: not any(n["running"] + n["waiting"] for n in hosts.nodes().values()), "silence")
     for session in broken:
         assert hosts.chat(questions[session], session, max_tokens=400).text == wanted[session]
+
+
+def test_turns_whose_ingress_died_end(hosts: Hosts) -> None:
+    """Ray does not tell their replicas that nobody reads them any more."""
+    turn = {"max_tokens": 6000, "ignore_eos": True}  # a minute
+    with contextlib.ExitStack() as stack:
+        streams = [
+            stack.enter_context(hosts.stream(recital("Iris", 60 + n), f"ghost-{n}", **turn))
+            for n in range(3)
+        ]
+        for stream in streams:
+            stream.take(2)
+        for process in ingresses(hosts):
+            process.kill()
+        killed = time.monotonic()
+        until(hosts.answers, "an ingress", START)
+        assert sum(node["running"] for node in hosts.nodes().values()) == 3
+        until(lambda: not any(n["running"] for n in hosts.nodes().values()), "silence", 30)
+        assert time.monotonic() - killed < 30

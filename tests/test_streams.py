@@ -36,6 +36,7 @@ class Replica:
         self.cancelled: list[str] = []  # by whom their streams were left
         self.told: list[tuple[str, int]] = []  # calls to cancel
         self.lists: list[list[Carried]] = []
+        self.attended: list[str] = []
         self.dies = asyncio.Event()
         self.carriers = Carriers(self.run_turn)
 
@@ -71,6 +72,10 @@ class Replica:
         took = self.carriers.board(name, request)
         self.boarded.append((request.id, took))
         return took
+
+    def attend(self, name: str) -> None:
+        self.attended.append(name)
+        self.carriers.attend(name)
 
     def cancel(self, turn_id: str, attempt: int) -> None:
         self.told.append((turn_id, attempt))
@@ -216,6 +221,25 @@ def test_an_ingress_that_goes_away_has_all_its_turns_cancelled() -> None:
         for stream in streams._open.values():
             stream.reader.cancel()
         await until(lambda: sorted(replica.cancelled) == ["a", "b"])
+
+    run(go)
+
+
+@pytest.mark.parametrize("attended", [True, False])
+def test_a_stream_that_nobody_attends_is_given_up(
+    attended: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ingress died, or is cut off: Ray takes the items, and drops them."""
+    monkeypatch.setattr("actors.carrier._ABANDONED_S", 0.3)
+    monkeypatch.setattr("cluster.streams._ATTEND_S", 0.05 if attended else 60.0)
+
+    async def go(streams: Streams, replica: Replica) -> None:
+        await two(streams, replica)
+        for _ in range(20):
+            replica.say("a", Alive(1))
+            await asyncio.sleep(0.03)
+        assert replica.cancelled == ([] if attended else ["a", "b"])
+        assert bool(replica.attended) is attended
 
     run(go)
 
