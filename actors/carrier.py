@@ -38,7 +38,7 @@ class Carriers:
 
     async def carry(self, name: str, request: TurnRequest) -> AsyncGenerator[list[Carried], None]:
         """What this turn yields, and all that board. Closed, or not attended, it cancels them."""
-        carrier = self._open[name] = _Carrier(self._run)
+        carrier = self._open[name] = _Carrier(self._run_turn, self._is_cancelled)
         carrier.board(request)
         try:
             while carried := await carrier.take():
@@ -70,17 +70,13 @@ class Carriers:
         if len(self._cancelled) > _CANCELLED:
             self._cancelled.popitem(last=False)
 
-    async def _run(self, request: TurnRequest) -> AsyncGenerator[list[StreamItem], None]:
-        if {(request.id, request.attempt), (request.id, None)} & self._cancelled.keys():
-            return
-        async with aclosing(self._run_turn(request)) as lists:
-            async for items in lists:
-                yield items
+    def _is_cancelled(self, key: Key) -> bool:
+        return key in self._cancelled or (key[0], None) in self._cancelled
 
 
 class _Carrier:
-    def __init__(self, run_turn: RunTurn) -> None:
-        self._run_turn = run_turn
+    def __init__(self, run_turn: RunTurn, is_cancelled: Callable[[Key], bool]) -> None:
+        self._run_turn, self._is_cancelled = run_turn, is_cancelled
         self._running: set[asyncio.Task[None]] = set()
         self._waiting: list[Carried] = []
         self._ready = asyncio.Event()
@@ -98,18 +94,17 @@ class _Carrier:
     async def _run(self, request: TurnRequest) -> None:
         key = request.id, request.attempt
         try:
-            async with aclosing(self._run_turn(request)) as lists:
-                async for items in lists:
-                    self._put((key, items))
+            if not self._is_cancelled(key):
+                async with aclosing(self._run_turn(request)) as lists:
+                    async for items in lists:
+                        self._put((key, items))
             self._put((key, None))
         except (ActorError, StorageError) as error:  # of this turn alone: its reader is told
             self._put((key, error))
         except Exception as error:
             logger.exception("turn %s broke", request.id)
-            told = RuntimeError(
-                f"{type(error).__name__}: {error}"
-            )  # it can be sent, whatever it was
-            self._put((key, told))
+            # This one can be sent, whatever it was.
+            self._put((key, RuntimeError(f"{type(error).__name__}: {error}")))
 
     def _put(self, carried: Carried) -> None:
         self._waiting.append(carried)

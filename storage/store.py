@@ -123,13 +123,9 @@ class CacheStore(CardReader):
         """
         agent, key = template.agent, template.key
         folder = self.agent_folder(agent, key)
-        found: LoadedCard | None = known
-        if known is not None:
-            newest = known.ref.epoch
-        else:
-            names = self._card_names(folder, look_s)
-            newest = names[-1][0] if names else 0
-            found = self._newest(folder, key, names=names)
+        newest, found = (
+            self._look(folder, key, look_s) if known is None else (known.ref.epoch, known)
+        )
         epoch = (newest if after is None else after) + 1
         if newest >= epoch or (expect is not None and (found is None or found.ref != expect)):
             raise Fenced(str(agent), newest)
@@ -149,6 +145,13 @@ class CacheStore(CardReader):
         if known is not None and (known.ref.epoch, known.ref.generation) not in names:
             self._written.note(folder, None)
         return Claim(_stored(card, raw), found.card if found else None)
+
+    def _look(
+        self, folder: str, key: CompatibilityKey, look_s: float | None
+    ) -> tuple[int, LoadedCard | None]:
+        """(the greatest epoch claimed, the latest card)."""
+        names = self._card_names(folder, look_s)
+        return names[-1][0] if names else 0, self._newest(folder, key, names=names)
 
     def _inherit(self, card: CacheCard, old: CacheCard, rows: bool) -> CacheCard:
         if old.codec != card.codec:  # stored rows are never encoded again
