@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from math import fsum
 
 from storage.links import Line
@@ -69,9 +69,6 @@ class Rates:
 
     def filled(self, peers: Sequence[Rates] = ()) -> KnownRates:
         """Every rate as a number: its own, else the mean of the peers', else a guess."""
-        if not peers:  # asked for every token
-            known = ((getattr(self, name), guess) for name, guess in vars(_GUESS).items())
-            return KnownRates(*(guess if rate is None else rate for rate, guess in known))
         return fill([self, *peers])[0]
 
 
@@ -92,11 +89,13 @@ class KnownRates:
 def fill(measured: Sequence[Rates]) -> list[KnownRates]:
     """Numbers for all: what one has not measured is the mean of those who have, else a guess."""
     columns = []
-    for entry in fields(KnownRates):
-        own = [getattr(rates, entry.name) for rates in measured]
-        told = [value for value in own if value is not None]
-        mean = fsum(told) / len(told) if told else getattr(_GUESS, entry.name)
-        columns.append([mean if value is None else value for value in own])
+    for name, guess in vars(_GUESS).items():
+        own = [getattr(rates, name) for rates in measured]
+        if None in own:
+            told = [value for value in own if value is not None]
+            mean = fsum(told) / len(told) if told else guess
+            own = [mean if value is None else value for value in own]
+        columns.append(own)
     return [KnownRates(*row) for row in zip(*columns, strict=True)]
 
 
