@@ -119,9 +119,9 @@ class AgentMemory:
 
 @dataclass(frozen=True)
 class Before:
-    """What the target of a migration knows before its claim. handed: the frozen owner's card, whose
-    blocks are on the disk of `peer` and, as far as they were fetched, on ours. latest: the card
-    that the shared store has, by the owner's word."""
+    """What the target of a migration has from the owner. handed: its card, whose blocks are on the
+    disk of `peer` and, as far as they were fetched, on ours. latest: the card that the shared store
+    has."""
 
     handed: CacheCard | None = None
     peer: BlockSource | None = None
@@ -135,11 +135,14 @@ class Before:
         return self.latest.ref.epoch if self.latest is not None else None
 
     def known(self, key: CompatibilityKey) -> LoadedCard | None:
-        """`latest`, if that is what the claim starts from."""
+        """`latest`, if it belongs with `handed` and to this key."""
         latest = self.latest
         if latest is None or (latest.card.key, latest.ref.epoch) != (key, self.epoch):
             return None
         return latest
+
+
+UNKNOWN = Before()
 
 
 @dataclass(frozen=True)

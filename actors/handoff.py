@@ -32,7 +32,7 @@ from storage.reader import LoadedCard
 
 logger = logging.getLogger(__name__)
 FEW_ROWS = 8  # computed again sooner than stored and read
-_FEW_BYTES = 1 << 17  # 10 ms at 100 Mbit/s
+_FEW_S = 0.01  # on its way with a freeze: another round takes longer
 _MOST_BYTES, _MOST_ROWS = 1 << 20, 256  # that go with a freeze rather than through the store
 _UNANSWERED_S = 3.0  # a claim back; then the agent's turns go on elsewhere
 
@@ -41,14 +41,25 @@ _UNANSWERED_S = 3.0  # a claim back; then the agent's turns go on elsewhere
 class Copied:
     """A round of pre-copy: rows of turns under way that the shared store, or this node's disk,
     lacked before it, and after it. None: something of turns that are over, which a migration must
-    not lose. `card`: the one on this node's disk. `few`: rows that go with the freeze sooner than
-    with another round. `runs`: a turn is under way, and more rows come."""
+    not lose. `card`: the one on this node's disk; `latest`: the shared store's, from which the
+    agent's owner went on. `runs`: a turn is under way, and more rows come. row_bytes: encoded."""
 
     lacked: int | None
     lacks: int | None
     card: CacheCard | None = None
-    few: int = FEW_ROWS
+    latest: LoadedCard | None = None
     runs: bool = False
+    row_bytes: int = _MOST_BYTES
+
+    def few(self, bytes_per_s: float) -> int:
+        """Rows that go with the freeze sooner than with another round, where so many bytes come
+        over in a second."""
+        return tail_rows(min(_MOST_BYTES, _FEW_S * bytes_per_s), self.row_bytes)
+
+
+def tail_rows(n_bytes: float, row_bytes: int) -> int:
+    """Rows of so many bytes in all: at least a few, at most a block."""
+    return min(max(FEW_ROWS, int(n_bytes) // row_bytes), _MOST_ROWS)
 
 
 @dataclass(frozen=True)
@@ -79,6 +90,7 @@ class Handoff:
         self._memory, self._book, self._residency = memory, book, residency
         self._exporter, self._move, self._call = exporter, move, call
         self._timeout_s = timeout_s
+        self._row_bytes = row_bytes(memory.key.spec, memory.codec)
         self._deadlines: dict[AgentId, float] = {}
         self._reclaims: dict[AgentId, float] = {}  # until when their claims back are waited for
 
@@ -87,18 +99,14 @@ class Handoff:
         memory = self._memory.get(agent)
         runs = memory is not None and self._running(memory) is not None
         card = self.card(agent) if near else None
-        few = self._rows_of(_FEW_BYTES)
-        return Copied(lacked, self.missing(agent, near=near), card, few, runs)
+        latest = memory.shared if memory is not None else None
+        lacks = self.missing(agent, near=near)
+        return Copied(lacked, lacks, card, latest, runs, self._row_bytes)
 
     def card(self, agent: AgentId) -> CacheCard | None:
         """The last one on this node's disk."""
         memory = self._memory.get(agent)
         return memory.card if memory is not None and self._memory.tiers.local else None
-
-    def _rows_of(self, n_bytes: int) -> int:
-        """At least a few, at most a block."""
-        a_row = row_bytes(self._memory.key.spec, self._memory.codec)
-        return min(max(FEW_ROWS, n_bytes // a_row), _MOST_ROWS)
 
     def precopy(self, agent: AgentId, *, near: bool = False) -> tuple[int | None, Future[None]]:
         """While the agent runs on: hand over what the shared store lacks of it. (What that was, as
@@ -130,7 +138,7 @@ class Handoff:
         running = self._running(memory)
         if running is not None and held is not None:
             try:
-                tail = self._exporter.tail(running, held, self._rows_of(_MOST_BYTES))
+                tail = self._exporter.tail(running, held, tail_rows(_MOST_BYTES, self._row_bytes))
             except EngineFault as error:  # they are stored, or computed again
                 self._memory.faults.count("engine_refused", error)
         if self.lacks_little(agent, tail, near=near):

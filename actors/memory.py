@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 from actors import journal
 from actors.branches import (
+    UNKNOWN,
     AgentMemory,
     Before,
     Branch,
@@ -37,7 +38,6 @@ from storage.claims import new_card
 from storage.codec import Codec, codec_parameters
 from storage.errors import StorageError, StoreUnavailable
 from storage.local import LocalTier
-from storage.peers import BlockSource
 from storage.spec import CompatibilityKey
 from storage.store import CacheStore
 from storage.tiers import Tiers
@@ -45,7 +45,6 @@ from storage.tiers import Tiers
 _PROBE_S = 2.0  # for a store to be seen again
 _SEEN_S = 1.0  # that a migration's claim stands, by its own look, until the turn comes
 _LOOK_S = 5.0  # for a look at an agent's claim: before its turn, and before what takes longer
-_UNKNOWN = Before()
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,7 @@ class Memory:
         if self.outage.lasts:
             raise StoreUnavailable(self.store.url, "it has not answered since an earlier call")
 
-    def _claimed(self, agent: AgentId, was: Before = _UNKNOWN) -> AgentMemory:
+    def _claimed(self, agent: AgentId, was: Before = UNKNOWN) -> AgentMemory:
         self._reach()
         claim = self.store.claim(
             self.template(agent), after=was.epoch, look_s=_LOOK_S, known=was.known(self.key)
@@ -199,7 +198,7 @@ class Memory:
         elif self.store.epoch(card.agent, self.key) > card.epoch:
             local.forget(card.agent, card.epoch)
 
-    def adopt(self, agent: AgentId, before: Before = _UNKNOWN) -> int:
+    def adopt(self, agent: AgentId, before: Before = UNKNOWN) -> int:
         """Claim the agent for a migration; returns the epoch. Raises Fenced, StoreUnavailable."""
         with self._claiming[hash(agent) % len(self._claiming)]:
             if owned := self.get(agent):
@@ -271,17 +270,17 @@ class Memory:
         memory = self.get(agent)
         return memory is None or self.commits.is_stored(memory)
 
-    def stored(
-        self, agent: AgentId, handed: CacheCard | None = None, peer: BlockSource | None = None
-    ) -> AgentMemory | None:
+    def stored(self, agent: AgentId, was: Before = UNKNOWN) -> AgentMemory | None:
         """The agent's last branch, as the shared store has it, without owning it; with a card that
-        is on the disk of `peer`, as that has it, and the others behind it. None when it has none,
-        or it is owned here. Raises StoreUnavailable."""
-        self._reach()
-        loaded = self.store.latest(agent, self.key, _LOOK_S)
+        is on a peer's disk, as that has it, and the others behind it. None when it has none, or it
+        is owned here. Raises StoreUnavailable."""
+        loaded = was.known(self.key)
+        if loaded is None:
+            self._reach()
+            loaded = self.store.latest(agent, self.key, _LOOK_S)
         shared = loaded.card if loaded is not None else None
-        near = handed is not None and journal.goes_on(handed, shared)
-        card = handed if near else shared
+        near = was.handed is not None and journal.goes_on(was.handed, shared)
+        card = was.handed if near else shared
         cards = sorted(card.branches if card else (), key=lambda b: -b.last_used)
         if card is None or not cards or self.get(agent) is not None:
             return None
@@ -291,7 +290,7 @@ class Memory:
         if shared is not None:
             note_shared(branches, shared)
         shown = branches if near else branches[:1]
-        return AgentMemory(agent, card, "remote", shown, peer=peer)
+        return AgentMemory(agent, card, "remote", shown, peer=was.peer)
 
     def delete(self, agent: AgentId) -> None:
         """Forget the agent here and bury it in the store. Raises Fenced, StoreUnavailable."""

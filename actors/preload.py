@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from actors.book import Book
-from actors.branches import Branch, positions
+from actors.branches import UNKNOWN, Before, Branch, positions
 from actors.engines.base import Engine
 from actors.engines.base import count_rows as count_loadable
 from actors.errors import EngineFault
@@ -25,9 +25,8 @@ from actors.exporter import Held, Tail
 from actors.memory import Memory
 from actors.prompt import common_prefix
 from actors.residency import Residency
-from storage.card import AgentId, CacheCard
+from storage.card import AgentId
 from storage.codec import Tensors, count_rows
-from storage.peers import BlockSource
 from storage.spec import KVRows, Part
 
 T = TypeVar("T")
@@ -80,28 +79,27 @@ class Preloader:
 
     # ---- on a worker
 
-    def fetch(
-        self, agent: AgentId, handed: CacheCard | None = None, peer: BlockSource | None = None
-    ) -> Fetched:
-        """Bring what the store, or the disk of `peer` with the card `handed`, has of the agent's
-        last branch, and has not been brought before. Raises StoreUnavailable, EngineFault."""
-        memory = self._memory.stored(agent, handed, peer)
+    def fetch(self, agent: AgentId, was: Before = UNKNOWN) -> Fetched:
+        """Bring what the store, or the peer's disk with its card, has of the agent's last branch,
+        and has not been brought before. Raises StoreUnavailable, EngineFault."""
+        memory = self._memory.stored(agent, was)
         if memory is None:
             return Fetched(Held(0, 0), 0, 0)
         branch, rows = memory.branches[0], self._memory.rows
         preload, begin = self._on_loop(partial(self._begin, agent, branch))
         n_bytes, at, loads = self._away_bytes(agent, branch, begin), begin, True
-        peers = self._memory.tiers.peers
+        peers, loading = self._memory.tiers.peers, _done(True)
         before = peers.n_bytes
         for full, sliding in rows.read(memory, branch, branch.rows, begin):
             if loads:
-                loadable = self._loadable(full, sliding)
-                loads = self._on_loop(partial(self._load, agent, preload, at, loadable))
+                loadable = self._loadable(full, sliding)  # while the loop loads the one before
+                loads = _answer(loading)
+                loading = self._call(partial(self._load, agent, preload, at, loadable))
             at += count_rows(full)
+        _answer(loading)
         for other in memory.branches[1:]:
             rows.runs.bring(memory, other)
         loaded = self._on_loop(partial(self._loaded, preload))
-        self._memory.store.condemned.names(agent.tenant)  # which the claim will ask for
         held = Held(branch.id, at)
         return Fetched(held, loaded, n_bytes, min(n_bytes, peers.n_bytes - before))
 
@@ -130,11 +128,8 @@ class Preloader:
         return total
 
     def _on_loop(self, function: Callable[[], T]) -> T:
-        try:
-            result: T = self._call(function).result(_LOOP_S)
-        except TimeoutError as error:
-            raise EngineFault("the replica's loop does not answer") from error
-        return result
+        asked: Future[T] = self._call(function)
+        return _answer(asked)
 
     # ---- on the loop's thread
 
@@ -264,3 +259,17 @@ class Preloader:
         self._lately = [(until, branch) for until, branch in self._lately if until > now]
         for agent in [a for a, preload in self._preloads.items() if now > preload.deadline]:
             self.drop(agent)
+
+
+def _answer(asked: Future[T]) -> T:
+    """Of the loop. Raises EngineFault when there is none."""
+    try:
+        return asked.result(_LOOP_S)
+    except TimeoutError as error:
+        raise EngineFault("the replica's loop does not answer") from error
+
+
+def _done(result: T) -> Future[T]:
+    done: Future[T] = Future()
+    done.set_result(result)
+    return done

@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing
 from typing import TypeVar
 
-from actors.branches import Before
+from actors.branches import UNKNOWN, Before
 from actors.carrier import Carried, Carriers
 from actors.checks import check_packages
 from actors.config import ReplicaConfig
@@ -41,7 +41,7 @@ from actors.report import (
 from actors.scheduler import SchedulerConfig
 from actors.turn import Alive, StreamItem, TurnFailed, TurnRequest, is_last
 from actors.weights import WeightsProvider, provide
-from storage.card import AgentId, CacheCard, Owner
+from storage.card import AgentId, Owner
 from storage.codec import get_codec, refused_layers, row_bytes
 from storage.errors import StorageError, StoreUnavailable
 from storage.peers import BlockSource
@@ -151,8 +151,7 @@ class ModelReplica:
         self._carriers.attend(name)
 
     async def run_turn(self, request: TurnRequest) -> AsyncGenerator[list[StreamItem], None]:
-        """Items as they come, those that are ready together in one list. Closed, it cancels the
-        turn."""
+        """Items as they come, those that are ready together in a list. Closed, it cancels it."""
         items = Outbox(lambda: interval(request, len(self._loop.scheduler.running)))
         try:
             self._loop.submit(request, items.put)
@@ -244,16 +243,18 @@ class ModelReplica:
         await self._on_loop(lambda: self._loop.handoff.release(agent))
 
     async def meet(self, disks: Sequence[BlockSource]) -> None:
-        """Those of the cluster's nodes, before they are needed: a process asks Ray's head about an
-        actor that it has not met, and stands still until there is an answer."""
+        """Those of the cluster's nodes, before they are needed: a process that has not met an actor
+        stands still until Ray's head has told it about that."""
         self._met = disks
+        others = [disk for disk in disks if disk.node != self._owner.node]
+        self._workers.submit(self._memory.tiers.peers.meet, others)  # and how fast they answer
 
-    async def prefetch(
-        self, agent: AgentId, handed: CacheCard | None = None, peer: BlockSource | None = None
-    ) -> Fetched:
+    async def prefetch(self, agent: AgentId, was: Before = UNKNOWN) -> Fetched:
         """Bring an agent's rows into RAM and engine before it is adopted. Raises StoreUnavailable,
         EngineFault."""
-        return await self._in_thread(lambda: self._loop.preloader.fetch(agent, handed, peer))
+        fetching = self._in_thread(lambda: self._loop.preloader.fetch(agent, was))
+        names = self._memory.store.condemned.names  # which the claim will ask for
+        return (await asyncio.gather(fetching, self._in_thread(lambda: names(agent.tenant))))[0]
 
     async def delete(self, agent: AgentId) -> None:
         """Forget the agent for good. Raises AgentMoved while a turn runs, Fenced."""

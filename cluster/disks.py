@@ -9,6 +9,7 @@ and read by those who verify them.
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 import time
@@ -55,6 +56,10 @@ class NodeDisk(FolderDisk):
         except FileNotFoundError:
             return None
 
+    def sample(self, size: int) -> bytes:
+        """Bytes that mean nothing, at most those of a large block."""
+        return os.urandom(min(size, _LARGE_BLOCK))
+
     def copy(self, source: Disk, path: str) -> bool:
         """Fetch a block's file from another node; False if it is gone there, or not sound. Raises
         OSError."""
@@ -79,6 +84,14 @@ class RemoteDisk:
         name = (tenant, ref.id, part, stored.sha256, stored.size)
         try:
             raw: bytes | None = self._call("block", *name, size=stored.size)
+        except OSError as error:
+            raise StoreUnavailable(f"the disk of {self.node}", str(error)) from error
+        return raw
+
+    def sample(self, size: int) -> bytes:
+        """Raises StoreUnavailable."""
+        try:
+            raw: bytes = self._call("sample", size, size=size)
         except OSError as error:
             raise StoreUnavailable(f"the disk of {self.node}", str(error)) from error
         return raw

@@ -24,6 +24,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from actors.branches import UNKNOWN, Before
 from actors.errors import ActorError
 from actors.exporter import Held
 from actors.handoff import Copied, Frozen
@@ -37,6 +38,7 @@ from storage.peers import BlockSource
 logger = logging.getLogger(__name__)
 _MAX_ROUNDS = 5
 _SHORT_S = 0.001  # no time
+_BYTES_PER_S, _TELLING = 12.5e6, 1 << 20  # before a round has shipped enough to tell
 
 
 @dataclass(frozen=True)
@@ -70,13 +72,16 @@ class _Shipped:
     n_bytes: int = 0
     peer_bytes: int = 0
     card: CacheCard | None = None
+    bytes_per_s: float = _BYTES_PER_S  # that come to the target
 
     @property
     def rows(self) -> int:
         return self.held.rows if self.held is not None else 0
 
-    def fetched(self, fetched: Fetched) -> None:
+    def fetched(self, fetched: Fetched, took_s: float) -> None:
         self.rounds += 1
+        if fetched.n_bytes >= _TELLING:
+            self.bytes_per_s = fetched.n_bytes / max(took_s, _SHORT_S)
         self.held, self.loaded = fetched.held, fetched.loaded
         self.n_bytes += fetched.n_bytes
         self.peer_bytes += fetched.peer_bytes
@@ -108,9 +113,10 @@ async def migrate(
             frozen = await _freeze(agent, source, shipped, timeout)
             froze += frozen.waited_s if frozen is not None else 0.0
         handed = frozen.card if frozen is not None else None
-        if handed is not None and prefetch_s and _rows(handed) > _rows(shipped.card):
+        if frozen is not None and prefetch_s and _rows(handed) > _rows(shipped.card):
             # Stored since: they are fetched before the claim, or never.
-            await _quietly(_fetch(agent, target, timeout, shipped, handed))
+            was = Before(handed, shipped.disk, frozen.latest)
+            await _quietly(_fetch(agent, target, timeout, shipped, was))
         near = shipped.disk if handed is not None else None
         epoch = await call(target[1].adopt.remote(agent, frozen, near), timeout)
     except (ReplicaLost, ActorError, StorageError) as error:
@@ -141,12 +147,12 @@ async def _fetch(
     target: tuple[str, Any],
     timeout: float,
     shipped: _Shipped,
-    card: CacheCard | None,
+    was: Before,
 ) -> Fetched:
-    near = (card, shipped.disk) if card is not None else ()
-    fetched: Fetched = await call(target[1].prefetch.remote(agent, *near), timeout)
-    shipped.fetched(fetched)
-    shipped.card = card
+    began = time.monotonic()
+    fetched: Fetched = await call(target[1].prefetch.remote(agent, was), timeout)
+    shipped.fetched(fetched, time.monotonic() - began)
+    shipped.card = was.handed
     return fetched
 
 
@@ -188,15 +194,17 @@ async def _precopy(
         began = time.monotonic()
         copied = await _copied(agent, source, shipped, timeout) if source is not None else None
         store_s = time.monotonic() - began
-        card = copied.card if copied is not None else None
+        was = UNKNOWN
+        if copied is not None:
+            was = Before(copied.card, shipped.disk, copied.latest)
         left = deadline - time.monotonic()
-        fetched = await _quietly(_fetch(agent, target, left, shipped, card))
+        fetched = await _quietly(_fetch(agent, target, left, shipped, was))
         if fetched is None or copied is None:
             return
         if copied.lacks is not None:
             # `lacks` were computed while the source stored, more while the target fetched.
             longer = max(time.monotonic() - began, _SHORT_S) / max(store_s, _SHORT_S)
-            if (copied.lacks + copied.runs) * longer <= copied.few:
+            if (copied.lacks + copied.runs) * longer <= copied.few(shipped.bytes_per_s):
                 return
         lacked = copied.lacked
         if lacked is not None and before is not None and lacked >= before:

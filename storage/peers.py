@@ -11,16 +11,18 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Protocol
 
 from storage.card import BlockRef
 from storage.errors import StorageError
-from storage.links import Link, LinkRate
+from storage.links import PROBE_BYTES, Link, LinkRate
 
 logger = logging.getLogger(__name__)
 PAUSE_S = 30.0  # a peer that did not answer is not asked so long
 _MAX_PEERS = 256  # whose links are remembered
+_MAX_PROBED = 8  # at once: in a large cluster the first read from one measures
 
 
 class BlockSource(Protocol):
@@ -33,6 +35,9 @@ class BlockSource(Protocol):
         """The bytes of one part as they are stored, not verified; None when the node does not have
         them. Raises StoreUnavailable."""
 
+    def sample(self, size: int) -> bytes:
+        """So many bytes that mean nothing, as fast as those of a block. Raises StoreUnavailable."""
+
 
 class Peers:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -41,6 +46,17 @@ class Peers:
         self._silent_until: dict[str, float] = {}
         self._lock = threading.Lock()
         self.n_bytes = 0  # that came from peers
+
+    def meet(self, sources: Iterable[BlockSource]) -> None:
+        """Measure the links to those that are new: the first bytes from a node take several times
+        as long as others, so that a link measured by them would not be used again."""
+        new = [source for source in sources if not self.seconds(source.node, 1)]
+        for source in new[:_MAX_PROBED]:
+            if (link := self._link(source.node)) is not None:
+                try:
+                    link.probe(partial(source.sample, PROBE_BYTES))
+                except StorageError as error:
+                    logger.warning("the link to %s is not measured: %s", source.node, error)
 
     def get(self, source: BlockSource, tenant: str, ref: BlockRef, part: str) -> bytes | None:
         """The stored bytes, not verified; None when they are not there, or nobody answers."""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import actors.replica as replica_module
-from actors.branches import AgentMemory, Branch
+from actors.branches import AgentMemory, Before, Branch
 from actors.config import ReplicaConfig
 from actors.coverage import missing
 from actors.engines.fake_engine import FakeEngine
@@ -91,8 +91,8 @@ class Side:
     def precopy(self, agent: AgentId, *near: Any) -> Any:
         return self._call("precopy", agent, *near)
 
-    def prefetch(self, agent: AgentId, *near: Any) -> Any:
-        return self._call("prefetch", agent, *near)
+    def prefetch(self, agent: AgentId, was: Before) -> Any:
+        return self._call("prefetch", agent, was)
 
     def freeze(self, agent: AgentId, held: Held | None, near: bool) -> Any:
         self.held = held
@@ -124,6 +124,9 @@ class Disk:
         self.calls += 1
         stored = ref.parts[part]
         return self.spoil(self.real.block(tenant, ref.id, part, stored.sha256, stored.size))
+
+    def sample(self, size: int) -> bytes:
+        return self.real.sample(size)
 
 
 class Pair:
@@ -394,8 +397,9 @@ def test_rounds_go_on_while_more_than_a_few_rows_are_left() -> None:
     ("copied", "rounds"),
     [
         ([Copied(0, 0)], 1),
-        ([Copied(400, 18, few=18)], 1),
-        ([Copied(400, 0, few=8, runs=True)], 1),
+        ([Copied(400, 18, row_bytes=6500)], 1),
+        ([Copied(400, 20, row_bytes=6500), Copied(20, 0)], 2),
+        ([Copied(400, 0, runs=True)], 1),
         ([Copied(30, 30), Copied(30, 30)], 2),  # no fewer than before
         ([Copied(None, None), Copied(None, 20), Copied(20, 4)], 3),  # of earlier turns, first
         ([Copied(None, None)] * 9, 5),
@@ -417,6 +421,17 @@ def test_rows_that_come_while_the_target_fetches_are_reckoned_with(copied: Copie
     pair.a.told["precopy"] = [copied, Copied(9, 0)]
     pair.b.pause_s = 0.05
     assert pair.migrate().rounds == 2
+
+
+@pytest.mark.parametrize(("shipped", "rounds"), [(1_000_000, 2), (20_000_000, 1)])
+def test_more_rows_go_with_the_freeze_where_the_link_is_fast(shipped: int, rounds: int) -> None:
+    """What came in the first round tells, if it was enough."""
+    pair = Pair()
+    copied = Copied(400, 60, row_bytes=6500)
+    pair.a.told["precopy"] = [copied, Copied(60, 0)]
+    pair.b.told["prefetch"] = [Fetched(HELD, 90, shipped)]
+    pair.a.pause_s = pair.b.pause_s = 0.1
+    assert pair.migrate().rounds == rounds
 
 
 def test_no_more_rounds_when_their_time_is_over() -> None:
@@ -725,6 +740,20 @@ def test_a_claim_is_of_the_epoch_after_the_frozen_one(pair_of: MakePair) -> None
     with pytest.raises(Fenced):
         asyncio.run(real(pair.b).adopt(AGENT, frozen))
     assert (state(pair.a), state(pair.b)) == ("owned", None)
+
+
+def test_a_freeze_that_took_too_long_hands_nothing_over(pair_of: MakePair) -> None:
+    """I5. Its deadline passed before the answer was made, and the owner has claimed it back."""
+    pair = pair_of(fake())
+    handoff, call = real(pair.a)._loop.handoff, real(pair.a)._loop.call
+    talk(real(pair.a)._loop, [], LONG, n=5)
+    call(lambda: handoff.freeze(AGENT)).result(WAIT)
+    assert handoff.answer(AGENT)[1] is not None
+    call(lambda: handoff.thaw(AGENT)).result(WAIT)
+    wait_until(lambda: state(pair.a) == "owned")
+    wait_until(lambda: not call(lambda: handoff._deadlines).result(WAIT))
+    with pytest.raises(StoreUnavailable, match="too slow"):
+        handoff.answer(AGENT)
 
 
 def slow_blocks(replica: ModelReplica, seconds: float) -> None:

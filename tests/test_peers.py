@@ -47,6 +47,10 @@ class Peer:
         stored = ref.parts[part]
         return self.instead(self.disk.block(tenant, ref.id, part, stored.sha256, stored.size))
 
+    def sample(self, size: int) -> bytes:
+        self.calls += 1
+        return self.instead(self.disk.sample(size)) or b""
+
 
 def silent(_: bytes | None) -> bytes | None:
     raise StoreUnavailable("the disk of a", "no answer in 2.0 s")
@@ -123,6 +127,18 @@ def test_an_unmeasured_peer_is_asked_and_then_measured(world: World) -> None:
     assert world.asked == ["peer"]
     assert peer_link("a") in world.tiers.link_rates()
     assert world.tiers.peers.n_bytes == world.ref.parts["full"].size > tensor_bytes(ROWS)
+
+
+def test_peers_that_are_met_are_measured_before_they_are_read(tmp_path: Path) -> None:
+    """Once, a few at a time; one that is silent does not keep the others from it."""
+    peers = Peers()
+    some = [Peer(f"n{i:02}", tmp_path / str(i)) for i in range(10)]
+    some[0].instead = silent
+    peers.meet(some)
+    assert sorted(peers.rates()) == [f"n{i:02}" for i in range(1, 8)]
+    asked = [peer.calls for peer in some]
+    peers.meet(some[1:8])
+    assert [peer.calls for peer in some] == asked
 
 
 @pytest.mark.parametrize("spoil", [lambda raw: b"", lambda raw: raw[:-1], lambda raw: raw + b"x"])

@@ -506,6 +506,30 @@ def test_rows_that_were_lost_before_they_were_stored_are_exported_again(
     assert card.branches[0].rows == memory_of(loop).branches[0].rows > 1300
 
 
+def test_a_commit_that_is_told_late_does_not_hide_a_newer_claim(
+    node: MakeLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a frozen owner hands over as the shared store's last card is never one that it has
+    itself claimed over."""
+    loop, messages = node(), []
+    talk(loop, messages, "Hello")
+    settle(loop)
+    memory, commit = memory_of(loop), CacheStore.commit
+
+    def and_claimed(store: CacheStore, card: CacheCard) -> object:
+        committed = commit(store, card)
+        loop.memory.reclaim(memory)
+        return committed
+
+    monkeypatch.setattr(CacheStore, "commit", and_claimed)
+    loop.memory.commits.later(memory)
+    settle(loop)
+    monkeypatch.undo()
+    assert memory.card is not None
+    assert memory.shared is not None
+    assert memory.shared.ref.epoch == memory.card.epoch == 2
+
+
 def test_an_agent_released_during_a_commit_leaves_nothing_behind(
     node: MakeLoop, shared: Shared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

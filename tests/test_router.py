@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from actors.branches import Before
 from actors.config import ReplicaConfig
 from actors.engines.fake_engine import FakeEngine
 from actors.exporter import Held
@@ -84,7 +85,7 @@ class Device:
         await self._hears("precopy")
         return Copied(0, 0, CARD if near else None)
 
-    async def prefetch(self, agent: AgentId, *near: Any) -> Fetched:
+    async def prefetch(self, agent: AgentId, was: Before) -> Fetched:
         await self._hears("prefetch")
         return Fetched(Held(0, 1000), 1000, 0)
 
@@ -586,7 +587,7 @@ def test_decisions_of_different_agents_do_not_wait_for_each_other(cluster: Clust
     async def go() -> str:
         gate = asyncio.Event()
 
-        async def hang(agent: AgentId) -> Fetched:
+        async def hang(agent: AgentId, was: Before) -> Fetched:
             await gate.wait()
             return Fetched(Held(0, 0), 0, 0)
 
