@@ -101,7 +101,8 @@ class Branch:
 class AgentMemory:
     """`card` is the last claim or commit; None for a one-off agent, which has no claim. `shared` is
     the last one that the shared store has. `peer`: the disk of the node that had it before. `seen`:
-    when a migration's claim was seen to stand, for the turn that follows it."""
+    when a migration's claim was seen to stand, for the turn that follows it. `moving`: until when
+    rows of a turn under way go with a migration sooner than into a card."""
 
     agent: AgentId
     card: CacheCard | None
@@ -115,6 +116,7 @@ class AgentMemory:
     shared: LoadedCard | None = None
     peer: BlockSource | None = None
     seen: float = -math.inf
+    moving: float = -math.inf
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ A turn's answer never waits for this. While the persister's queue is full, rows 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from time import monotonic
 
 from actors.book import Turn
 from actors.engines.base import Engine
@@ -70,8 +71,8 @@ class Exporter:
             return
         size = self._memory.key.spec.block_tokens
         stopped = sequence.n_rows in sequence.stops
-        before = turn.ready.match.branch.exported
-        long = not sequence.is_prefill and self._long(before, sequence.n_rows)
+        before, moves = turn.ready.match.branch.exported, turn.ready.memory.moving > monotonic()
+        long = not sequence.is_prefill and not moves and self._long(before, sequence.n_rows)
         filled = sequence.n_rows if stopped or long else sequence.n_rows // size * size
         if filled > before and self.export(turn, filled, wait=True):
             if stopped or (filled == sequence.n_rows and not sequence.is_prefill):

@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from actors.book import Book, Turn
@@ -24,6 +24,7 @@ from actors.coverage import missing
 from actors.errors import AgentMoved, EngineFault
 from actors.exporter import Exporter, Held, Tail
 from actors.memory import Memory
+from actors.rates import Rates
 from actors.residency import Residency
 from storage.card import AgentId, CacheCard
 from storage.codec import row_bytes
@@ -34,27 +35,33 @@ logger = logging.getLogger(__name__)
 FEW_ROWS = 8  # computed again sooner than stored and read
 _FEW_S = 0.01  # on its way with a freeze: another round takes longer
 _MOST_BYTES, _MOST_ROWS = 1 << 20, 256  # that go with a freeze rather than through the store
+_MOVING_S = 5.0  # between two rounds, or the last one and the freeze
 _UNANSWERED_S = 3.0  # a claim back; then the agent's turns go on elsewhere
 
 
 @dataclass(frozen=True)
 class Copied:
-    """A round of pre-copy: rows of turns under way that the shared store, or this node's disk,
-    lacked before it, and after it. None: something of turns that are over, which a migration must
-    not lose. `card`: the one on this node's disk; `latest`: the shared store's, from which the
-    agent's owner went on. `runs`: a turn is under way, and more rows come. row_bytes: encoded."""
+    """What can be fetched of an agent. `lacks`: rows of turns under way that the shared store, or
+    this node's disk, does not have; None: something of turns that are over, which a migration must
+    not lose. `card`: the one on this node's disk; `latest`: the shared store's. branch_id: the one
+    that is under way, which has another row every step_s; None: none is. row_bytes: encoded."""
 
-    lacked: int | None
     lacks: int | None
     card: CacheCard | None = None
     latest: LoadedCard | None = None
-    runs: bool = False
+    branch_id: int | None = None
+    step_s: float = math.inf
     row_bytes: int = _MOST_BYTES
 
-    def few(self, bytes_per_s: float) -> int:
-        """Rows that go with the freeze sooner than with another round, where so many bytes come
-        over in a second."""
-        return tail_rows(min(_MOST_BYTES, _FEW_S * bytes_per_s), self.row_bytes)
+    def suffices(self, held: Held, took_s: float, bytes_per_s: float) -> bool:
+        """Whether what the target lacks, who now has `held` and took so long to get it, goes with
+        the freeze sooner than with another round."""
+        if self.lacks is None:
+            return False
+        few = FEW_ROWS  # are computed again, where there is nothing to append them to
+        if held.rows and held.branch_id == self.branch_id:
+            few = tail_rows(min(_MOST_BYTES, _FEW_S * bytes_per_s), self.row_bytes)
+        return self.lacks + took_s / self.step_s <= few
 
 
 def tail_rows(n_bytes: float, row_bytes: int) -> int:
@@ -83,37 +90,40 @@ class Handoff:
         book: Book,
         residency: Residency,
         exporter: Exporter,
+        rates: Rates,
         move: Callable[[AgentId], None],
         call: Callable[[Callable[[], Any]], object],
         timeout_s: float,
     ) -> None:
         self._memory, self._book, self._residency = memory, book, residency
-        self._exporter, self._move, self._call = exporter, move, call
+        self._exporter, self._rates, self._move, self._call = exporter, rates, move, call
         self._timeout_s = timeout_s
         self._row_bytes = row_bytes(memory.key.spec, memory.codec)
         self._deadlines: dict[AgentId, float] = {}
         self._reclaims: dict[AgentId, float] = {}  # until when their claims back are waited for
 
-    def copied(self, agent: AgentId, lacked: int | None, *, near: bool = False) -> Copied:
-        """After a round."""
-        memory = self._memory.get(agent)
-        runs = memory is not None and self._running(memory) is not None
-        card = self.card(agent) if near else None
-        latest = memory.shared if memory is not None else None
-        lacks = self.missing(agent, near=near)
-        return Copied(lacked, lacks, card, latest, runs, self._row_bytes)
+    def copied(self, agent: AgentId, *, near: bool = False) -> Copied:
+        """While the agent runs on. For a while its new rows go with the move, and are not stored
+        before they fill a block. Raises AgentMoved."""
+        memory = self._owned(agent)
+        memory.moving = time.monotonic() + _MOVING_S
+        card, lacks = self.card(agent) if near else None, self._missing(memory, near)
+        copied = Copied(lacks, card, memory.shared, row_bytes=self._row_bytes)
+        if (turn := self._running(memory)) is None:
+            return copied
+        step_s = self._rates.filled().decode_step_s
+        return replace(copied, branch_id=turn.ready.match.branch.id, step_s=step_s)
 
     def card(self, agent: AgentId) -> CacheCard | None:
         """The last one on this node's disk."""
         memory = self._memory.get(agent)
         return memory.card if memory is not None and self._memory.tiers.local else None
 
-    def precopy(self, agent: AgentId, *, near: bool = False) -> tuple[int | None, Future[None]]:
-        """While the agent runs on: hand over what the shared store lacks of it. (What that was, as
-        `missing` says; done when it has been tried). Raises AgentMoved."""
+    def precopy(self, agent: AgentId, *, near: bool = False) -> Future[None]:
+        """While the agent runs on: hand over what the shared store lacks of it. Done when it has
+        been tried. Raises AgentMoved."""
         memory = self._owned(agent)
-        lacked = self._missing(memory, near)
-        return lacked, _done() if lacked == 0 else self._hand_over(memory, near)
+        return _done() if self._missing(memory, near) == 0 else self._hand_over(memory, near)
 
     def missing(self, agent: AgentId, *, near: bool = False) -> int | None:
         """Rows of turns under way that the shared store lacks; None: of turns that are over."""

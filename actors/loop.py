@@ -114,7 +114,7 @@ class ReplicaLoop:
             self._restorer, prepare, self._workers, self._wake.set,
         )  # fmt: skip
         self.handoff = Handoff(
-            memory, self._book, self.residency, self._exporter,
+            memory, self._book, self.residency, self._exporter, self.rates,
             self._ends.move, self.call, config.freeze_timeout_s,
         )  # fmt: skip
         self.preloader = Preloader(

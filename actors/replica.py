@@ -209,13 +209,13 @@ class ModelReplica:
         await self._on_loop(lambda: preloader.claimed(agent, tail))
         return epoch
 
-    async def precopy(self, agent: AgentId, near: bool = False) -> Copied:
-        """Store what the shared store lacks of an agent that runs on; `near`: what this node's disk
-        lacks. Raises AgentMoved."""
+    async def precopy(self, agent: AgentId, near: bool = False, store: bool = True) -> Copied:
+        """What the shared store has of an agent that runs on, or this node's disk (`near`); with
+        `store`, once what it lacked has been stored. Raises AgentMoved."""
         handoff = self._loop.handoff
-        lacked, tried = await self._on_loop(lambda: handoff.precopy(agent, near=near))
-        await _done(tried)
-        return await self._on_loop(lambda: handoff.copied(agent, lacked, near=near))
+        if store:
+            await _done(await self._on_loop(lambda: handoff.precopy(agent, near=near)))
+        return await self._on_loop(lambda: handoff.copied(agent, near=near))
 
     async def freeze(self, agent: AgentId, held: Held | None = None, near: bool = False) -> Frozen:
         """Stop the agent at a token boundary. Its card is committed where the shared store, or this

@@ -5,16 +5,19 @@ a migration, and before the choices of a link, the devices start anew with empty
 moves comes over the link. A context is prefilled once, which is what prefilling costs; every agent
 that begins with it later has its rows shipped. What placement chooses for an agent that nobody runs
 is then held against both. What a migration may take depends on the link, and on what bringing the
-context back from its node's own disk takes, measured once.
+context back from its node's own disk takes, measured once, beside an agent that speaks.
 """
 
 from __future__ import annotations
 
 import json
+import queue
 import re
 import secrets
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from statistics import median
@@ -22,8 +25,17 @@ from typing import Any
 
 from rich.table import Column, Table
 
-from bench.client import EndpointError, Message, Reply
-from bench.migrate import Moved, move, print_moves, print_targets, restore_rate, targets
+from bench.client import Endpoint, EndpointError, Message, Reply
+from bench.migrate import (
+    Enough,
+    Moved,
+    migrate,
+    move,
+    print_moves,
+    print_targets,
+    restore_rate,
+    targets,
+)
 from bench.sites import HostSite, chars_per_token, filling, host_site, progress, show, wait_stored
 from bench.ttft import BenchFailed
 from cluster.config import ClusterConfig
@@ -33,6 +45,7 @@ from cluster.errors import ConfigError
 _UNITS = {"kbit": 1e-3, "mbit": 1.0, "gbit": 1e3}
 _CHOICE = 1.15  # of the better one's cost
 _WARM_TOKENS = 512
+_STORY = 4000  # tokens, at most
 _QUESTION = "What is this about?"
 
 
@@ -127,15 +140,18 @@ class _Bench:
             self._kept[length] = session, [*messages, _said(reply)]
 
     def restore(self, lengths: Sequence[int]) -> None:
-        """How fast contexts come back from their node's disk, once the replicas have started anew.
-        Of several the fastest counts."""
+        """How fast contexts come back from their node's disk, once the replicas have started anew,
+        while an agent speaks on the other node, as one does that moves: all share this machine's
+        cores. Of several the fastest counts."""
         progress("restore from the nodes' own disks")
         self._site.restart()
         self._warm()
         for length in lengths:
             session, messages = self._kept[length]
             asked = [*messages, *_asked(_QUESTION)]
-            reply = self._endpoint.chat(asked, session=session, max_tokens=4)
+            home = self._endpoint.request("GET", f"/v1/agents/{session}")["node"]
+            with _speaking(self._endpoint, home):
+                reply = self._endpoint.chat(asked, session=session, max_tokens=4)
             wait_stored(self._endpoint, session)
             rate = restore_rate(self._endpoint, reply.node)
             if rate is None or reply.cached_tokens < length // 2:
@@ -182,6 +198,37 @@ class _Bench:
         progress(f"{link}, {length} tokens: a migration")
         self._site.restart(empty=True)
         return move(self._endpoint, length, self._texts[length], mbit, self._restore_rate)
+
+
+@contextmanager
+def _speaking(endpoint: Endpoint, home: str) -> Iterator[None]:
+    """Meanwhile an agent speaks on another node than `home`. Raises BenchFailed, EndpointError."""
+    session, nodes, over = _name(), queue.SimpleQueue[str](), threading.Event()
+
+    def on_delta(reply: Reply) -> None:
+        if len(reply.deltas) == 1:
+            nodes.put(reply.node)
+        if over.is_set():
+            raise Enough
+
+    def speak() -> None:
+        with suppress(Enough):
+            endpoint.chat(
+                _asked(_QUESTION), session=session, max_tokens=_STORY, on_delta=on_delta,
+                ignore_eos=True,
+            )  # fmt: skip
+
+    speaker = threading.Thread(target=speak, daemon=True)
+    speaker.start()
+    try:
+        if nodes.get(timeout=60.0) == home:
+            migrate(endpoint, session, home)
+        yield
+    except queue.Empty:
+        raise BenchFailed("an agent that was to speak meanwhile does not") from None
+    finally:
+        over.set()
+        speaker.join(60.0)
 
 
 def _name() -> str:

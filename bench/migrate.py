@@ -56,7 +56,7 @@ class Moved:
         return _OVER * max(self.floor_s, self.restore_s) + _FIXED_S
 
 
-class _Enough(Exception):
+class Enough(Exception):
     """The rest of a reply is of no interest."""
 
 
@@ -113,7 +113,7 @@ def move(
 
     def move(source: str) -> None:
         try:
-            done.update(_migrate(endpoint, session, source))
+            done.update(migrate(endpoint, session, source))
         except (BenchFailed, EndpointError) as error:
             done["error"] = str(error)
 
@@ -125,9 +125,9 @@ def move(
         if moving and not moving[0].is_alive():
             since.append(len(reply.deltas))
             if len(since) > _AFTER:
-                raise _Enough
+                raise Enough
 
-    with suppress(_Enough):
+    with suppress(Enough):
         endpoint.chat(
             messages, session=session, max_tokens=_REPLY_TOKENS, on_delta=on_delta, ignore_eos=True
         )
@@ -148,7 +148,8 @@ def move(
     )  # fmt: skip
 
 
-def _migrate(endpoint: Endpoint, session: str, source: str) -> dict[str, Any]:
+def migrate(endpoint: Endpoint, session: str, source: str) -> dict[str, Any]:
+    """To another node. Raises BenchFailed, EndpointError."""
     nodes = endpoint.request("GET", "/v1/cluster")["nodes"]
     others = [n["id"] for n in nodes if n["replica"] == "ready" and n["id"] != source]
     if not others:

@@ -1,7 +1,7 @@
 """Moving an agent while it speaks: pre-copy, freeze, claim, release.
 
-Pre-copy: in rounds, the source stores what the shared store lacks, and the target loads what is
-stored into RAM and engine, until few rows are left. Freeze: the source stops at a token boundary,
+Pre-copy: in rounds, the target loads what is stored into RAM and engine, and the source stores what
+the shared store lacks, until few rows are left. Freeze: the source stops at a token boundary,
 and those few rows go with its answer to the target, which brings them to the store, as it would its
 own. Only where too many are left does the freeze wait for the store. Claim: the target verifies
 that what it has loaded is what the claimed card says. Release: the source's turns end, the stream
@@ -20,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +38,6 @@ from storage.peers import BlockSource
 
 logger = logging.getLogger(__name__)
 _MAX_ROUNDS = 5
-_SHORT_S = 0.001  # no time
 _BYTES_PER_S, _TELLING = 12.5e6, 1 << 20  # before a round has shipped enough to tell
 
 
@@ -81,7 +81,7 @@ class _Shipped:
     def fetched(self, fetched: Fetched, took_s: float) -> None:
         self.rounds += 1
         if fetched.n_bytes >= _TELLING:
-            self.bytes_per_s = fetched.n_bytes / max(took_s, _SHORT_S)
+            self.bytes_per_s = fetched.n_bytes / max(took_s, 0.001)
         self.held, self.loaded = fetched.held, fetched.loaded
         self.n_bytes += fetched.n_bytes
         self.peer_bytes += fetched.peer_bytes
@@ -186,42 +186,38 @@ async def _precopy(
     prefetch_s: float,
     shipped: _Shipped,
 ) -> None:
-    """Rounds while another would ship more than a few rows, and fewer than the one before. What
-    fails is read, or computed, after the claim. Raises MigrationFailed when the source is
-    silent."""
-    deadline, before = time.monotonic() + prefetch_s, None
+    """Rounds while another would ship more than a few rows, and fewer than the one before. The
+    first ships what is stored, others have the source store the rest first. What fails is read, or
+    computed, after the claim. Raises MigrationFailed when the source is silent."""
+    deadline, before = time.monotonic() + prefetch_s, math.inf
     while shipped.rounds < _MAX_ROUNDS and time.monotonic() < deadline:
-        began = time.monotonic()
         copied = await _copied(agent, source, shipped, timeout) if source is not None else None
-        store_s = time.monotonic() - began
+        asked = time.monotonic()
         was = UNKNOWN
         if copied is not None:
             was = Before(copied.card, shipped.disk, copied.latest)
-        left = deadline - time.monotonic()
-        fetched = await _quietly(_fetch(agent, target, left, shipped, was))
+        fetched = await _quietly(_fetch(agent, target, deadline - asked, shipped, was))
         if fetched is None or copied is None:
             return
-        if copied.lacks is not None:
-            # `lacks` were computed while the source stored, more while the target fetched.
-            longer = max(time.monotonic() - began, _SHORT_S) / max(store_s, _SHORT_S)
-            if (copied.lacks + copied.runs) * longer <= copied.few(shipped.bytes_per_s):
-                return
-        lacked = copied.lacked
-        if lacked is not None and before is not None and lacked >= before:
+        took_s = time.monotonic() - asked
+        if copied.suffices(fetched.held, took_s, shipped.bytes_per_s):
             return
-        before = lacked
+        if copied.lacks is not None:
+            if copied.lacks >= before:
+                return
+            before = copied.lacks
 
 
 async def _copied(
     agent: AgentId, source: tuple[str, Any], shipped: _Shipped, timeout: float
 ) -> Copied | None:
     """None: the source does not own the agent, or is dead."""
-    near = (True,) if shipped.disk is not None else ()
+    near, store, precopy = shipped.disk is not None, shipped.rounds > 0, source[1].precopy
     try:
-        copied: Copied = await call(source[1].precopy.remote(agent, *near), timeout)
-        if near and copied.lacks is None:  # its disk takes nothing, now
+        copied: Copied = await call(precopy.remote(agent, near, store), timeout)
+        if near and store and copied.lacks is None:  # its disk takes nothing, now
             shipped.disk = None
-            copied = await call(source[1].precopy.remote(agent), timeout)
+            copied = await call(precopy.remote(agent, False, True), timeout)
         return copied
     except (ActorError, StorageError) as error:
         logger.warning("agent %s is not copied from %s: %s", agent, source[0], error)

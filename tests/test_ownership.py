@@ -258,6 +258,7 @@ class Replica:
             SimpleNamespace(active=self.turns),  # type: ignore[arg-type]
             SimpleNamespace(drop=lambda branch: None),  # type: ignore[arg-type]
             self,  # type: ignore[arg-type]
+            SimpleNamespace(),  # type: ignore[arg-type]
             lambda agent: self.turns.pop(agent, None) and None,
             lambda function: function(),
             timeout_s=1e9,

@@ -83,7 +83,7 @@ class Device:
     async def precopy(self, agent: AgentId, *near: Any) -> Copied:
         self.told.append(near)
         await self._hears("precopy")
-        return Copied(0, 0, CARD if near else None)
+        return Copied(0, CARD if near[0] else None)
 
     async def prefetch(self, agent: AgentId, was: Before) -> Fetched:
         await self._hears("prefetch")
@@ -201,7 +201,7 @@ def test_an_agent_comes_from_its_owners_disk_where_that_pays(
     cluster.router._pool.disks = {"a": disk}
     cluster.busy()
     cluster.migrate("b")
-    assert cluster.a.told == [(True,) if near else ()]
+    assert cluster.a.told == [(near, False)]
     assert cluster.b.told == [(Frozen(CARD), disk) if near else (Frozen(), None)]
 
 
