@@ -6,9 +6,9 @@ long until somebody noticed, until the client saw the next token, how many token
 again; and whether the text is that of the undisturbed run, made before by another agent. Codec f16:
 with a lossy one, rows that were restored are not those that were computed.
 
-`process` and `node` run on nodes of this machine; as soon as `host` is asked for, all run on hosts
-of their own (see sites). A wrong text, or too many tokens prefilled again, fails; a time that is
-missed is reported.
+`process` and `node` run on nodes of this machine; as soon as `host` or links are asked for, all run
+on hosts of their own (see sites), on one link after the other. A wrong text, or too many tokens
+prefilled again, fails; a time that is missed is reported.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import json
 import secrets
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from statistics import median
 from typing import Any, Literal
 
@@ -33,6 +34,7 @@ from bench.sites import (
     filling,
     host_site,
     local_site,
+    parse_links,
     progress,
     show,
     wait_stored,
@@ -64,6 +66,11 @@ class Lost:
     held: int
     new: int
     equal: Equal
+    link: str = ""  # that the devices' links were limited to
+
+    @property
+    def what(self) -> str:
+        return f"{self.kill}, {self.link}" if self.link else self.kill
 
 
 @dataclass(frozen=True)
@@ -86,18 +93,21 @@ class Quiet:
 
 
 def run(
-    settings: ClusterConfig, kills: Sequence[Kill], length: int, runs: int, *, as_json: bool
-) -> int:
+    settings: ClusterConfig, kills: Sequence[Kill], length: int, runs: int, link: str, *,
+    as_json: bool,
+) -> int:  # fmt: skip
     """Measure and print; the exit code. Raises ConfigError, ModelUnavailable."""
     settings = replace(settings, nodes=2, replica=replace(settings.replica, codec="f16"))
-    on_hosts = "host" in kills
+    links = parse_links(link) if link else {}
+    on_hosts = bool(links) or "host" in kills
+    n_questions = len(kills) * runs * max(1, len(links))
     try:
         with host_site(settings, disks=False) if on_hosts else local_site(settings) as site:
-            found = _Bench(site, length, len(kills) * runs).run(kills, runs)
+            found = _Bench(site, length, n_questions).run(kills, runs, links)
     except (BenchFailed, EndpointError) as error:
         print(f"kvferry bench: {error}", file=sys.stderr)
         return 1
-    held = correct(found) | fast(found, kills)
+    held = correct(found) | fast(found)
     _print(found, held)
     if as_json:
         report = {
@@ -105,7 +115,7 @@ def run(
             "hosts": on_hosts,
             "context": length,
             "runs": [asdict(lost) for lost in found],
-            "medians": {kill: _medians(found, kill) for kill in kills},
+            "medians": {what: _medians(of_kind) for what, of_kind in _by_kind(found).items()},
             "near_ties": sum(lost.equal == "near tie" for lost in found),
             "targets": held,
         }
@@ -125,7 +135,7 @@ class _Bench:
     def _endpoint(self) -> Endpoint:
         return self.site.endpoint
 
-    def run(self, kills: Sequence[Kill], runs: int) -> list[Lost]:
+    def run(self, kills: Sequence[Kill], runs: int, links: Mapping[str, float]) -> list[Lost]:
         text = filling(self.length, chars_per_token(self._endpoint))
         self._first = [
             {"role": "system", "content": f"You answer questions about these notes.\n{text}"},
@@ -135,10 +145,13 @@ class _Bench:
         session, held = self._agent()
         self._undisturbed(session)
         found: list[Lost] = []
-        for number in range(runs):
-            for kill in kills:
-                progress(f"{kill}: {number + 1} of {runs}")
-                found.append(self._lose(kill, session, held, len(found)))
+        for link, mbit in (links or {"": 0.0}).items():
+            if link:
+                self.site.limit(mbit)
+            for number, kill in product(range(runs), kills):
+                progress(f"{link} {kill}: {number + 1} of {runs}".lstrip())
+                lost = self._lose(kill, session, held, len(found))
+                found.append(replace(lost, link=link))
                 self.site.recover()
         self._delete(session)
         return found
@@ -213,13 +226,15 @@ def _quiet(choice: Any) -> Quiet:
 # ---- what came of it
 
 
-def _of(found: Sequence[Lost], kill: Kill) -> list[Lost]:
-    return [lost for lost in found if lost.kill == kill]
+def _by_kind(found: Sequence[Lost]) -> dict[str, list[Lost]]:
+    """What was killed, and over which link."""
+    kinds = dict.fromkeys(lost.what for lost in found)
+    return {what: [lost for lost in found if lost.what == what] for what in kinds}
 
 
-def _medians(found: Sequence[Lost], kill: Kill) -> dict[str, float]:
+def _medians(of_kind: Sequence[Lost]) -> dict[str, float]:
     names = ("detection_s", "next_token_s", "again_tokens")
-    return {name: round(median(getattr(x, name) for x in _of(found, kill)), 3) for name in names}
+    return {name: round(median(getattr(x, name) for x in of_kind), 3) for name in names}
 
 
 def correct(found: Sequence[Lost]) -> dict[str, bool]:
@@ -231,17 +246,17 @@ def correct(found: Sequence[Lost]) -> dict[str, bool]:
     }
 
 
-def fast(found: Sequence[Lost], kills: Sequence[Kill]) -> dict[str, bool]:
+def fast(found: Sequence[Lost]) -> dict[str, bool]:
     """Of the medians."""
     held = {}
-    for kill in kills:
-        took = _medians(found, kill)
-        if kill == "process":
-            held[f"process: next token <= {_PROCESS_S:g} s"] = took["next_token_s"] <= _PROCESS_S
+    for what, of_kind in _by_kind(found).items():
+        took = _medians(of_kind)
+        if of_kind[0].kill == "process":
+            held[f"{what}: next token <= {_PROCESS_S:g} s"] = took["next_token_s"] <= _PROCESS_S
             continue
         detection = took["detection_s"]
-        held[f"{kill}: detection <= {_DETECTION_S:g} s"] = detection <= _DETECTION_S
-        name = f"{kill}: next token <= detection + {_AFTER_S:g} s"
+        held[f"{what}: detection <= {_DETECTION_S:g} s"] = detection <= _DETECTION_S
+        name = f"{what}: next token <= detection + {_AFTER_S:g} s"
         held[name] = took["next_token_s"] <= detection + _AFTER_S
     return held
 
@@ -250,11 +265,10 @@ def _print(found: Sequence[Lost], held: dict[str, bool]) -> None:
     table = Table(title="replicas that die while they speak, median (worst)")
     for name in ("killed", "context", "noticed", "next token", "again", "new", "text"):
         table.add_column(name, no_wrap=True, justify="left" if name in _WORDS else "right")
-    for kill in dict.fromkeys(lost.kill for lost in found):
-        of_kill = _of(found, kill)
+    for what, of_kill in _by_kind(found).items():
         noticed, token = ([getattr(x, n) for x in of_kill] for n in ("detection_s", "next_token_s"))
         table.add_row(
-            kill,
+            what,
             str(of_kill[0].held),
             *(f"{median(x):.2f} s ({max(x):.2f})" for x in (noticed, token)),
             f"{median(x.again_tokens for x in of_kill):.0f}",

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import queue
-import re
 import secrets
 import sys
 import threading
@@ -36,13 +35,20 @@ from bench.migrate import (
     restore_rate,
     targets,
 )
-from bench.sites import HostSite, chars_per_token, filling, host_site, progress, show, wait_stored
+from bench.sites import (
+    HostSite,
+    chars_per_token,
+    filling,
+    host_site,
+    parse_links,
+    progress,
+    show,
+    wait_stored,
+)
 from bench.ttft import BenchFailed
 from cluster.config import ClusterConfig
 from cluster.console import console
-from cluster.errors import ConfigError
 
-_UNITS = {"kbit": 1e-3, "mbit": 1.0, "gbit": 1e3}
 _CHOICE = 1.15  # of the better one's cost
 _WARM_TOKENS = 512
 _STORY = 4000  # tokens, at most
@@ -69,21 +75,9 @@ class Case:
         return self.chosen_s / min(self.ship_s, self.prefill_s)
 
 
-def parse_links(text: str) -> dict[str, float]:
-    """Name -> Mbit/s, 0: unlimited. Raises ConfigError."""
-    links = {}
-    for name in text.split(","):
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)(kbit|mbit|gbit)", name)
-        if name != "unlimited" and (found is None or not float(found[1])):
-            raise ConfigError(f"--link {name!r}: wants 100mbit, 1gbit or unlimited")
-        links[name] = float(found[1]) * _UNITS[found[2]] if found else 0.0
-    return links
-
-
-def run(
-    settings: ClusterConfig, lengths: Sequence[int], runs: int, links: Mapping[str, float]
-) -> int:
+def run(settings: ClusterConfig, lengths: Sequence[int], runs: int, link: str) -> int:
     """Measure and print; 1 when a target is missed. Raises ConfigError, ModelUnavailable."""
+    links = parse_links(link)
     settings = replace(settings, replica=replace(settings.replica, pool_bytes=0))
     moves: dict[str, list[Moved]] = {}
     cases: list[Case] = []

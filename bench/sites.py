@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -31,6 +32,7 @@ from bench.texts import context
 from bench.ttft import BenchFailed, await_ready, free_port
 from cluster.config import ClusterConfig
 from cluster.console import console
+from cluster.errors import ConfigError
 from cluster.local import LocalCluster, divided
 
 Kill = Literal["process", "node", "host"]
@@ -40,6 +42,7 @@ STAY_S = 1e6  # an agent moves only when told to
 _ROOT = Path(__file__).resolve().parent.parent
 _HOSTS = ["a", "b"]
 _WIDTH = 110  # of a table in a file
+_UNITS = {"kbit": 1e-3, "mbit": 1.0, "gbit": 1e3}
 
 
 class Site(Protocol):
@@ -52,6 +55,9 @@ class Site(Protocol):
 
     def recover(self) -> None:
         """Until every replica is ready again. Raises BenchFailed."""
+
+    def limit(self, mbit: float) -> None:
+        """The devices' links, both ways; 0: unlimited. Raises BenchFailed."""
 
 
 # ---- nodes of this machine
@@ -76,6 +82,9 @@ class _LocalSite:
 
     def recover(self) -> None:
         await_ready(self.endpoint, self._local.config.nodes, self._local.revive)
+
+    def limit(self, mbit: float) -> None:
+        raise BenchFailed("only hosts of their own have links")
 
 
 @contextmanager
@@ -122,7 +131,6 @@ class HostSite:
             raise BenchFailed(str(error)) from error
 
     def limit(self, mbit: float) -> None:
-        """The devices' links, both ways; 0: unlimited."""
         for name in self._hosts.devices:
             self._hosts[name].limit(mbit)
 
@@ -136,6 +144,17 @@ class HostSite:
             shutil.rmtree(self._hosts.environment["KVFERRY_LOCAL"])
         await_ready(self.endpoint, len(pids), old=pids)
         self.recover()
+
+
+def parse_links(text: str) -> dict[str, float]:
+    """Name -> Mbit/s, 0: unlimited. Raises ConfigError."""
+    links = {}
+    for name in text.split(","):
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)(kbit|mbit|gbit)", name)
+        if name != "unlimited" and (found is None or not float(found[1])):
+            raise ConfigError(f"--link {name!r}: wants 100mbit, 1gbit or unlimited")
+        links[name] = float(found[1]) * _UNITS[found[2]] if found else 0.0
+    return links
 
 
 def check_hosts() -> None:

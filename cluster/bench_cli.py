@@ -58,8 +58,7 @@ def migrate(
     try:
         settings = load_config(None, os.environ, {"model": model, "nodes": 2})
         if link:
-            bench = importlib.import_module("bench.links")
-            code = bench.run(settings, chosen, runs, bench.parse_links(link))
+            code = importlib.import_module("bench.links").run(settings, chosen, runs, link)
         else:
             bench = importlib.import_module("bench.migrate")
             code = bench.run(settings, chosen, runs, url, api_key, mbit)
@@ -82,14 +81,17 @@ def failover(
         str, typer.Option(help="process, node; host needs root: network namespaces.")
     ] = "process,node",
     tokens: Annotated[int, typer.Option(min=64, help="Context of the agent.")] = 4096,
-    runs: Annotated[int, typer.Option(min=1, help="Of each kill.")] = 3,
+    runs: Annotated[int, typer.Option(min=1, help="Of each kill, on each link.")] = 3,
+    link: Annotated[
+        str, typer.Option(help="100mbit,1gbit,unlimited: hosts of their own; needs root.")
+    ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="The last line is one object.")] = False,
 ) -> None:
     """Replicas that die in the middle of a reply: detection, next token, tokens prefilled again."""
     chosen = list(dict.fromkeys(kills.split(",")))
     if unknown := [kill for kill in chosen if kill not in ("process", "node", "host")]:
         fail(f"--kills {unknown[0]!r}: wants process, node or host")
-    _run("failover", {"model": model, "nodes": 2}, chosen, tokens, runs, as_json=as_json)
+    _run("failover", {"model": model, "nodes": 2}, chosen, tokens, runs, link, as_json=as_json)
 
 
 def ttft(

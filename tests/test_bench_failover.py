@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from bench.failover import Lost, Quiet, correct, fast
-from bench.links import Case, crossover, parse_links
+from bench.links import Case, crossover
 from bench.migrate import Moved, targets
-from bench.sites import check_hosts
+from bench.sites import check_hosts, parse_links
 from bench.ttft import BenchFailed
 from cluster.errors import ConfigError
 from tests.require import require
@@ -48,7 +48,7 @@ def test_a_text_that_parts_at_a_near_tie_is_told_from_one_that_is_wrong() -> Non
 
 
 def held(*found: Lost) -> dict[str, bool]:
-    return correct(found) | fast(found, [lost.kill for lost in found])
+    return correct(found) | fast(found)
 
 
 def test_one_wrong_text_is_one_too_many() -> None:
@@ -75,6 +75,13 @@ def test_times_of_a_dead_node(kill: Any) -> None:
     assert not held(replace(lost, detection_s=3.1))[f"{kill}: detection <= 3 s"]
     late = held(replace(lost, next_token_s=4.0))
     assert not late[f"{kill}: next token <= detection + 1 s"]
+
+
+def test_every_link_is_held_against_its_own_times() -> None:
+    slow = replace(LOST, link="100mbit", next_token_s=1.4)
+    times = held(replace(LOST, link="1gbit"), slow)
+    assert times["process, 1gbit: next token <= 1 s"]
+    assert not times["process, 100mbit: next token <= 1 s"]
 
 
 def test_a_migration_is_held_against_the_slower_of_link_and_restore() -> None:
@@ -180,13 +187,14 @@ def require_hosts() -> None:
 @pytest.mark.soak
 def test_bench_failover_of_a_host_that_is_cut_off() -> None:
     require_hosts()
-    few = ["--tokens", "600", "--runs", "1", "--kills", "host"]
+    few = ["--tokens", "600", "--runs", "1", "--kills", "host", "--link", "100mbit"]
     done = bench("failover", "--model", FAKE, *few, "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     report = last(done, "failover")
     (lost,) = report["runs"]
     assert report["hosts"]
-    assert (lost["kill"], lost["equal"]) == ("host", "identical")
+    assert (lost["kill"], lost["link"], lost["equal"]) == ("host", "100mbit", "identical")
+    assert report["medians"].keys() == {"host, 100mbit"}
     assert 1 < lost["detection_s"] < lost["next_token_s"] < 30, "silence tells, and not Ray"
     assert 0 < lost["again_tokens"] <= 256 + lost["new"]
 
