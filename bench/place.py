@@ -36,8 +36,10 @@ from bench.turns import BLOCK, Turn, mooncake, synthetic
 from cluster.dispatch import Ask, Dispatch
 from cluster.placement import Candidate, LinkCost, Location, PlacementConfig, link_cost, place
 from storage.card import AgentId
-from storage.links import PROBE_BYTES, Line, LinkRate
+from storage.links import PROBE_BYTES, Line, LinkRate, peer_link
 
+_PER_S = 5000  # placements
+_NEW = 20  # one replica of so many
 _LOADS = (0.4, 0.5)
 _CONTEXTS = (256, 512, 1024, 2048, 4096, 8192, 16_384, 32_768, 65_536)
 _BITS = {"100 Mbit/s": 1e8, "1 Gbit/s": 1e9, "2.5 Gbit/s": 2.5e9, "10 Gbit/s": 1e10}
@@ -64,13 +66,15 @@ class Case:
 
 
 def run(replicas: int, agents: int, seconds: float, trace: Path | None) -> int:
-    """Measure and print; the exit code. Raises ConfigError."""
+    """Measure and print; 1 when the rate is missed. Raises ConfigError."""
     turns = mooncake(trace) if trace is not None else synthetic(4000, 1)
     per_s, p99_s = throughput(replicas, agents, seconds)
     console.print(
         f"{per_s:.0f} placements/s on one core, p99 {1e6 * p99_s:.0f} us: {replicas} replicas, "
         f"{agents} agents"
     )
+    fast = per_s >= _PER_S
+    console.print(f"{'holds' if fast else 'MISSED'}: placements/s >= {_PER_S}")
     cases = right()
     _print_right(cases)
     tables = {load: routers(turns, load) for load in _LOADS}
@@ -90,18 +94,19 @@ def run(replicas: int, agents: int, seconds: float, trace: Path | None) -> int:
         },
     }
     print(json.dumps({"place": report}), flush=True)
-    return 0
+    return 0 if fast else 1
 
 
 # ---- speed
 
 
 def throughput(n_replicas: int, n_agents: int, seconds: float) -> tuple[float, float]:
-    """(placements per second of processor time, p99 of one in seconds): decide, note, end. Reports
-    are included."""
+    """(placements per second of processor time, p99 of one in seconds): decide, note, end, as the
+    router does it. Reports are included; a few replicas have not measured everything yet."""
     draw = random.Random(7)
     dispatch = Dispatch(PlacementConfig())
-    fleet = [_candidate(draw, n) for n in range(n_replicas)]
+    fleet = [_candidate(draw, n, n_replicas) for n in range(n_replicas)]
+    nodes = {candidate.node: candidate for candidate in fleet}
     agents = [AgentId("default", f"s{n}") for n in range(n_agents)]
     for candidate in fleet:
         dispatch.reported(candidate, 0.5, max(1, 2 * n_agents // n_replicas))
@@ -121,7 +126,7 @@ def throughput(n_replicas: int, n_agents: int, seconds: float) -> tuple[float, f
             due += REPORT_S / n_replicas
         ask = asks[n % len(asks)]
         start = time.thread_time()
-        choice = dispatch.decide(ask)
+        choice = dispatch.decide(ask, nodes)
         dispatch.began(ask, choice, 1e12)
         dispatch.ended(ask.agent, ask.turn_id, ask.n_chars)
         spent.append(time.thread_time() - start)
@@ -129,11 +134,15 @@ def throughput(n_replicas: int, n_agents: int, seconds: float) -> tuple[float, f
     return n / seconds, sorted(spent)[int(0.99 * len(spent))]
 
 
-def _candidate(draw: random.Random, number: int) -> Candidate:
+def _candidate(draw: random.Random, number: int, n_replicas: int) -> Candidate:
+    new = number % _NEW == 0  # it has restored nothing yet
     rates = Rates(
-        draw.uniform(200, 8000), draw.uniform(0.01, 0.05), draw.uniform(1e4, 2e5), 2.0, 2e-9
-    )
+        draw.uniform(200, 8000), draw.uniform(0.01, 0.05),
+        None if new else draw.uniform(1e4, 2e5), 2.0, 2e-9,
+    )  # fmt: skip
     links = {"store": LinkCost(0.01, draw.uniform(1e-5, 1e-3)), "disk": LinkCost(0.001, 1e-5)}
+    for other in draw.sample(range(n_replicas), min(8, n_replicas)):
+        links[peer_link(f"node-{other:04}")] = LinkCost(0.01, draw.uniform(1e-5, 1e-3))
     prefixes = {f"p{draw.randint(0, 50)}": 256 * draw.randint(1, 8) for _ in range(8)}
     return Candidate(f"node-{number:04}", draw.random(), rates, 0.0, 0, links, prefixes)
 

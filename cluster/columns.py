@@ -25,10 +25,10 @@ class Columns:
 
     def __init__(self, candidates: Sequence[Candidate], config: PlacementConfig) -> None:
         """`candidates`: in the order of their names."""
-        self._config = config
+        self._config, self._told = config, list(candidates)
         self.known = filled(candidates)
         self.row = {candidate.node: row for row, candidate in enumerate(candidates)}
-        self._borrows = not all(map(_complete, candidates))
+        self._borrow = {row for row, told in enumerate(candidates) if not _complete(told)}
         n = len(candidates)
         self.queue, self.pressure, self.agents = np.zeros(n), np.zeros(n), np.zeros(n)
         self._tokens_per_s, self._depth = np.zeros(n), np.zeros(n)
@@ -41,18 +41,29 @@ class Columns:
             self._write(row)
 
     def update(self, candidate: Candidate) -> bool:
-        """A new report of one of them. False where it changes what others borrow."""
-        if self._borrows or not _complete(candidate) or candidate.node not in self.row:
+        """A new report; with it changes what others borrow. False of one that is not here."""
+        row = self.row.get(candidate.node)
+        if row is None:
             return False
-        row = self.row[candidate.node]
-        self.known[row] = candidate, candidate.rates.filled()
+        self._told[row] = candidate
+        (self._borrow.discard if _complete(candidate) else self._borrow.add)(row)
+        if self._borrow:
+            self.known = filled(self._told)
+        else:
+            self.known[row] = candidate, candidate.rates.filled()
         self._write(row)
+        for other in self._borrow - {row}:
+            self._write_rates(other)
         return True
 
     def _write(self, row: int) -> None:
-        candidate, rates = self.known[row]
+        candidate = self._told[row]
         self.queue[row], self.pressure[row] = candidate.queue_s, candidate.pressure
         self.agents[row] = candidate.n_agents
+        self._write_rates(row)
+
+    def _write_rates(self, row: int) -> None:
+        candidate, rates = self.known[row]
         self._tokens_per_s[row], self._depth[row] = rates.prefill_tokens_per_s, rates.depth_s
         self._decode[row], self._restore[row] = rates.decode_step_s, rates.restore_tokens_per_s
         self._load[row] = 1.0 / rates.restore_tokens_per_s
