@@ -122,7 +122,7 @@ class Ends:
                 self.stop(turn)
 
     def stop(self, turn: Turn) -> None:
-        """End it now if it has begun, else where it is placed or restored."""
+        """End it now if it has begun, else where it is placed, or at the next look at restores."""
         turn.cancelled = True
         self._scheduler.waiting.changes += 1
         sequence = turn.sequence

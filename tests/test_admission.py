@@ -29,6 +29,7 @@ from tests.loops import (
     Stream,
     agent_id,
     assistant,
+    evict,
     make_loop,
     memory_of,
     run,
@@ -433,20 +434,62 @@ def test_a_turn_that_takes_too_long_ends_running_or_waiting(loop_on: MakeLoop) -
     all_free(loop)
 
 
-@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@dataclass
+class Reads:
+    """Of stored rows, while `gate` is not set: `entered` tells that one waits there."""
+
+    gate: threading.Event
+    entered: threading.Event
+
+
+@contextmanager
+def slow_reads(loop: ReplicaLoop, *sessions: str) -> Iterator[Reads]:
+    """Rows of these agents are in the store only, and stay there until the gate is set."""
+    evict(loop, pool=True)
+    reads, read = Reads(threading.Event(), threading.Event()), loop.memory.tiers.read
+    ids = {run.id for s in sessions for b in memory_of(loop, s).branches for run in b.runs}
+
+    def gated(tenant: str, run_id: str, *rest: Any) -> Any:
+        if run_id in ids:
+            reads.entered.set()
+            assert reads.gate.wait(WAIT)
+        return read(tenant, run_id, *rest)
+
+    loop.memory.tiers.read = gated  # type: ignore[method-assign]
+    try:
+        yield reads
+    finally:
+        reads.gate.set()
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode", "restore"])
 def test_a_cancelled_turn_frees_its_cells_within_two_steps(loop_on: MakeLoop, phase: str) -> None:
     engine = CountingEngine(2, n_ctx=8000, step_delay=0.002)
     loop = loop_on(engine)
+    messages = [user("x" * (7000 if phase == "prefill" else 300))]
+    if phase == "restore":
+        messages += [assistant(run(loop, messages, n=9).text), user("And?")]
+        with slow_reads(loop, "a") as reads:
+            check_cancel(loop, engine, messages, lambda _: reads.entered.wait(WAIT))
+    elif phase == "decode":
+        check_cancel(loop, engine, messages, lambda stream: stream.take(5))
+    else:
+        check_cancel(loop, engine, messages, lambda stream: next(iter(stream)))
+    all_free(loop)
+    if phase == "restore":  # what was stored still is
+        assert run(loop, messages, n=2).prefilled < 20
+
+
+def check_cancel(
+    loop: ReplicaLoop,
+    engine: CountingEngine,
+    messages: list[dict[str, str]],
+    ready: Callable[[Stream], object],
+) -> None:
     other = start(loop, [user("other")], session="b", n=3000, turn_id="other")
     other.take(1)
-    text = "x" * (7000 if phase == "prefill" else 100)
-    stream = start(loop, [user(text)], n=900)
-    if phase == "decode":
-        stream.take(5)
-    else:
-        for item in stream:
-            if type(item).__name__ == "TurnStarted":
-                break
+    stream = start(loop, messages, n=900)
+    assert ready(stream)
     seen: list[tuple[int, int]] = []
 
     def look() -> None:
@@ -464,7 +507,19 @@ def test_a_cancelled_turn_frees_its_cells_within_two_steps(loop_on: MakeLoop, ph
     assert max(at for at, _ in seen) >= began + 2
     loop.cancel("other")
     other.result()
-    all_free(loop)
+
+
+def test_a_turn_that_takes_too_long_ends_while_it_is_restored(loop_on: MakeLoop) -> None:
+    loop = loop_on(CountingEngine(2), loop=LoopConfig(turn_timeout_s=0.5))
+    messages = [user("x" * 300)]
+    messages += [assistant(run(loop, messages, n=9).text), user("And?")]
+    with slow_reads(loop, "a") as reads:
+        stream = start(loop, messages, n=9)
+        assert reads.entered.wait(WAIT)
+        timed_out(stream)
+        assert not reads.gate.is_set()
+        all_free(loop)
+    assert run(loop, messages, n=9).prefilled < 20
 
 
 # ---- stalls
