@@ -109,6 +109,8 @@ class Restorer:
         memory = self._memory
         try:
             memory.persister.flush().result(self._timeout_s)
+            if restore.abandoned:  # while it waited for a worker
+                return
             branch = ready.match.branch
             if not memory.rows.in_ram(branch, keep, begin):  # what was pinned may be gone
                 restore.cache = restore.away

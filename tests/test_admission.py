@@ -522,6 +522,60 @@ def test_a_turn_that_takes_too_long_ends_while_it_is_restored(loop_on: MakeLoop)
     assert run(loop, messages, n=9).prefilled < 20
 
 
+def asking_again(loop: ReplicaLoop, sessions: list[str]) -> dict[str, list[dict[str, str]]]:
+    """A second question of each of these agents, after a first turn."""
+    asked = {session: [user(session * 300)] for session in sessions}
+    for session, messages in asked.items():
+        messages += [assistant(run(loop, messages, session=session, n=9).text), user("And?")]
+    return asked
+
+
+def test_slow_restores_keep_nobody_else_from_beginning(loop_on: MakeLoop) -> None:
+    loop = loop_on(CountingEngine(10))
+    asked = asking_again(loop, list("abcdefgh"))
+    with slow_reads(loop, *asked) as reads:
+        streams = [start(loop, m, session=s, n=3, turn_id=s) for s, m in asked.items()]
+        while loop.call(lambda: len(loop._book.restoring)).result(WAIT) < len(streams):
+            pass
+        assert run(loop, [user("new")], session="new", n=5).reason == "length"
+        for session in "abcd":  # those that the readers are at, and then one that none is at
+            loop.cancel(session)
+        loop.cancel("h")
+        for stream in (*streams[:4], streams[7]):
+            assert stream.result().reason == "cancelled"
+        assert not reads.gate.is_set()
+    for stream in streams[4:7]:
+        assert stream.result().prefilled < 20
+    all_free(loop)
+
+
+def test_a_cancelled_turn_that_nobody_prepares_yet_ends_at_once(loop_on: MakeLoop) -> None:
+    loop = loop_on(CountingEngine(10))
+    gate, opened = threading.Event(), loop.memory.open
+    entered = threading.Semaphore(0)
+
+    def opening(agent: Any) -> Any:
+        entered.release()
+        assert gate.wait(WAIT)
+        return opened(agent)
+
+    loop.memory.open = opening  # type: ignore[method-assign]
+    try:
+        streams = [
+            start(loop, [user(s)], session=s, n=3, turn_id=s) for s in ("a", "b", "c", "d", "e")
+        ]
+        for _ in range(4):
+            assert entered.acquire(timeout=WAIT)
+        loop.cancel("e")
+        assert streams[4].result().reason == "cancelled"
+    finally:
+        gate.set()
+    for stream in streams[:4]:
+        assert stream.result().reason == "length"
+    assert not entered.acquire(blocking=False)
+    all_free(loop)
+
+
 # ---- stalls
 
 
