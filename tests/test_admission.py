@@ -576,6 +576,27 @@ def test_a_cancelled_turn_that_nobody_prepares_yet_ends_at_once(loop_on: MakeLoo
     all_free(loop)
 
 
+def test_the_others_decode_while_one_is_restored(loop_on: MakeLoop) -> None:
+    engine = CountingEngine(2)
+    loop = loop_on(engine)
+    asked = asking_again(loop, ["a"])["a"]
+    with slow_reads(loop, "a") as reads:
+        stored = memory_of(loop).branches[0].rows
+        other = start(loop, [user("other")], session="b", n=2000, turn_id="b")
+        other.take(1)
+        stream = start(loop, asked, n=9)
+        assert reads.entered.wait(WAIT)
+        other.take(len(engine.steps) + 100)  # which has no token without a step
+        assert loop.call(lambda: [t.sink for t in loop._book.restoring]).result(WAIT) == [stream]
+        assert not reads.gate.is_set()
+    answer = stream.result()
+    assert (answer.reason, answer.cache) == ("length", "warm")
+    assert answer.cached == stored > 300
+    loop.cancel("b")
+    other.result()
+    all_free(loop)
+
+
 # ---- stalls
 
 
