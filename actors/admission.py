@@ -101,11 +101,11 @@ class Admission:
         self._wake()
 
     def _end(self, turn: Turn) -> End | None:
-        """The end of a turn that is prepared, but cannot run."""
+        """The end of a turn that is prepared, or never will be, but cannot run."""
         assert turn.prepared is not None
-        error = turn.prepared.exception()
         if turn.cancelled:
             return End(turn, turn.stopped(0, ""))
+        error = turn.prepared.exception()
         if error is not None:
             return _refusal(turn, error)
         if turn.ready.memory.state != "owned":

@@ -52,6 +52,10 @@ class DraftModel:
             self.broken = True
             return {}
 
+    @property
+    def kv_bytes(self) -> int:
+        return self._engine.kv_bytes
+
     def close(self) -> None:
         self._engine.close()
 

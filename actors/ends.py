@@ -122,9 +122,12 @@ class Ends:
                 self.stop(turn)
 
     def stop(self, turn: Turn) -> None:
-        """End it now if it has begun, else where it is placed or restored."""
+        """End it now if it has begun, else where it is placed, or at the next look at restores. Of
+        one that waits, the preparation is not begun any more."""
         turn.cancelled = True
         self._scheduler.waiting.changes += 1
+        if turn.prepared is not None:
+            turn.prepared.cancel()
         sequence = turn.sequence
         if sequence is None or turn in self._book.restoring or turn in self._book.draining:
             return

@@ -2,7 +2,7 @@
 
 ActorError
 ├── InvalidRequest     the request can never succeed; `param` names the field (400)
-├── Overloaded         a bounded queue is full; try again after `retry_after` seconds (429)
+├── Overloaded         a queue is full or slow; try again after `retry_after` seconds (429)
 ├── AgentMoved         this replica does not, or no longer, own the agent; place it again
 ├── TurnTimeout        the turn took longer than it may (504)
 ├── EngineFault        the engine refused or broke; the replica cannot go on with this turn

@@ -12,18 +12,20 @@ import json
 import threading
 from collections.abc import Sequence as Ids
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 
 import llguidance
 import numpy as np
 from numpy.typing import NDArray
 
 from actors.engines.base import Vocab
-from actors.errors import EngineFault, InvalidRequest
+from actors.errors import EngineFault, InvalidRequest, Overloaded
 from actors.turn import Guide
 
 MAX_SOURCE = 1 << 16  # bytes
 MAX_CALLS = 1 << 18  # of the grammar of all tools together
 _COMPILE_TIMEOUT_S = 10.0
+_BUSY_TIMEOUT_S = 10.0  # until others' are compiled
 _WARM_TIMEOUT_S = 60.0
 _MAX_KNOWN = 32  # grammars of tools
 # llguidance's recursion goes as deep as the rules of a grammar are chained: a source of MAX_SOURCE
@@ -85,16 +87,18 @@ class GrammarCompiler:
     def warm(self) -> None:
         """Read the vocabulary now. With 262144 tokens it takes a second or more, in which no other
         thread of the process runs; signs of life are due more often."""
-        wait([self._submit(Guide("regex", "a", "warm"))], _WARM_TIMEOUT_S)
+        wait([self._submit(Guide("regex", "a", "warm"), threading.Event())], _WARM_TIMEOUT_S)
 
     def compile(self, guide: Guide, reply: Ids[int] = ()) -> Grammar:
         """The grammar after `reply`. Raises InvalidRequest for a source that is malformed, too
-        large, or that no text can satisfy; it names the part at fault where there are several."""
+        large, or that no text can satisfy; it names the part at fault where there are several.
+        Raises Overloaded when others' take too long."""
         try:
             grammar = self._compiled(guide)
         except InvalidRequest:
-            for part in guide.parts:
-                self._compiled(part)
+            with suppress(Overloaded):  # the whole may still be under way
+                for part in guide.parts:
+                    self._compiled(part)
             raise
         for token in reply:
             grammar.accept(token)
@@ -119,23 +123,29 @@ class GrammarCompiler:
         limit = MAX_CALLS if guide.kind == "calls" else MAX_SOURCE
         if len(guide.source.encode()) > limit:
             raise _invalid(guide.param, f"longer than {limit} bytes")
-        compiled = self._submit(guide)
+        began = threading.Event()
+        compiled = self._submit(guide, began)
+        if not began.wait(_BUSY_TIMEOUT_S) and compiled.cancel():
+            raise Overloaded("other requests' grammars are being compiled", _BUSY_TIMEOUT_S)
         try:
             return compiled.result(_COMPILE_TIMEOUT_S)
         except TimeoutError:
-            compiled.cancel()
             raise _invalid(guide.param, "too complex: compiling it takes too long") from None
 
-    def _submit(self, guide: Guide) -> Future[Grammar]:
+    def _submit(self, guide: Guide, began: threading.Event) -> Future[Grammar]:
+        def compile_now() -> Grammar:
+            began.set()
+            return self._compile(guide)
+
         with self._lock:
             if self._thread is None:
                 before = threading.stack_size(_STACK_BYTES)  # of threads that start from here on
                 try:
                     self._thread = ThreadPoolExecutor(1, "grammar")
-                    return self._thread.submit(self._compile, guide)
+                    return self._thread.submit(compile_now)
                 finally:
                     threading.stack_size(before)
-            return self._thread.submit(self._compile, guide)
+            return self._thread.submit(compile_now)
 
     def _compile(self, guide: Guide) -> Grammar:
         if self._tokenizer is None:

@@ -84,7 +84,8 @@ class ReplicaLoop:
         self._tended, self._looked = 0.0, time.monotonic()
         self._step_timeout_s = config.step_timeout_s
         self._book = Book()
-        self._workers = ThreadPoolExecutor(4, "prepare")
+        self._preparers = ThreadPoolExecutor(4, "prepare")
+        self._readers = ThreadPoolExecutor(4, "restore")  # slow ones keep nobody from preparing
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._wake = threading.Event()
         self._stopping = False
@@ -94,7 +95,7 @@ class ReplicaLoop:
         self.warm = prepare.warm
         self._exporter = Exporter(engine, memory, self.residency, self.rates)
         self._restorer = Restorer(
-            engine, memory, self.residency, self._book, self.rates, self._workers,
+            engine, memory, self.residency, self._book, self.rates, self._readers,
             self._wake.set, self._thread.is_alive, config.restore_timeout_s,
         )  # fmt: skip
         self.cells = Cells(engine, self.residency, self.scheduler, self._book, self._exporter)
@@ -111,7 +112,7 @@ class ReplicaLoop:
         )  # fmt: skip
         self._admission = Admission(
             engine, memory, self.residency, self.scheduler, self._book, self.cells,
-            self._restorer, prepare, self._workers, self._wake.set,
+            self._restorer, prepare, self._preparers, self._wake.set,
         )  # fmt: skip
         self.handoff = Handoff(
             memory, self._book, self.residency, self._exporter, self.rates,
@@ -154,7 +155,8 @@ class ReplicaLoop:
         self._stopping = True
         self._wake.set()
         self._thread.join(timeout)
-        self._workers.shutdown(wait=False, cancel_futures=True)
+        for workers in (self._preparers, self._readers):
+            workers.shutdown(wait=False, cancel_futures=True)
         self.memory.commits.close(timeout)
         if not self.alive:  # else a step hangs: the process's end frees the engine
             self.engine.close()

@@ -16,8 +16,10 @@ import importlib
 import importlib.util
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from urllib.parse import parse_qsl
 
 from actors.apart import apart, wait_actively
@@ -118,16 +120,10 @@ def open_draft(config: ReplicaConfig, engine: Engine) -> Engine | None:
     also for another vocabulary than the model's."""
     if speculation_of(config).kind != "draft":
         return None
-    draft = open_engine(
-        replace(
-            config,
-            model=config.draft_model,
-            engine="auto",
-            kv_type="f16",
-            profile="default",
-            lora="",
-        )
+    settings = replace(
+        config, model=config.draft_model, engine="auto", kv_type="f16", profile="default", lora=""
     )
+    draft = open_engine(settings)
     try:
         check_draft(engine, draft)
     except ModelUnavailable:
@@ -180,29 +176,32 @@ def _open_profiled(
     options = default_options(config)
     if config.profile == "default":
         return _open_llama(config, path, options, n_cells), None
-    source = Source(
-        lambda options, n_cells: _open_llama(config, path, options, n_cells),
-        options,
-        n_cells,
-        _identity(path),
-        path.stat().st_size,
-    )
+    opening, size = partial(_open_llama, config, path), path.stat().st_size
+    source = Source(opening, options, n_cells, _identity(config, path), size)
     return open_tuned(config, source, again=again, seconds=seconds)
 
 
-def _identity(path: Path) -> dict[str, str]:
+def _identity(config: ReplicaConfig, path: Path) -> dict[str, str]:
+    """Of weights, with their adapter, and engine."""
     _import_llama()
     from actors.engines import llama_context, llama_spec
 
-    return {"model": llama_spec.digests(path)[0], "engine": llama_context.build()}
+    weights, lora = llama_spec.digests(path)[0], _lora(config)
+    if lora is not None:
+        weights = lora.weights(weights)
+    return {"model": weights, "engine": llama_context.build()}
+
+
+def _lora(config: ReplicaConfig) -> Any:
+    """llama.cpp's Lora; None without one."""
+    if not config.lora:
+        return None
+    adapter, scale = parse_lora(config.lora)
+    return _import_llama().Lora(resolve(adapter), scale)
 
 
 def _open_llama(config: ReplicaConfig, path: Path, options: EngineOptions, n_cells: int) -> Tunable:
-    module, lora = _import_llama(), None
-    if config.lora:
-        adapter, scale = parse_lora(config.lora)
-        lora = module.Lora(resolve(adapter), scale)
-    engine: Tunable = module.LlamaEngine(
+    engine: Tunable = _import_llama().LlamaEngine(
         path,
         n_seq_max=config.slots,
         n_ctx=config.n_ctx,
@@ -211,7 +210,7 @@ def _open_llama(config: ReplicaConfig, path: Path, options: EngineOptions, n_cel
         kv_type=options.kv_type,
         flash_attention=options.flash_attention,
         n_ubatch=options.ubatch,
-        lora=lora,
+        lora=_lora(config),
     )
     return engine
 

@@ -118,7 +118,7 @@ class ModelReplica:
             slots=engine.n_seq_max,
             codec=self._config.codec,
             key=engine.key,
-            kv_bytes=engine.kv_bytes,
+            kv_bytes=engine.kv_bytes + self._loop.speculator.kv_bytes,
             row_bytes=row_bytes(engine.key.spec, get_codec(self._config.codec)),
             versions=versions(),
         )

@@ -37,7 +37,7 @@ class ReplicaInfo:
     slots: int
     codec: str
     key: CompatibilityKey
-    kv_bytes: int  # allocated for the engine's cells
+    kv_bytes: int  # allocated for the engine's cells, and the draft model's
     row_bytes: int = 0  # of one token, encoded
     versions: Mapping[str, str] = field(default_factory=dict)  # of what must be alike everywhere
 

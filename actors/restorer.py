@@ -57,33 +57,39 @@ class Restorer:
         self._workers.submit(self._read, turn.ready, restore, begin, keep)
 
     def poll(self) -> tuple[bool, list[Turn]]:
-        """Load what has arrived. (whether anything had, turns whose rows are all there)."""
+        """Load what has arrived. (whether there was anything to do, turns whose rows are all there
+        or that need no more). One that is cancelled waits for no reader."""
         loaded, complete = False, []
         for turn in list(self._book.restoring):
             restore = turn.restore
             assert restore is not None
-            try:
-                rows = restore.rows.get_nowait()
-            except queue.Empty:
-                continue
-            restore.room.release()
-            loaded = True
-            if rows is not None and not turn.cancelled and self._load(restore, rows):
-                continue
+            if not turn.cancelled:
+                try:
+                    rows = restore.rows.get_nowait()
+                except queue.Empty:
+                    continue
+                restore.room.release()
+                loaded = True
+                if rows is not None and self._load(restore, rows):
+                    continue
             restore.abandoned = True
             self._book.restoring.remove(turn)
-            seq_id, engine = restore.seq_id, self._engine
-            if not engine.can_truncate(seq_id, engine.n_rows(seq_id)):  # its window is missing
-                self._residency.truncate(seq_id, 0)
-                restore.loaded = restore.begin = 0
-            restored = restore.loaded - restore.begin
-            if restored:
-                took, from_ram = time.monotonic() - restore.began, restore.cache == "hot"
-                self._rates.restore(restored, took, from_ram=from_ram)
-            else:
-                restore.cache = "hot" if restore.loaded else "cold"
+            self._complete(restore, whole=not turn.cancelled)
             complete.append(turn)
-        return loaded, complete
+        return loaded or bool(complete), complete
+
+    def _complete(self, restore: Restore, *, whole: bool) -> None:
+        """No more rows come; unless it is `whole`, because nobody wants them."""
+        seq_id, engine = restore.seq_id, self._engine
+        if not engine.can_truncate(seq_id, engine.n_rows(seq_id)):  # its window is missing
+            self._residency.truncate(seq_id, 0)
+            restore.loaded = restore.begin = 0
+        restored = restore.loaded - restore.begin
+        if not restored:
+            restore.cache = "hot" if restore.loaded else "cold"
+        elif whole:
+            took, from_ram = time.monotonic() - restore.began, restore.cache == "hot"
+            self._rates.restore(restored, took, from_ram=from_ram)
 
     def _load(self, restore: Restore, rows: KVRows | Tensors) -> bool:
         try:
@@ -103,6 +109,8 @@ class Restorer:
         memory = self._memory
         try:
             memory.persister.flush().result(self._timeout_s)
+            if restore.abandoned:  # while it waited for a worker
+                return
             branch = ready.match.branch
             if not memory.rows.in_ram(branch, keep, begin):  # what was pinned may be gone
                 restore.cache = restore.away

@@ -20,6 +20,8 @@ from actors.sequence import Sequence
 
 _AGING_S = 10.0  # of waiting count as one more priority
 _MAX_PASSED = 8  # turns that may overtake one which does not fit yet
+_RETRY_S = 2.0  # until a turn was measured
+_LEAST_RETRY_S, _MOST_RETRY_S = 1.0, 60.0  # the most that OpenAI's SDKs heed
 _DRAFT_SHARE = 8  # drafts get one part in so many of a budget for prefill
 
 
@@ -157,7 +159,14 @@ class Scheduler(Generic[T]):
         """Raises Overloaded when the queue, with the turns on their way to it, is full."""
         waiting = len(self.waiting) + arriving
         if waiting >= self.config.max_waiting:
-            raise Overloaded(f"{waiting} turns are waiting already", retry_after=2.0)
+            raise Overloaded(f"{waiting} turns are waiting already", self._retry_after())
+
+    def _retry_after(self) -> float:
+        """Seconds until there probably is room: what a turn took of late, waiting included, in
+        which as many leave the queue as run at once, or more. `queue_seconds` would be the time
+        until the whole queue is empty, one turn after another."""
+        turn_s = self._rates.turn_s
+        return _RETRY_S if turn_s is None else min(max(turn_s, _LEAST_RETRY_S), _MOST_RETRY_S)
 
     def start(self, sequence: Sequence) -> None:
         """The sequence takes part in steps from now on."""

@@ -125,6 +125,11 @@ class Speculator:
         """Spent in the draft model so far."""
         return self._model.busy_s if self._model is not None else 0.0
 
+    @property
+    def kv_bytes(self) -> int:
+        """Allocated for the draft model's cells."""
+        return self._model.kv_bytes if self._model is not None else 0
+
     def close(self) -> None:
         if self._model is not None:
             self._model.close()

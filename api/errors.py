@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -90,7 +91,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return respond(_validation(error.errors()[0], error.body))
+        return respond(_validation(error.errors(), error.body))
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
@@ -112,23 +113,34 @@ def respond(error: ApiError) -> JSONResponse:
     return JSONResponse(error.body, error.status, headers)
 
 
-def _validation(first: dict[str, Any], body: Any) -> ApiError:
-    """Pydantic's first complaint; names the field as the client wrote it."""
+def _validation(errors: Sequence[dict[str, Any]], body: Any) -> ApiError:
+    """Pydantic's first complaint; names the field as the client wrote it. A field that may be of
+    several kinds has one for each: the one that goes deepest is about the kind that was meant."""
+    first, path = errors[0], _path(errors[0], body)
+    for other in errors[1:]:
+        deeper = _path(other, body)
+        if len(deeper) > len(path) and deeper[: len(path)] == path:
+            first, path = other, deeper
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {first['ctx']['error']}")
     if first["type"] == "mismatch":  # of fields that are each valid
         param = first["ctx"]["param"]
         return ApiError(400, f"{param}: {first['msg']}", param=param, code="invalid_value")
-    path: list[str] = []
-    for step in first["loc"][1:]:  # the first is where it came from; some name a union's branch
-        if not isinstance(body, dict) and not (isinstance(body, list) and isinstance(step, int)):
-            continue
-        lacks = first["type"] == "missing" and step is first["loc"][-1]
-        if isinstance(body, dict) and step not in body and not lacks:
-            continue
-        path.append(str(step))
-        body = body.get(step) if isinstance(body, dict) else body[step]
     param = ".".join(path) or None
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"{param} is not supported", param=param, code="unsupported_parameter")
     return ApiError(400, f"{param or 'body'}: {first['msg']}", param=param, code="invalid_value")
+
+
+def _path(error: dict[str, Any], body: Any) -> list[str]:
+    """To the field that a complaint of pydantic's is about."""
+    path: list[str] = []
+    for step in error["loc"][1:]:  # the first is where it came from; some name a union's branch
+        if not isinstance(body, dict) and not (isinstance(body, list) and isinstance(step, int)):
+            continue
+        lacks = error["type"] == "missing" and step is error["loc"][-1]
+        if isinstance(body, dict) and step not in body and not lacks:
+            continue
+        path.append(str(step))
+        body = body.get(step) if isinstance(body, dict) else body[step]
+    return path

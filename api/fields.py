@@ -57,3 +57,8 @@ JsonSchema = Annotated[str, BeforeValidator(schema)]
 def mismatch(param: str, message: str) -> PydanticCustomError:
     """Of fields that are each valid; api.errors names the field by `param`."""
     return PydanticCustomError("mismatch", "{message}", {"param": param, "message": message})
+
+
+def unfit(message: str) -> PydanticCustomError:
+    """Of one field, which pydantic names."""
+    return PydanticCustomError("unfit", "{message}", {"message": message})

@@ -9,10 +9,10 @@ import json
 import secrets
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from actors.turn import Guide, SamplingParams, ToolUse
-from api.fields import JsonSchema, Strict, WholeText, countable, mismatch, schema
+from api.fields import JsonSchema, Strict, WholeText, countable, mismatch, schema, unfit
 from api.messages import ChatMessage, check
 from api.tools import ToolChoice, Tools, tool_use
 from cluster.config import HttpConfig
@@ -29,7 +29,26 @@ def _schema_or_text(value: Any) -> str | None:
     return value if value is None or isinstance(value, str) else schema(value)
 
 
-StopString = Annotated[WholeText, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+def _listed(stop: Any) -> Any:
+    if isinstance(stop, str):
+        return [stop]
+    if not isinstance(stop, list):
+        raise unfit("must be a string or a list of strings")
+    if len(stop) > MAX_STOPS:
+        raise unfit(f"has {len(stop)} strings; at most {MAX_STOPS} are allowed")
+    return stop
+
+
+def _stop_length(text: str) -> str:
+    if not 1 <= len(text) <= MAX_STOP_LENGTH:
+        raise unfit(f"has {len(text)} characters; it must have 1 to {MAX_STOP_LENGTH}")
+    return text
+
+
+StopString = Annotated[WholeText, AfterValidator(_stop_length)]
+Stops = Annotated[
+    list[StopString], BeforeValidator(_listed, json_schema_input_type=str | list[str])
+]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -93,7 +112,7 @@ class ChatCompletionRequest(Strict):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
+    stop: Stops | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=MAX_BIASES)] | None = None
@@ -161,11 +180,6 @@ class ChatCompletionRequest(Strict):
             return self.structured_outputs.guide()
         return self.response_format.guide() if self.response_format is not None else None
 
-    def stops(self) -> tuple[str, ...]:
-        if self.stop is None:
-            return ()
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-
     def sampling(self, http: HttpConfig) -> SamplingParams:
         """With the server's defaults, and a random seed where none was given."""
         return SamplingParams(
@@ -173,7 +187,7 @@ class ChatCompletionRequest(Strict):
             temperature=http.temperature if self.temperature is None else self.temperature,
             top_p=http.top_p if self.top_p is None else self.top_p,
             seed=secrets.randbits(63) if self.seed is None else self.seed % 2**64,
-            stop=self.stops(),
+            stop=tuple(self.stop or ()),
             top_k=max(self.top_k or 0, 0),
             min_p=self.min_p or 0.0,
             repetition_penalty=self.repetition_penalty or 1.0,

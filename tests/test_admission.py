@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from tests.loops import (
     Stream,
     agent_id,
     assistant,
+    evict,
     make_loop,
     memory_of,
     run,
@@ -433,20 +434,62 @@ def test_a_turn_that_takes_too_long_ends_running_or_waiting(loop_on: MakeLoop) -
     all_free(loop)
 
 
-@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@dataclass
+class Reads:
+    """Of stored rows, while `gate` is not set: `entered` tells that one waits there."""
+
+    gate: threading.Event
+    entered: threading.Event
+
+
+@contextmanager
+def slow_reads(loop: ReplicaLoop, *sessions: str) -> Iterator[Reads]:
+    """Rows of these agents are in the store only, and stay there until the gate is set."""
+    evict(loop, pool=True)
+    reads, read = Reads(threading.Event(), threading.Event()), loop.memory.tiers.read
+    ids = {run.id for s in sessions for b in memory_of(loop, s).branches for run in b.runs}
+
+    def gated(tenant: str, run_id: str, *rest: Any) -> Any:
+        if run_id in ids:
+            reads.entered.set()
+            assert reads.gate.wait(WAIT)
+        return read(tenant, run_id, *rest)
+
+    loop.memory.tiers.read = gated  # type: ignore[method-assign]
+    try:
+        yield reads
+    finally:
+        reads.gate.set()
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode", "restore"])
 def test_a_cancelled_turn_frees_its_cells_within_two_steps(loop_on: MakeLoop, phase: str) -> None:
     engine = CountingEngine(2, n_ctx=8000, step_delay=0.002)
     loop = loop_on(engine)
+    messages = [user("x" * (7000 if phase == "prefill" else 300))]
+    if phase == "restore":
+        messages += [assistant(run(loop, messages, n=9).text), user("And?")]
+        with slow_reads(loop, "a") as reads:
+            check_cancel(loop, engine, messages, lambda _: reads.entered.wait(WAIT))
+    elif phase == "decode":
+        check_cancel(loop, engine, messages, lambda stream: stream.take(5))
+    else:
+        check_cancel(loop, engine, messages, lambda stream: next(iter(stream)))
+    all_free(loop)
+    if phase == "restore":  # what was stored still is
+        assert run(loop, messages, n=2).prefilled < 20
+
+
+def check_cancel(
+    loop: ReplicaLoop,
+    engine: CountingEngine,
+    messages: list[dict[str, str]],
+    ready: Callable[[Stream], object],
+) -> None:
     other = start(loop, [user("other")], session="b", n=3000, turn_id="other")
     other.take(1)
-    text = "x" * (7000 if phase == "prefill" else 100)
-    stream = start(loop, [user(text)], n=900)
-    if phase == "decode":
-        stream.take(5)
-    else:
-        for item in stream:
-            if type(item).__name__ == "TurnStarted":
-                break
+    stream = start(loop, messages, n=900)
+    assert ready(stream)
     seen: list[tuple[int, int]] = []
 
     def look() -> None:
@@ -463,6 +506,93 @@ def test_a_cancelled_turn_frees_its_cells_within_two_steps(loop_on: MakeLoop, ph
     assert all(busy == 1 for at, busy in seen if at >= began + 2)
     assert max(at for at, _ in seen) >= began + 2
     loop.cancel("other")
+    other.result()
+
+
+def test_a_turn_that_takes_too_long_ends_while_it_is_restored(loop_on: MakeLoop) -> None:
+    loop = loop_on(CountingEngine(2), loop=LoopConfig(turn_timeout_s=0.5))
+    messages = [user("x" * 300)]
+    messages += [assistant(run(loop, messages, n=9).text), user("And?")]
+    with slow_reads(loop, "a") as reads:
+        stream = start(loop, messages, n=9)
+        assert reads.entered.wait(WAIT)
+        timed_out(stream)
+        assert not reads.gate.is_set()
+        all_free(loop)
+    assert run(loop, messages, n=9).prefilled < 20
+
+
+def asking_again(loop: ReplicaLoop, sessions: list[str]) -> dict[str, list[dict[str, str]]]:
+    """A second question of each of these agents, after a first turn."""
+    asked = {session: [user(session * 300)] for session in sessions}
+    for session, messages in asked.items():
+        messages += [assistant(run(loop, messages, session=session, n=9).text), user("And?")]
+    return asked
+
+
+def test_slow_restores_keep_nobody_else_from_beginning(loop_on: MakeLoop) -> None:
+    loop = loop_on(CountingEngine(10))
+    asked = asking_again(loop, list("abcdefgh"))
+    with slow_reads(loop, *asked) as reads:
+        streams = [start(loop, m, session=s, n=3, turn_id=s) for s, m in asked.items()]
+        while loop.call(lambda: len(loop._book.restoring)).result(WAIT) < len(streams):
+            pass
+        assert run(loop, [user("new")], session="new", n=5).reason == "length"
+        for session in "abcd":  # those that the readers are at, and then one that none is at
+            loop.cancel(session)
+        loop.cancel("h")
+        for stream in (*streams[:4], streams[7]):
+            assert stream.result().reason == "cancelled"
+        assert not reads.gate.is_set()
+    for stream in streams[4:7]:
+        assert stream.result().prefilled < 20
+    all_free(loop)
+
+
+def test_a_cancelled_turn_that_nobody_prepares_yet_ends_at_once(loop_on: MakeLoop) -> None:
+    loop = loop_on(CountingEngine(10))
+    gate, opened = threading.Event(), loop.memory.open
+    entered = threading.Semaphore(0)
+
+    def opening(agent: Any) -> Any:
+        entered.release()
+        assert gate.wait(WAIT)
+        return opened(agent)
+
+    loop.memory.open = opening  # type: ignore[method-assign]
+    try:
+        streams = [
+            start(loop, [user(s)], session=s, n=3, turn_id=s) for s in ("a", "b", "c", "d", "e")
+        ]
+        for _ in range(4):
+            assert entered.acquire(timeout=WAIT)
+        loop.cancel("e")
+        assert streams[4].result().reason == "cancelled"
+    finally:
+        gate.set()
+    for stream in streams[:4]:
+        assert stream.result().reason == "length"
+    assert not entered.acquire(blocking=False)
+    all_free(loop)
+
+
+def test_the_others_decode_while_one_is_restored(loop_on: MakeLoop) -> None:
+    engine = CountingEngine(2)
+    loop = loop_on(engine)
+    asked = asking_again(loop, ["a"])["a"]
+    with slow_reads(loop, "a") as reads:
+        stored = memory_of(loop).branches[0].rows
+        other = start(loop, [user("other")], session="b", n=2000, turn_id="b")
+        other.take(1)
+        stream = start(loop, asked, n=9)
+        assert reads.entered.wait(WAIT)
+        other.take(len(engine.steps) + 100)  # which has no token without a step
+        assert loop.call(lambda: [t.sink for t in loop._book.restoring]).result(WAIT) == [stream]
+        assert not reads.gate.is_set()
+    answer = stream.result()
+    assert (answer.reason, answer.cache) == ("length", "warm")
+    assert answer.cached == stored > 300
+    loop.cancel("b")
     other.result()
     all_free(loop)
 
@@ -541,6 +671,29 @@ def resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # the most there ever were
 
 
+def pool_bytes(loop: ReplicaLoop) -> int:
+    return sum(entry.size for entry in loop.memory.tiers.pool._entries.values())
+
+
+@dataclass
+class Steady(Crowd):
+    """Also notes, by turns, the process memory beside the pool."""
+
+    beside: dict[int, int] = field(default_factory=dict)
+
+    def note(self, turns: int) -> None:
+        settle(self.loop)
+        gc.collect()
+        self.beside[turns] = resident_bytes() - pool_bytes(self.loop)
+
+    def check(self) -> None:
+        """Of 600 turns' rows, 17 to 33 MiB, none is left but in the pool. What the agents said,
+        and the test's own log, took 2 to 6 MiB on Linux."""
+        grown = self.beside[1000] - self.beside[400]
+        print(f"beside the pool, 600 turns took {grown / 2**20:.1f} MiB")
+        assert grown < 12 << 20
+
+
 def check_crowd(loop: ReplicaLoop, crowd: Crowd) -> Told:
     """The crowd talks; at the end cells and process memory are what they were, but for the rows
     that RAM is meant to hold."""
@@ -553,8 +706,7 @@ def check_crowd(loop: ReplicaLoop, crowd: Crowd) -> Told:
     settle(loop)
     gc.collect()
     after = resident_bytes()
-    pool = loop.memory.tiers.pool
-    held = sum(entry.size for entry in pool._entries.values())
+    pool, held = loop.memory.tiers.pool, pool_bytes(loop)
     assert pool.used_bytes == held <= pool.budget_bytes
     print(f"resident: {before >> 20} MiB, then {after >> 20} MiB, of which pool {held >> 20} MiB")
     assert after - before <= 0.1 * before + (64 << 20) + held
@@ -605,7 +757,9 @@ def check_told(lone: ReplicaLoop, told: Told, sessions: list[str]) -> tuple[Part
 @pytest.mark.slow
 def test_two_hundred_agents_over_four_slots(loop_on: MakeLoop) -> None:
     loop = loop_on(FakeEngine(4, n_ctx=850, n_cells=850), loop=_WIDE)
-    told = check_crowd(loop, Crowd(loop, 200, 1000, most=120, words=8))
+    crowd = Steady(loop, 200, 1000, most=120, words=8)
+    told = check_crowd(loop, crowd)
+    crowd.check()
     assert loop.residency.evictions > 500
     assert loop.cells.preemptions > 5
     assert loop.engine.kv_bytes == 850 * loop.engine.key.spec.f16_row_bytes
@@ -627,7 +781,9 @@ def test_two_hundred_agents_over_four_slots_of_llama_cpp(
         return made
 
     loop = loop_on(engine(4, 1024), loop=_WIDE)
-    told = check_crowd(loop, Crowd(loop, 200, 1000, most=12, words=6))
+    crowd = Steady(loop, 200, 1000, most=12, words=6)
+    told = check_crowd(loop, crowd)
+    crowd.check()
     assert loop.residency.evictions > 500
     assert loop.engine.kv_bytes == loop.engine.n_cells * loop.engine.key.spec.f16_row_bytes
     all_free(loop)

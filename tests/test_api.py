@@ -476,7 +476,7 @@ def test_models_are_listed(http: Http) -> None:
         ({"seed": 2**64}, "seed"),
         ({"stop": ["x"] * 17}, "stop"),
         ({"stop": "x" * 1025}, "stop"),
-        ({"stop": ["x", ""]}, "stop"),
+        ({"stop": ["x", ""]}, "stop.1"),
         ({"stop": 3}, "stop"),
         ({"tools": [{"type": "function"}]}, "tools.0.function"),
         ({"n": 2}, "n"),
@@ -546,6 +546,37 @@ def test_models_are_listed(http: Http) -> None:
 def test_bad_input_is_refused_by_name(http: Http, body: dict[str, Any], param: str) -> None:
     refusal(http.chat(**body), 400, param)
     assert http.a.requests == []
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"stop": 3}, "stop: must be a string or a list of strings"),
+        ({"stop": ""}, "stop: has 0 characters; it must have 1 to 1024"),
+        ({"stop": "x" * 10_000}, "stop: has 10000 characters; it must have 1 to 1024"),
+        ({"stop": ["x", "x" * 1025]}, "stop.1: has 1025 characters; it must have 1 to 1024"),
+        ({"stop": ["x"] * 10_000}, "stop: has 10000 strings; at most 16 are allowed"),
+        ({"stop": ["x", 3]}, "stop.1: Input should be a valid string"),
+        ({"tool_choice": "always"}, "tool_choice: Input should be 'none', 'auto' or 'required'"),
+        ({"tool_choice": {"type": "function"}}, "tool_choice.function: Field required"),
+        (
+            {"tool_choice": {"type": "x", "function": {"name": "y"}}},
+            "tool_choice.type: Input should be 'function'",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            "messages.0.content.0.text: Field required",
+        ),
+        (
+            {"messages": [{"role": "x", "content": "y"}], "stop": ["x", 3]},
+            "messages.0.role: Input should be 'system', 'developer', 'user', 'assistant' or 'tool'",
+        ),
+    ],
+)
+def test_a_refusal_says_what_is_wrong_with_the_field(
+    http: Http, body: dict[str, Any], message: str
+) -> None:
+    assert refusal(http.chat(**body), 400, message.partition(":")[0])["message"] == message
 
 
 @pytest.mark.parametrize("header", [*SESSION_HEADERS, "x-agent-id"])

@@ -6,6 +6,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import pytest
 
 from actors.engines.base import Engine, Vocab
 from actors.engines.fake_engine import FakeEngine, FakeVocab
-from actors.errors import EngineFault, InvalidRequest
+from actors.errors import EngineFault, InvalidRequest, Overloaded
 from actors.grammar import MAX_SOURCE, Grammar, GrammarCompiler
 from actors.loop import ReplicaLoop
 from actors.turn import Guide, Resume, TurnFailed
@@ -235,6 +237,57 @@ def test_a_compilation_that_takes_too_long_is_refused(monkeypatch: pytest.Monkey
             GrammarCompiler(FakeVocab()).compile(json_guide(SCHEMA))
     finally:
         slow.set()
+
+
+@dataclass
+class Beside:
+    """A compiler that is at a slow source until `gate` is set, and another's request behind it."""
+
+    compiler: GrammarCompiler
+    slow: Future[Grammar]
+    innocent: Future[Grammar]
+    gate: threading.Event
+
+
+@pytest.fixture
+def beside(monkeypatch: pytest.MonkeyPatch) -> Iterator[Beside]:
+    entered, gate, compiled = threading.Event(), threading.Event(), GrammarCompiler._compile
+
+    def compile_(self: GrammarCompiler, guide: Guide) -> Grammar:
+        if guide.param == "slow":
+            entered.set()
+            assert gate.wait(30)
+        return compiled(self, guide)
+
+    monkeypatch.setattr(GrammarCompiler, "_compile", compile_)
+    monkeypatch.setattr("actors.grammar._COMPILE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("actors.grammar._BUSY_TIMEOUT_S", 2.0)
+    compiler = GrammarCompiler(FakeVocab())
+    compiler.warm()
+    # Its parts wait for the compiler as others' do: then none of them is to blame.
+    slow = Guide("regex", "b", "slow", (Guide("regex", "a", "part"),) * 9)
+    with ThreadPoolExecutor(2) as askers:
+        refused = askers.submit(compiler.compile, slow)
+        assert entered.wait(30)
+        yield Beside(compiler, refused, askers.submit(compiler.compile, json_guide(SCHEMA)), gate)
+        gate.set()
+
+
+def test_who_waits_behind_a_slow_compilation_is_not_refused(beside: Beside) -> None:
+    with pytest.raises(TimeoutError):
+        beside.innocent.result(0.4)
+    beside.gate.set()
+    walk(beside.innocent.result(30), '{"name":"')
+
+
+def test_who_waits_too_long_for_the_compiler_may_come_again(beside: Beside) -> None:
+    with pytest.raises(Overloaded, match="other requests") as caught:
+        beside.innocent.result(30)
+    assert caught.value.retry_after > 0
+    with pytest.raises(InvalidRequest, match="slow: too complex"):
+        beside.slow.result(30)
+    beside.gate.set()
+    walk(beside.compiler.compile(json_guide(SCHEMA)), '{"name":"')
 
 
 @pytest.mark.slow

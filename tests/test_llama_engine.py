@@ -269,6 +269,20 @@ def test_an_unknown_token_is_a_fault_and_no_end(tiny: Engine) -> None:
     assert tiny.n_rows(0) == 3
 
 
+def test_the_text_of_a_token_may_be_long(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    from tests.tiny_gguf import SHAPES, _tokenizer, _write
+
+    tokenizer, lengths = _tokenizer(tiny_models["no_template"]), (255, 256, 257, 3000)
+    tokens, types = tokenizer["tokenizer.ggml.tokens"]
+    tokens = tokens[: -len(lengths)] + ["x" * n for n in lengths]
+    path = tmp_path / "long.gguf"
+    _write(path, SHAPES["no_template"], tokenizer | {"tokenizer.ggml.tokens": (tokens, types)})
+    engine = open_engine(path)
+    last = range(engine.vocab.size - len(lengths), engine.vocab.size)
+    assert [engine.vocab.token_bytes(i) for i in last] == [b"x" * n for n in lengths]
+    engine.close()
+
+
 def test_the_key_says_how_rope_is_stretched(tiny: Engine, uneven: Engine) -> None:
     assert dict(tiny.key.rope) == {"base": 1e4, "dims": 32, "factor": 1, "scaling": "none"}
     stretched = {"factor": 2, "scaling": "yarn", "original_context_length": 2048}

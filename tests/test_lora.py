@@ -18,6 +18,7 @@ from actors.engine_settings import parse_lora
 from actors.engines.base import Engine
 from actors.errors import ModelUnavailable
 from actors.models import open_engine
+from actors.tuned import Source, Tunable, key_of
 from cluster.config import ConfigError, load_config
 from tests.engine_contract import feed
 from tests.loops import make_loop, run, settle, user
@@ -60,9 +61,11 @@ def _uint32_array():  # type: ignore[no-untyped-def]
     return GGUFValueType.ARRAY, GGUFValueType.UINT32
 
 
-def engine_of(model: Path, lora: object = "") -> Engine:
+def engine_of(model: Path, lora: object = "", profile: str = "default") -> Engine:
     return open_engine(
-        ReplicaConfig(model=str(model), lora=str(lora), slots=2, n_ctx=512, threads=1)
+        ReplicaConfig(
+            model=str(model), lora=str(lora), profile=profile, slots=2, n_ctx=512, threads=1
+        )
     )
 
 
@@ -99,6 +102,24 @@ def test_without_an_adapter_the_key_is_the_files(tiny_models: dict[str, Path]) -
     engine = engine_of(tiny_models["llama"])
     engine.close()
     assert (engine.key.weights, engine.key.tokenizer) == digests(tiny_models["llama"])
+
+
+def test_a_kept_profile_is_of_the_weights_with_their_adapter(
+    tiny_models: dict[str, Path], write_lora: WriteLora, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[str] = []
+
+    def open_tuned(config: ReplicaConfig, source: Source, **_: object) -> tuple[Tunable, None]:
+        measured.append(key_of(config, source)["model"])
+        return source.open(source.defaults, source.n_cells), None
+
+    monkeypatch.setattr("actors.models.open_tuned", open_tuned)
+    lora = write_lora()
+    for adapter in ("", lora, f"{lora}:0.5", write_lora(seed=1)):
+        engine = engine_of(tiny_models["llama"], adapter, profile="auto")
+        engine.close()
+        assert engine.key.weights == measured[-1]
+    assert len(set(measured)) == 4
 
 
 def test_only_the_weights_differ(tiny_models: dict[str, Path], write_lora: WriteLora) -> None:

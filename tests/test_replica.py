@@ -57,6 +57,14 @@ async def items(replica: ModelReplica, request: TurnRequest = REQUEST) -> list[S
     return [item async for batch in replica.run_turn(request) for item in batch]
 
 
+def test_the_cells_of_a_draft_model_are_reported(replica: ModelReplica) -> None:
+    config = replace(replica._config, speculation="draft", draft_model="fake://")
+    drafting = ModelReplica(config, "drafting")
+    assert drafting.info().kv_bytes == 2 * replica.info().kv_bytes > 0
+    for made in (drafting, replica):
+        made.close()
+
+
 def test_a_long_step_is_no_silence(replica: ModelReplica, monkeypatch: pytest.MonkeyPatch) -> None:
     """Signs of life come from a thread that no step holds up."""
     monkeypatch.setattr("actors.replica._BEAT_S", 0.02)

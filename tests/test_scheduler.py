@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from actors.engines.fake_engine import FakeVocab
 from actors.errors import Overloaded
-from actors.rates import Pace
+from actors.rates import Pace, Rates
 from actors.scheduler import Scheduler, SchedulerConfig, Waiting
 from actors.sequence import Sequence, TextStream
 from actors.turn import SamplingParams
@@ -123,7 +123,19 @@ def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
     made.waiting.append(Asker("a"))
     with pytest.raises(Overloaded) as caught:
         made.check_room()
-    assert caught.value.retry_after > 0
+    assert caught.value.retry_after == 2.0  # no turn was measured yet
+
+
+@pytest.mark.parametrize(("turn_s", "expected"), [(0.01, 1.0), (7.5, 7.5), (900.0, 60.0)])
+def test_a_full_queue_says_to_come_back_after_what_a_turn_takes(
+    turn_s: float, expected: float
+) -> None:
+    rates = Rates()
+    made: Scheduler[Asker] = Scheduler(SchedulerConfig(max_waiting=0), rates)
+    rates.turn(turn_s)
+    with pytest.raises(Overloaded) as caught:
+        made.check_room()
+    assert caught.value.retry_after == expected
 
 
 @given(

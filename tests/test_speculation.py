@@ -725,9 +725,12 @@ def test_tiny_models_reply_the_same(
 
 
 def test_a_model_with_a_multi_token_prediction_head_runs_without_it(
-    tiny_models: dict[str, Path], loop_on: MakeLoop
+    tiny_models: dict[str, Path], loop_on: MakeLoop, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine, plain = opened(tiny_models["mtp"]), opened(tiny_models["deepseek2"])
+    said = [r.getMessage() for r in caplog.records if r.name == "actors.engines.llama_spec"]
+    path = tiny_models["mtp"]
+    assert said == [f"{path}: its 1 multi-token-prediction layers are not used"]
     assert engine.key.spec == plain.key.spec  # the head has no rows in the cache
     ids = list(range(5, 60))
     engine.step([Chunk(0, ids, 0, 0)])

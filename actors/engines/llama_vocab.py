@@ -49,7 +49,14 @@ class LlamaVocab:
     def token_bytes(self, token_id: int) -> bytes:
         known = self._bytes.get(token_id)
         if known is None:
-            buffer = ctypes.create_string_buffer(256)
-            n = llama.llama_token_to_piece(self._vocab, token_id, buffer, 256, 0, False)
-            known = self._bytes[token_id] = buffer.raw[: max(n, 0)]
+            known = self._bytes[token_id] = self._piece(token_id)
         return known
+
+    def _piece(self, token_id: int) -> bytes:
+        size = 256
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            n = llama.llama_token_to_piece(self._vocab, token_id, buffer, size, 0, False)
+            if n >= 0:
+                return buffer.raw[:n]
+            size = -n
