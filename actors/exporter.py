@@ -18,6 +18,7 @@ from storage.codec import Tensors, count_rows, encode_rows, slice_rows
 from storage.spec import KVRows
 
 _MOST_AT_RISK_S = 0.7  # of prefill
+_LOOK = 8  # rows, between two looks at that: a look takes as long as all else of a token here
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ class Exporter:
             return
         size = self._memory.key.spec.block_tokens
         stopped = sequence.n_rows in sequence.stops
-        before, moves = turn.ready.match.branch.exported, turn.ready.memory.moving > monotonic()
-        long = not sequence.is_prefill and not moves and self._long(before, sequence.n_rows)
+        before, looks = turn.ready.match.branch.exported, sequence.n_rows % _LOOK == 0
+        long = looks and not sequence.is_prefill and self._long(turn, before, sequence.n_rows)
         filled = sequence.n_rows if stopped or long else sequence.n_rows // size * size
         if filled > before and self.export(turn, filled, wait=True):
             if stopped or (filled == sequence.n_rows and not sequence.is_prefill):
@@ -80,7 +81,9 @@ class Exporter:
             if long or filled // size > before // size:
                 self._memory.commits.later(turn.ready.memory)
 
-    def _long(self, start: int, stop: int) -> bool:
+    def _long(self, turn: Turn, start: int, stop: int) -> bool:
+        if turn.ready.memory.moving > monotonic():
+            return False
         return self._rates.again_s(start, stop, self._engine.tile) > _MOST_AT_RISK_S
 
     def export(self, turn: Turn, stop: int, *, wait: bool) -> bool:
