@@ -63,6 +63,10 @@ def node_json(node: str, address: str, has_device: bool, replica: Replica | None
             "local": status.local.used_bytes if status and status.local else 0,
         },
         "local": asdict(status.local) if status and status.local else None,
+        "lagging": {
+            "agents": status.lagging_agents if status else 0,
+            "bytes": status.lagging_bytes if status else 0,
+        },
         "rates": asdict(status.rates) if status else {},
         "links": {name: asdict(rate) for name, rate in status.links.items()} if status else {},
         "store_answers": status.store_answers if status else None,

@@ -990,6 +990,7 @@ def test_metrics_parse_and_count(http: Http) -> None:
     assert http.metric("kvferry_kv_bytes", node="a", tier="pool") == 20
     assert http.metric("kvferry_kv_bytes", node="a", tier="local") == 30
     assert http.metric("kvferry_lagging_bytes", node="a") == 7
+    assert http.metric("kvferry_lagging_agents", node="a") == 6
     assert http.metric("kvferry_local_written_bytes_total", node="a") == 40
     assert http.metric("kvferry_draft_tokens_total", node="a") == 50
     assert http.metric("kvferry_draft_tokens_accepted_total", node="a") == 20
