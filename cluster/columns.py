@@ -21,7 +21,7 @@ _LINKS = ("store", "disk")
 
 
 class Columns:
-    """`queue`, `agents` and `pressure` may change; everything else is as reported."""
+    """`queue` and `agents` may change; everything else is as reported."""
 
     def __init__(self, candidates: Sequence[Candidate], config: PlacementConfig) -> None:
         """`candidates`: in the order of their names."""
@@ -30,7 +30,8 @@ class Columns:
         self.row = {candidate.node: row for row, candidate in enumerate(candidates)}
         self._borrows = not all(map(_complete, candidates))
         n = len(candidates)
-        self.queue, self.pressure, self.agents = np.zeros(n), np.zeros(n), np.zeros(n)
+        self.queue, self.agents = np.zeros(n), np.zeros(n)
+        self._pressure, self._warned = np.zeros(n), np.zeros(n)
         self._tokens_per_s, self._depth = np.zeros(n), np.zeros(n)
         self._decode, self._restore, self._load = np.zeros(n), np.zeros(n), np.zeros(n)
         self._fixed = {name: np.full(n, np.inf) for name in _LINKS}
@@ -51,8 +52,8 @@ class Columns:
 
     def _write(self, row: int) -> None:
         candidate, rates = self.known[row]
-        self.queue[row], self.pressure[row] = candidate.queue_s, candidate.pressure
-        self.agents[row] = candidate.n_agents
+        self.queue[row], self.agents[row] = candidate.queue_s, candidate.n_agents
+        self._pressure[row], self._warned[row] = candidate.pressure, candidate.warned
         self._tokens_per_s[row], self._depth[row] = rates.prefill_tokens_per_s, rates.depth_s
         self._decode[row], self._restore[row] = rates.decode_step_s, rates.restore_tokens_per_s
         self._load[row] = 1.0 / rates.restore_tokens_per_s
@@ -80,7 +81,7 @@ class Columns:
         elif shared is not None:
             memory = np.minimum(memory, self._part(shared, end))
         decode = reply_tokens * self._decode
-        extra = self.pressure * config.pressure_s
+        extra = self._pressure * config.pressure_s + self._warned * config.warn_s
         move_s = 0.0
         if moves:
             move_s = config.migrate_s

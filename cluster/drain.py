@@ -103,9 +103,10 @@ class Drains:
     def candidates(self) -> dict[str, Replica]:
         """Healthy replicas that may take turns, by node; where there is no other, those that are
         being emptied."""
-        return {r.node.id: r for r in self._open() or self._pool.healthy()}
+        return {r.node.id: r for r in self.open() or self._pool.healthy()}
 
-    def _open(self) -> list[Replica]:
+    def open(self) -> list[Replica]:
+        """Healthy replicas that are not being emptied."""
         return [r for r in self._pool.healthy() if r.node.id not in self._drains]
 
     def source(self, node: str | None) -> Replica | None:
@@ -118,9 +119,9 @@ class Drains:
         if node in self._drains:
             raise NoReplica(f"{node} is {self._drains[node].state}: it takes no agents")
 
-    def fullness(self, node: str, cells: float) -> float:
-        """Under pressure a replica counts as full."""
-        return cells if self._pressure.get(node, "none") == "none" else 1.0
+    def warned(self, node: str) -> bool:
+        """Whether a node has reported pressure."""
+        return self._pressure.get(node, "none") != "none"
 
     # ---- for operators
 
@@ -131,7 +132,7 @@ class Drains:
         known = self._drains.get(node)
         if known is not None and known.state != "stuck" and (known.release or not release):
             return known.to_json()
-        if not any(replica.node.id != node for replica in self._open()):
+        if not any(replica.node.id != node for replica in self.open()):
             raise LastNode(f"no other node could take the agents of {node}")
         self._cancel(known)
         drain = self._drains[node] = Drain(node, release)
@@ -282,7 +283,7 @@ class Drains:
 
     def _target(self, agent: AgentId) -> Replica:
         """The cheapest for its next turn, of which nothing is known. Raises NoReplica."""
-        able = {replica.node.id: replica for replica in self._open()}
+        able = {replica.node.id: replica for replica in self.open()}
         if not able:
             raise NoReplica("no other node is ready")
         return able[self._dispatch.decide(Ask(agent, 0, 1), able).node]

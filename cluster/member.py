@@ -12,6 +12,7 @@ from typing import Any
 
 from actors.report import ReplicaInfo, ReplicaStatus
 from cluster.errors import ClusterError
+from cluster.loads import Load
 from cluster.nodes import Node
 from cluster.placement import Candidate, link_cost
 from storage.fetch import Progress
@@ -77,8 +78,8 @@ def check_fits(info: ReplicaInfo, ours: Mapping[str, str], first: ReplicaInfo | 
         raise Refused(f"refused: {'; '.join(differ)}")
 
 
-def candidate(replica: Replica) -> tuple[Candidate, float] | None:
-    """What placement needs of a replica, and the share of its cells that is in use."""
+def candidate(replica: Replica, *, warned: bool = False) -> Candidate | None:
+    """What placement needs of a replica. `warned`: its node has reported pressure."""
     info, status = replica.info, replica.status
     if info is None or status is None:
         return None
@@ -87,8 +88,14 @@ def candidate(replica: Replica) -> tuple[Candidate, float] | None:
         for name, rate in status.links.items()
         if info.row_bytes
     }
-    cells = status.cells_used / max(1, info.slots * info.n_ctx)
-    found = Candidate(
-        replica.node.id, status.queue_s, status.rates, cells, 0, links, status.prefixes
+    pressure = min(1.0, load(info, status).pressure)
+    return Candidate(
+        replica.node.id, status.queue_s, status.rates, pressure, 0, links, status.prefixes, warned
     )
-    return found, cells
+
+
+def load(info: ReplicaInfo, status: ReplicaStatus) -> Load:
+    cells = status.cells or max(1, info.slots * info.n_ctx)
+    return Load(
+        info.node, status.cells_used, cells, status.running, status.waiting, max(1, info.slots)
+    )

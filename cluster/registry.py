@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from actors.report import AgentReport
+from actors.turn import Affinity
 from cluster.placement import Location
 from storage.card import AgentId
 from storage.store import LoadedCard
@@ -58,6 +59,7 @@ class Registry:
         # Until when, by the caller's clock: an operator's migrations, and turns that run.
         self._settled: dict[AgentId, float] = {}
         self._turns: dict[AgentId, dict[str, float]] = {}
+        self._soft: set[AgentId] = set()  # those whose last turn had that affinity
         self._over: deque[str] = deque(maxlen=_MAX_OVER)  # turns that ended before they began
 
     def __len__(self) -> int:
@@ -121,6 +123,22 @@ class Registry:
         for another turn's sake."""
         untils = [self._settled.get(agent, 0.0), *self._turns.get(agent, {}).values()]
         return now < max(untils)
+
+    def asked(self, agent: AgentId, affinity: Affinity) -> None:
+        """A turn of the agent came with that affinity."""
+        if affinity == "soft":
+            self._soft.add(agent)
+        else:
+            self._soft.discard(agent)
+
+    def may_move(self, agent: AgentId, now: float) -> bool:
+        """Whether an agent may be moved for others' sake, even while it speaks: its last turn said
+        so, and no operator has just put it there."""
+        return agent in self._soft and now >= self._settled.get(agent, 0.0)
+
+    def turns(self, agent: AgentId) -> list[float]:
+        """Until when its turns run, at most; one that began later, until later."""
+        return list(self._turns.get(agent, {}).values())
 
     def location(self, agent: AgentId) -> Location:
         record = self._records.get(agent)
@@ -186,6 +204,7 @@ class Registry:
 
     def forget(self, agent: AgentId) -> None:
         self._chars.pop(agent, None)
+        self._soft.discard(agent)
         self._settled.pop(agent, None)
         self._turns.pop(agent, None)
         self._remove(agent)

@@ -26,6 +26,7 @@ from cluster.member import Replica, candidate
 from cluster.migration import Migration
 from cluster.moves import Mover
 from cluster.pool import ReplicaPool
+from cluster.rebalance import Rebalance
 from cluster.recall import Recall
 from cluster.registry import AgentRecord
 from cluster.remote import ReplicaLost, call
@@ -58,11 +59,17 @@ class PlacementRouter:
         )
         self._mover = Mover(self._pool, self._registry)
         self._drains = Drains(self._pool, self._dispatch, self._lock, self._evacuate)
+        self._rebalance = Rebalance(
+            self._pool, self._registry, self._drains, self._lock, self._mover,
+            config.placement.rebalance,
+        )  # fmt: skip
         self._able = Able(self._pool, self._registry, self._drains)
         self._key: CompatibilityKey | None = None
         self._recall = Recall(config.replica, self._registry.found_in_store)
         self._drains.go_on()
         self._tasks = [asyncio.create_task(self._pool.run())]
+        if config.placement.rebalance:
+            self._tasks.append(asyncio.create_task(self._rebalance.run()))
         self._copies = copies_of(config.replica, lambda: self._pool.disks)
         if self._copies is not None:
             self._tasks.append(asyncio.create_task(self._copies.run()))
@@ -274,10 +281,9 @@ class PlacementRouter:
         assert replica.status is not None
         assert replica.info is not None
         self._registry.reported(replica.node.id, replica.status.agents)
-        told = candidate(replica)
+        told = candidate(replica, warned=self._drains.warned(replica.node.id))
         if told is not None:
-            cells = self._drains.fullness(replica.node.id, told[1])
-            self._dispatch.reported(told[0], cells, replica.info.slots)
+            self._dispatch.reported(told)
         if self._key != replica.info.key:
             self._key = replica.info.key
             self._tasks.append(asyncio.create_task(self._recall.run(self._key)))

@@ -335,7 +335,7 @@ def pressed(stub: Stubs, level: Any, node: str = "a") -> dict[str, Any]:
     return told
 
 
-def test_a_node_under_pressure_counts_as_full(stub: Stubs) -> None:
+def test_a_node_that_warns_costs_more_until_it_does_not(stub: Stubs) -> None:
     def extra() -> float:
         stub.run(stub.pool.refresh_all())
         entries = stub.router.explain(Ask(AgentId("default", "new"), 40, 20))["estimates"]
@@ -347,6 +347,18 @@ def test_a_node_under_pressure_counts_as_full(stub: Stubs) -> None:
     assert stub.report("b")["pressure"] == "warn"
     pressed(stub, "none", "b")
     assert extra() == before
+
+
+def test_a_soft_agent_leaves_a_node_that_warns_at_its_next_turn(stub: Stubs) -> None:
+    pressed(stub, "warn")
+    stub.run(stub.pool.refresh_all())
+    assert stub.place(AGENTS[0], affinity="hard") == "a"
+    assert stub.a.asked == []
+    stub.router.ended(AGENTS[0], "", 80)
+    assert stub.place(AGENTS[0]) == "b"
+    assert stub.place(AGENTS[1]) == "b"
+    assert set(stub.b.owns) == set(AGENTS[:2])
+    assert len(stub.a.owns) == 7  # the others stay until their turns
 
 
 def test_critical_pressure_empties_a_node_and_takes_it_back(stub: Stubs) -> None:

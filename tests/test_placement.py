@@ -26,7 +26,7 @@ from cluster.placement import (
 from storage.links import peer_link
 
 CONFIG = PlacementConfig()
-FREE = PlacementConfig(hysteresis_s=0.0, hysteresis=0.0, migrate_s=0.0, pressure_s=0.0)
+FREE = PlacementConfig(hysteresis_s=0.0, hysteresis=0.0, migrate_s=0.0, pressure_s=0.0, warn_s=0.0)
 MEASURED = Rates(200.0, 0.02, 10_000.0, 2.0)
 
 seconds = st.floats(0, 60)
@@ -49,6 +49,7 @@ def candidates(rates: st.SearchStrategy[Rates]) -> st.SearchStrategy[list[Candid
         queue_s=seconds,
         rates=rates,
         pressure=st.floats(0, 1),
+        warned=st.booleans(),
         n_agents=st.integers(0, 9),
     )
     return st.lists(one, min_size=1, max_size=6, unique_by=lambda c: c.node)
@@ -175,6 +176,16 @@ def test_a_full_replica_costs_its_pressure() -> None:
     assert of(placement, "a").extra_s == CONFIG.pressure_s
 
 
+def test_a_soft_agent_leaves_a_node_that_warns_and_comes_to_none() -> None:
+    owned = Location("a", 1000, True)
+    warns = [candidate("a", warned=True), candidate("b")]
+    assert place(20, 20, owned, warns, CONFIG).node == "b"
+    assert place(20, 20, owned, warns, CONFIG, affinity="hard").node == "a"
+    both = [candidate("a", warned=True), candidate("b", warned=True)]
+    assert place(20, 20, owned, both, CONFIG).node == "a"
+    assert place(20, 20, Location("b", 1000, True), warns, CONFIG).node == "b"
+
+
 @pytest.mark.parametrize(
     ("location", "action"),
     [
@@ -282,6 +293,7 @@ def linked(rates: st.SearchStrategy[Rates]) -> st.SearchStrategy[list[Candidate]
         queue_s=seconds,
         rates=rates,
         pressure=st.floats(0, 1),
+        warned=st.booleans(),
         n_agents=st.integers(0, 9),
         links=links,
         prefixes=prefixes,
@@ -351,10 +363,10 @@ def test_a_fleet_remembers_what_changed_since_the_last_report(
     data: st.DataObject,
 ) -> None:
     """Promises, counts of agents, reports and losses, in any order, between decisions."""
-    fleet, slots = Fleet(CONFIG), 8
-    now = {c.node: replace(c, n_agents=0, pressure=0.25) for c in ready}
+    fleet = Fleet(CONFIG)
+    now = {c.node: replace(c, n_agents=0) for c in ready}
     for candidate in now.values():
-        fleet.reported(candidate, cells=0.25, slots=slots)
+        fleet.reported(candidate)
     for _ in range(data.draw(st.integers(1, 6))):
         node = data.draw(st.sampled_from(sorted(now)))
         what = data.draw(st.sampled_from(["promise", "owns", "report", "lose"]))
@@ -365,12 +377,12 @@ def test_a_fleet_remembers_what_changed_since_the_last_report(
         elif what == "owns":
             n = data.draw(st.integers(0, 12))
             fleet.owns(node, n)
-            pressure = min(1.0, max(0.25, n / slots))
-            now[node] = replace(now[node], n_agents=n, pressure=pressure)
+            now[node] = replace(now[node], n_agents=n)
         elif what == "report":
+            told = {"pressure": data.draw(st.floats(0, 1)), "warned": data.draw(st.booleans())}
             held = data.draw(prefixes)
-            now[node] = replace(now[node], queue_s=data.draw(seconds), prefixes=held)
-            fleet.reported(now[node], cells=0.25, slots=slots)
+            now[node] = replace(now[node], queue_s=data.draw(seconds), prefixes=held, **told)
+            fleet.reported(now[node])
         elif len(now) > 1:
             fleet.lost(node)
             del now[node]
