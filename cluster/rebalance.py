@@ -13,8 +13,9 @@ import logging
 import time
 from collections.abc import Callable
 
-from cluster.drain import Drains, Lock
+from cluster.drain import Drains
 from cluster.errors import MigrationFailed
+from cluster.leaving import Lock
 from cluster.loads import Load, Mobile, extremes, next_move
 from cluster.member import Replica, load
 from cluster.moves import Mover

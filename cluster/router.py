@@ -284,6 +284,7 @@ class PlacementRouter:
         told = candidate(replica, warned=self._drains.warned(replica.node.id))
         if told is not None:
             self._dispatch.reported(told)
+        self._drains.relieve()
         if self._key != replica.info.key:
             self._key = replica.info.key
             self._tasks.append(asyncio.create_task(self._recall.run(self._key)))

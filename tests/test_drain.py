@@ -373,6 +373,36 @@ def test_critical_pressure_empties_a_node_and_takes_it_back(stub: Stubs) -> None
     assert stub.place(AgentId("default", "another")) == "a"
 
 
+def test_critical_pressure_on_the_last_node_waits_for_another_to_open(
+    note: dict[str, Any], stub: Stubs, config: ClusterConfig
+) -> None:
+    pressed(stub, "critical")
+    stub.drained(begin=False)
+    told = pressed(stub, "critical", "b")
+    assert (told["state"], told["pressure"]) == ("open", "critical")
+    assert told["error"] == "no other node could take the agents of b"
+    assert stub.report("b")["pressure"] == "critical"
+    assert stub.place(AGENTS[0]) == "b"  # it serves on
+    next_router(stub, config)
+    stub.run(stub.pool.refresh_all())
+    assert stub.report("b")["drain"] is None
+    assert pressed(stub, "none")["state"] == "open"
+    stub.run(stub.pool.refresh_all())
+    state = stub.drained("b", begin=False)
+    assert (state["state"], state["release"], state["moved"]) == ("drained", False, 9)
+    assert stub.place(AGENTS[0]) == "a"
+
+
+def test_a_level_that_falls_meanwhile_empties_nobody(stub: Stubs) -> None:
+    pressed(stub, "critical")
+    stub.drained(begin=False)
+    pressed(stub, "critical", "b")
+    assert "error" not in pressed(stub, "warn", "b")
+    pressed(stub, "none")
+    stub.run(stub.pool.refresh_all())
+    assert stub.report("b")["drain"] is None
+
+
 def test_pressure_does_not_end_an_operators_drain(stub: Stubs) -> None:
     stub.drained()
     assert pressed(stub, "none")["state"] == "drained"
