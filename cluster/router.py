@@ -63,7 +63,7 @@ class PlacementRouter:
             self._pool, self._registry, self._drains, self._lock, self._mover,
             config.placement.rebalance,
         )  # fmt: skip
-        self._able = Able(self._pool, self._registry, self._drains)
+        self._able = Able(self._pool, self._dispatch, self._drains)
         self._key: CompatibilityKey | None = None
         self._recall = Recall(config.replica, self._registry.found_in_store)
         self._drains.go_on()
@@ -156,20 +156,15 @@ class PlacementRouter:
 
     # ---- agents
 
-    async def migrate(self, agent: AgentId, target: str) -> Migration:
-        """Raises UnknownAgent, UnknownNode, NoReplica, MigrationFailed."""
+    async def migrate(self, agent: AgentId, target: str | None) -> Migration:
+        """`target` None: placement chooses another node. Raises UnknownAgent, UnknownNode,
+        NoReplica, MigrationFailed."""
         async with self._lock(agent):
             record = await self._known(agent)
-            replica = self._pool.replicas.get(target)
-            if replica is None:
-                known = ", ".join(sorted(self._pool.replicas)) or "none"
-                raise UnknownNode(f"no node {target!r} with a replica; there are: {known}")
-            if not replica.healthy:
-                raise NoReplica(f"the replica on {target} is not ready")
-            self._drains.check_open(target)
+            replica = self._able.target(agent, target)
             source = self._pool.replicas.get(record.node) if record.node else None
             if source is replica:
-                done = Migration(target, target, record.epoch, 0.0)
+                done = Migration(record.node, replica.node.id, record.epoch, 0.0)
             else:
                 done = await self._mover.move(agent, source, replica, "operator", _UNNOTICED_S)
             self._registry.settled(agent, time.monotonic() + _STAY_S)

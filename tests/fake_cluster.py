@@ -286,9 +286,10 @@ class FakeRouter:
             raise AgentBusy(str(error)) from error
         del self.owners[agent]
 
-    def migrate(self, agent: AgentId, target: str) -> Migration:
+    def migrate(self, agent: AgentId, target: str | None) -> Migration:
         self._may_fail("migrate")
         source = self._known(agent)
+        target = target or next(node for node in self.replicas if node != source)
         if target not in self.replicas:
             raise UnknownNode(f"no node {target!r} with a replica")
         self.owners[agent] = target

@@ -673,7 +673,8 @@ def test_agents_are_seen_moved_and_deleted(http: Http) -> None:
         "total_s": 0.5, "rounds": 2, "rows": 900, "loaded_rows": 800, "bytes": 7000,
         "peer_bytes": 600,
     }  # fmt: skip
-    http.request("POST", "/v1/agents/s/x/migrate", json={"target": "a"})
+    back = http.request("POST", "/v1/agents/s/x/migrate", json={"target": None})
+    assert back.json()["target"] == "a"
     assert http.request("DELETE", "/v1/agents/s/x").json() == {"id": "s/x", "deleted": True}
     refusal(http.get("/v1/agents/s/x"), 404, "agent")
     refusal(http.request("DELETE", "/v1/agents/s/x"), 404, "agent")
