@@ -18,6 +18,8 @@ from cluster.placement import Candidate, link_cost
 from storage.fetch import Progress
 
 LOOP_FAILURES, LOOP_S = 5, 600.0  # so many within so long: it is crash looping
+_MAX_BACKOFF_S = 30.0
+_REFUSED_S = 600.0  # until a replica that does not fit is tried again
 _SHOWN = 3  # differences of a model that is refused
 
 
@@ -50,6 +52,34 @@ class Backoff:
     not_before: float = 0.0
     error: str = ""
     died: deque[float] = field(default_factory=lambda: deque(maxlen=LOOP_FAILURES))
+    refused: str = ""  # Ray's id of the node, whose last replica did not fit to the others
+
+    def waits(self, node: Node, now: float) -> bool:
+        """A node that was refused and has come back as another one is tried at once."""
+        return now < self.not_before and self.refused in ("", node.ray_id)
+
+    def failed(self, now: float, reason: str, *, young: bool) -> float:
+        """A replica is gone, `young`: before it had served for long. Seconds until the next."""
+        self.failures += 1
+        if young:
+            self.died.append(now)
+        delay: float = min(_MAX_BACKOFF_S, 0.25 * 2 ** min(16, self.failures))
+        if self.looping(now):
+            delay = _MAX_BACKOFF_S
+        self.not_before, self.error, self.refused = now + delay, reason, ""
+        return delay
+
+    def does_not_fit(self, now: float, reason: str, ray_id: str) -> float:
+        """A replica was refused; that it would load its model again changes nothing. Seconds until
+        the next."""
+        self.not_before, self.error, self.refused = now + _REFUSED_S, reason, ray_id
+        return _REFUSED_S
+
+    def told(self, now: float) -> str:
+        """The error, as it is shown."""
+        if self.refused or not self.looping(now):
+            return self.error
+        return f"crash looping, {LOOP_FAILURES} times in {LOOP_S / 60:g} min: {self.error}"
 
     def looping(self, now: float) -> bool:
         """Whether short lives have followed one another."""

@@ -28,10 +28,11 @@ def agent_json(record: AgentRecord) -> dict[str, Any]:
 
 def nodes_json(pool: ReplicaPool, drains: Drains) -> list[dict[str, Any]]:
     """Every node of the cluster, and what its replica says."""
-    errors = pool.errors()
+    errors, refused = pool.errors(), pool.refused()
     return [
         node_json(node.id, node.address, node.has_device, pool.replicas.get(node.id))
         | ({"error": errors[node.id]} if node.id in errors else {})
+        | ({"replica": "refused"} if node.id in refused else {})
         | drains.report(node.id)
         for node in sorted(pool.nodes.values(), key=lambda n: n.id)
     ]
