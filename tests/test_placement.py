@@ -421,8 +421,11 @@ def worse(c: Candidate, cost: str, factor: float) -> Candidate:
 
 
 every_cost = st.sampled_from(
-    ["queue", "pressure", "prefill", "decode", "restore", "store", "disk", "depth", *PEERS]
-)
+    [
+        "queue", "pressure", "prefill", "decode", "restore", "store", "disk", "depth", "prefix",
+        *PEERS,
+    ]
+)  # fmt: skip
 with_store = linked(deep_rates).map(
     lambda ready: [replace(c, links={"store": LinkCost(0.01, 1e-4), **c.links}) for c in ready]
 )
@@ -447,6 +450,23 @@ def test_a_rising_cost_chooses_nobody_and_a_falling_one_unseats_nobody(
         assert now == cheap or cheap == one.node  # who was not chosen is not chosen for it …
         if now == one.node:
             assert cheap == one.node  # … and who is chosen stays chosen at a lower cost
+
+
+@pytest.mark.slow
+@given(tokens, tokens, far_locations, with_store, st.integers(0, 2000))
+def test_what_the_store_lacks_makes_no_way_cheaper_and_is_not_the_owners_business(
+    new: int, reply: int, location: Location, ready: list[Candidate], more: int
+) -> None:
+    before = place(new, reply, location, ready, CONFIG)
+    lags = replace(location, lag=location.lag + more)
+    after = place(new, reply, lags, ready, CONFIG)
+    for c in ready:
+        if c.node == location.node or location.node is None:
+            assert of(after, c.node) == of(before, c.node)
+        else:
+            assert of(after, c.node).bring_s >= of(before, c.node).bring_s
+    if before.node == location.node:
+        assert after.node == before.node
 
 
 # ---- affinity, prefixes, links
@@ -514,6 +534,21 @@ def test_an_owner_reads_its_own_disk_and_a_mover_the_nearer_of_store_and_peer() 
     assert of(lags, "b").link == peer_link("a")  # nobody can say when the store has all
     nowhere = place(200, 0, Location(None, 1000), [a, b], FREE)
     assert of(nowhere, "a").bring_s == of(nowhere, "b").bring_s == pytest.approx(1.0 + 4.0)
+
+
+def test_an_agent_that_lags_comes_from_its_owners_disk_however_dear_that_link_is() -> None:
+    """An exception to the cheapest way: the upload that the store's way would wait for has no
+    price, for the store may take nothing at all. Where prefilling is cheaper, that is done."""
+    store, dear = LinkCost(0.0, 1e-6), LinkCost(0.0, 1e-2)
+    links, lags = {"store": store, peer_link("a"): dear}, Location("a", 1000, lag=1)
+    for location, way in ((replace(lags, lag=0), ("store", store)), (lags, (peer_link("a"), dear))):
+        assert placement_module.way(links, location, owner=False, moves=True) == way
+        assert placement_module.over_peer(links, location) == (way[1] is dear)
+    ready = [candidate("a", 500.0), candidate("b", links=links)]
+    assert place(200, 0, replace(lags, lag=0), ready, FREE).estimates[0].action == "migrate"
+    best = place(200, 0, lags, ready, FREE).estimates[0]
+    assert (best.node, best.action) == ("b", "prefill")
+    assert best.prefill_s < best.bring_s == pytest.approx(1.0 + 10.0)
 
 
 def test_what_the_owner_has_to_upload_first_is_a_cost_of_moving() -> None:
