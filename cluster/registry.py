@@ -6,7 +6,7 @@ store. It grants nothing: it can be lost and rebuilt, and where it is wrong a cl
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
@@ -54,7 +54,7 @@ class Registry:
         self._on_count = on_count
         self._records: dict[AgentId, AgentRecord] = {}
         self.chars_per_token = _CHARS_PER_TOKEN
-        self._per_node: Counter[str | None] = Counter()
+        self._per_node: dict[str, dict[AgentId, None]] = {}  # in the order in which they came
         self._chars: dict[AgentId, int] = {}  # of the messages and the reply of its last turn
         # Until when, by the caller's clock: an operator's migrations, and turns that run.
         self._settled: dict[AgentId, float] = {}
@@ -75,11 +75,11 @@ class Registry:
 
     def on(self, node: str) -> list[AgentRecord]:
         """The agents that a node owns, of all tenants."""
-        return [record for record in self._records.values() if record.node == node]
+        return [self._records[agent] for agent in self._per_node.get(node, ())]
 
     def count(self, node: str) -> int:
         """Agents that a node owns."""
-        return self._per_node[node]
+        return len(self._per_node.get(node, ()))
 
     def spoken(self, agent: AgentId, n_chars: int) -> None:
         """A turn was answered: so long are its messages and its reply."""
@@ -158,13 +158,15 @@ class Registry:
         self._records[record.agent] = record
         if old is None or old.node != record.node:
             if old is not None:
-                self._count(old.node, -1)
-            self._count(record.node, 1)
+                self._leaves(old)
+            if record.node is not None:
+                self._per_node.setdefault(record.node, {})[record.agent] = None
+                self._on_count(record.node, self.count(record.node))
 
-    def _count(self, node: str | None, more: int) -> None:
-        self._per_node[node] += more
-        if node is not None:
-            self._on_count(node, self._per_node[node])
+    def _leaves(self, record: AgentRecord) -> None:
+        if record.node is not None:
+            del self._per_node[record.node][record.agent]
+            self._on_count(record.node, self.count(record.node))
 
     def reported(self, node: str, reports: Iterable[AgentReport]) -> None:
         """A replica's own word, unless a newer epoch is known."""
@@ -197,10 +199,10 @@ class Registry:
 
     def node_lost(self, node: str) -> None:
         """Its agents are owned by nobody now; their memory is in the store."""
-        for record in list(self._records.values()):
-            if record.node == node:
-                rows = min(record.rows, record.durable_rows)
-                self._put(replace(record, node=None, rows=rows, in_ram=False, ram_bytes=0))
+        for record in self.on(node):
+            rows = min(record.rows, record.durable_rows)
+            self._put(replace(record, node=None, rows=rows, in_ram=False, ram_bytes=0))
+        self._per_node.pop(node, None)
 
     def forget(self, agent: AgentId) -> None:
         self._chars.pop(agent, None)
@@ -212,4 +214,4 @@ class Registry:
     def _remove(self, agent: AgentId) -> None:
         record = self._records.pop(agent, None)
         if record is not None:
-            self._count(record.node, -1)
+            self._leaves(record)
