@@ -26,6 +26,8 @@ from cluster.placement import PlacementConfig
 from cluster.router import PlacementRouter
 from storage.card import AgentId
 from tests.fake_cluster import Handle, lost
+from tests.test_drain import Client
+from tests.test_drain import served as served
 from tests.test_router import Device, QuietPool
 
 THRESHOLD = PlacementConfig().rebalance
@@ -302,3 +304,51 @@ def test_it_can_be_turned_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         names = [t.get_coro().__qualname__ for t in Pair(config, runner).router._tasks]  # type: ignore
     assert "ReplicaPool.run" in names or "QuietPool.run" in names
     assert "Rebalance.run" not in names
+
+
+# ---- real replicas
+
+
+@pytest.mark.slow
+def test_a_turn_that_waits_for_the_only_slot_runs_on_a_replica_that_has_become_free(
+    tmp_path: Path, served: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All agents are on a, for b was under pressure; the text is that of a turn left alone."""
+    monkeypatch.setattr(rebalance_module, "_EVERY_S", 0.05)
+    monkeypatch.setattr(rebalance_module, "_LASTS_S", 0.3)
+    replica = ReplicaConfig(
+        model="fake://?step_delay=0.02", store=tmp_path.as_uri(), codec="f16", n_ctx=512, slots=1,
+        pool_bytes=1 << 20,
+    )  # fmt: skip
+
+    async def say(client: Client, session: str) -> tuple[str, str]:
+        body = {"messages": [{"role": "user", "content": "Go on."}], "max_tokens": 100}
+        headers = {"x-session-id": session}
+        answer = await client._http.post(
+            "/v1/chat/completions", json=body | {"temperature": 0}, headers=headers
+        )
+        assert answer.status_code == 200, answer.text
+        return answer.headers["x-kvferry-node"], answer.json()["choices"][0]["message"]["content"]
+
+    async def press(client: Client, level: str) -> None:
+        pressure = "/v1/cluster/nodes/b/pressure"
+        answer = await client._http.post(pressure, json={"level": level})
+        assert answer.status_code == 200, answer.text
+
+    async def go() -> tuple[list[tuple[str, str]], tuple[str, str], int]:
+        client = Client(ClusterConfig(replica))
+        for node in ("a", "b"):
+            await client.ready(node)
+        await press(client, "critical")
+        turns = [asyncio.create_task(say(client, f"s{n}")) for n in range(3)]
+        while (await client.nodes())["a"]["waiting"] < 2:
+            await asyncio.sleep(0.02)
+        await press(client, "none")
+        spoken = await asyncio.gather(*turns)
+        report = await client.ask("GET", "/v1/cluster")
+        return spoken, await say(client, "alone"), report["moves"]["by_reason"]["rebalance"]
+
+    spoken, alone, moves = served.run(asyncio.wait_for(go(), 60))
+    assert {text for _, text in spoken} == {alone[1]}
+    assert "b" in {node for node, _ in spoken}
+    assert moves >= 1
