@@ -112,7 +112,6 @@ class AgentMemory:
     last_used: float = field(default_factory=time.time)
     changed: float = field(default_factory=time.time)  # tokens, rows or card, for reports
     commits_queued: int = 0
-    unsaved: bool = False  # the last commit failed
     shared: LoadedCard | None = None
     peer: BlockSource | None = None
     seen: float = -math.inf

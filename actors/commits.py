@@ -1,41 +1,46 @@
 """Cards of the agents of a replica: written once the rows that they name are stored.
 
 Without a local tier a commit goes to the shared store; with one it goes there, and the shared store
-follows (see replicator). Commits run on the persister's thread, in order with the rows.
+follows (see replicator). Commits run on the persister's thread, in order with the rows. What a
+commit could not store is tried again, without a turn of the agent's.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 from concurrent.futures import Future
 from dataclasses import replace
 
-from actors.branches import AgentMemory, Branch, card_of, note_committed, state_of
+from actors.branches import AgentMemory, Branch, BranchState, Run, card_of, note_committed, state_of
 from actors.faults import Faults
+from actors.outage import Outage
 from actors.persister import Persister
 from actors.replicator import Replicator, Snapshot
 from actors.rows import Rows
-from storage.card import BranchCard
+from actors.unsaved import Unsaved
+from storage.card import AgentId, BranchCard
 from storage.errors import Fenced, StoreUnavailable
-from storage.store import CacheStore
+from storage.spec import Part
 from storage.tiers import Tiers
 
 
 class Commits:
     def __init__(
         self,
-        store: CacheStore,
         rows: Rows,
         tiers: Tiers,
         persister: Persister,
         faults: Faults,
+        outage: Outage,
         lost: Callable[[AgentMemory], None],
     ) -> None:
         """`lost` is told of an agent that another replica has claimed."""
-        self._store, self._rows, self._window = store, rows, rows.windows.size
+        self._tiers, self._rows, self._window = tiers, rows, rows.windows.size
         self._persister, self._faults, self._lost = persister, faults, lost
+        self._outage, self._unsaved = outage, Unsaved()
+        outage.on_end = self._unsaved.soon
         self._lock = threading.Lock()  # of the agents' commits_queued
         self.replicator = Replicator(tiers, faults, lost) if tiers.local is not None else None
 
@@ -48,6 +53,17 @@ class Commits:
             memory.commits_queued += 1
         branches = [(branch, card_of(branch)) for branch in memory.branches]
         self._persister.submit(lambda: self._commit(memory, branches))
+
+    def again(self, busy: Container[AgentId], *, at_once: bool = False) -> None:
+        """Commit what could not be stored before, now and then, or at once, but for agents that are
+        busy: their turn's end does. On the thread that changes their branches."""
+        if at_once:
+            unsaved = self._unsaved.all()
+        else:
+            unsaved = [] if self._outage.lasts else self._unsaved.due()
+        for memory in unsaved:
+            if memory.state == "owned" and memory.agent not in busy:
+                self.later(memory)
 
     def _commit(self, memory: AgentMemory, branches: list[tuple[Branch, BranchCard]]) -> None:
         """Write the next card; counts faults, raises nothing of storage."""
@@ -67,21 +83,29 @@ class Commits:
         try:
             if self.replicator is None:
                 complete = snapshot.complete("shared", self._window)
-                memory.shared = self._store.commit(complete)
+                memory.shared = self._tiers.shared.commit(complete)
                 memory.card = memory.shared.card
                 note_committed(states, memory.card)
                 memory.changed = time.time()  # it is reported again
+                self._note(memory, states)
             else:
                 memory.card = self.replicator.commit(snapshot)
-            memory.unsaved = False
         except Fenced as error:
             if memory.state != "frozen":  # else its release, or its own claim, follows
                 self._faults.count("fenced", error)
                 self._lost(memory)
         except StoreUnavailable as error:
             self._faults.count("store_unavailable", error)
-            memory.unsaved = True
+            if self.replicator is None:
+                self._unsaved.add(memory)
             memory.card = replace(memory.card, generation=new.generation)  # it may be taken now
+
+    def _note(self, memory: AgentMemory, states: list[BranchState]) -> None:
+        """The card is written; whether it could name all there is."""
+        if any(_lacking(state.runs) for state in states):
+            self._unsaved.add(memory)
+        else:
+            self._unsaved.discard(memory)
 
     def settle(self, memory: AgentMemory | None = None, *, near: bool = False) -> Future[None]:
         """Done when everything handed over so far, or of one agent, is in the shared store, or
@@ -103,20 +127,34 @@ class Commits:
         """Whether the shared store has all of an agent that was handed over."""
         if self.replicator is not None:
             return not self.replicator.lags(memory.agent)
-        return not memory.unsaved
+        return memory not in self._unsaved
+
+    def lag(self) -> tuple[int, int]:
+        """(agents of which the shared store lacks something, bytes of it in RAM), where there is
+        no local tier to say so."""
+        branches = [branch for memory in self._unsaved.all() for branch in list(memory.branches)]
+        missing = {item for branch in branches for item in _lacking(branch.runs)}
+        return len(self._unsaved), sum(map(self._tiers.pool.size_of, missing))
 
     def busy(self, memory: AgentMemory) -> bool:
         """Whether something of an agent is on its way."""
-        lags = self.replicator is not None and self.replicator.lags(memory.agent)
-        return memory.commits_queued > 0 or lags
+        return memory.commits_queued > 0 or not self.is_stored(memory)
 
     def forget(self, memory: AgentMemory) -> None:
         """What is queued for the agent is not committed."""
+        self._unsaved.discard(memory)
         if self.replicator is not None:
             self.replicator.forget(memory)
 
     def close(self, timeout: float) -> None:
-        """Store what is queued, at most `timeout` seconds long each."""
+        """Store what is queued, at most `timeout` seconds long each. No turn runs any more."""
+        self.again((), at_once=True)
         self._persister.close(timeout)
         if self.replicator is not None:
             self.replicator.close(timeout)
+
+
+def _lacking(runs: Iterable[Run]) -> list[tuple[str, Part]]:
+    """(run, part) that the shared store lacks of a branch."""
+    wanted: dict[bool, tuple[Part, ...]] = {False: ("full",), True: ("full", "sliding")}
+    return [(r.id, p) for r in runs for p in wanted[r.has_window] if p not in r.shared]

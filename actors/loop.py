@@ -195,6 +195,11 @@ class ReplicaLoop:
             raise AgentMoved(f"agent {agent} has a turn under way")
         self.handoff.drop(agent)
 
+    def flush(self) -> Future[None]:
+        """On the loop's thread: Commits.settle, for what could not be stored before, too."""
+        self.memory.commits.again(self._book.active, at_once=True)
+        return self.memory.commits.settle()
+
     # ---- the loop
 
     def _run(self) -> None:
@@ -235,6 +240,7 @@ class ReplicaLoop:
             self._ends.tend()
             self.handoff.thaw_overdue()
             self.preloader.drop_overdue()
+            self.memory.commits.again(self._book.active)
 
     def _admit(self) -> bool:
         admitted = False

@@ -75,7 +75,8 @@ class Memory:
         self.outage = Outage(lambda: store.files.names(store.files.path("probe"), _PROBE_S))
         if tiers.local is not None:
             tiers.local.store.on_fault = self.faults.card
-        self.commits = Commits(store, self.rows, tiers, self.persister, self.faults, self.forget)
+        parts = self.rows, tiers, self.persister, self.faults, self.outage
+        self.commits = Commits(*parts, self.forget)
         self._provenance = provenance
         self._agents: OrderedDict[AgentId, AgentMemory] = OrderedDict()
         self._lock = threading.RLock()

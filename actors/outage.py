@@ -18,10 +18,12 @@ _PAUSE_S = 1.0
 
 
 class Outage:
-    """`ask()` reaches the store, or raises StorageError. Thread-safe."""
+    """`ask()` reaches the store, or raises StorageError; `on_end` is called when it has answered
+    again. Thread-safe."""
 
     def __init__(self, ask: Callable[[], object]) -> None:
         self._ask = ask
+        self.on_end: Callable[[], None] = lambda: None
         self._lock = threading.Lock()
         self._lasts = False
 
@@ -45,6 +47,7 @@ class Outage:
             logger.info("the store answers, after %.1f s", time.monotonic() - began)
         finally:
             self._lasts = False
+            self.on_end()
 
     def _answers(self) -> bool:
         try:

@@ -271,8 +271,8 @@ class ModelReplica:
         return freed
 
     async def flush(self) -> None:
-        """Done when everything handed over so far is stored."""
-        await _done(self._memory.commits.settle())
+        """Done when everything handed over so far is stored, or the store has refused it."""
+        await _done(await self._on_loop(self._loop.flush))
 
     # ---- reports
 

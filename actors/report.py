@@ -90,6 +90,9 @@ class ReplicaStatus:
     links: Mapping[str, LinkRate] = field(default_factory=dict)  # "store", "disk", "peer"
     prefixes: Mapping[str, int] = field(default_factory=dict)  # digest -> tokens in RAM
     store_answers: bool = True  # False while the shared store is known not to
+    lagging_agents: int = 0  # of which the shared store lacks something
+    lagging_bytes: int = 0
+    cells: int = 0  # in all, some of them used
 
 
 def versions() -> dict[str, str]:
@@ -126,6 +129,7 @@ def status_of(
 ) -> ReplicaStatus:
     """`known`: all its agents."""
     memory = loop.memory
+    agents, size = memory.commits.lag()
     return ReplicaStatus(
         at=at,
         running=len(loop.scheduler.running),
@@ -143,6 +147,9 @@ def status_of(
         links=memory.tiers.link_rates(),
         prefixes=prefixes,
         store_answers=not memory.outage.lasts,
+        cells=loop.engine.n_cells,
+        lagging_agents=local.lagging_agents if local is not None else agents,
+        lagging_bytes=local.lagging_bytes if local is not None else size,
     )
 
 

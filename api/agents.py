@@ -18,7 +18,10 @@ _TIMEOUT_S = 60.0
 class MigrateRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    target: str = Field(min_length=1, max_length=256, description="a node id of /v1/cluster")
+    target: str | None = Field(
+        min_length=1, max_length=256,
+        description="a node id of /v1/cluster; null: the cheapest of the others",
+    )  # fmt: skip
 
 
 def router(context: Context) -> APIRouter:

@@ -23,13 +23,15 @@ _MAX_CHARS = 1 << 30
 
 
 class PlaceRequest(BaseModel):
-    """A turn in numbers: an agent's id, the characters of all its messages, the reply's length."""
+    """A turn in numbers: an agent's id, the characters of all its messages, the reply's length.
+    `system`: the text of the system message among them, by which a prefix is known."""
 
     model_config = ConfigDict(extra="forbid")
 
     agent: str | None = Field(None, max_length=257, description="as GET /v1/agents lists it")
     n_chars: int = Field(0, ge=0, le=_MAX_CHARS)
     reply_tokens: int | None = Field(None, ge=1)
+    system: str | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -75,8 +77,15 @@ def _ask(request: Request, tenant: str, body: ChatCompletionRequest | PlaceReque
             agent, persist = agent_by_id(tenant, body.agent), True
         else:
             agent, persist = agent_of(request, tenant, None)
-        n_reply = reply_tokens(body.reply_tokens)
-        return Ask(agent, body.n_chars, n_reply, affinity=affinity, persist=persist)
+        messages = [{"role": "system", "content": body.system}] if body.system else []
+        return Ask(
+            agent,
+            max(body.n_chars, length(messages, None)),
+            reply_tokens(body.reply_tokens),
+            prefix=prefix_digest(tenant, messages),
+            affinity=affinity,
+            persist=persist,
+        )
     agent, persist = agent_of(request, tenant, body.session_id)
     tools = body.tool_use()
     messages = [message.to_turn() for message in body.messages]

@@ -39,6 +39,8 @@ from storage.errors import StorageError
 
 logger = logging.getLogger(__name__)
 _PLACE_TIMEOUT_S = 45.0
+_ROUTER_S, _STREAM_ROUTER_S = 30.0, 300.0  # for a lost router to come back: new turns, streams
+_ROUTER_PAUSE_S = 0.5
 _MAX_LOSSES = 5
 _REPLY_TOKENS = 128  # what placement reckons with, at most: most replies end before max_tokens
 _MAX_MOVES = 50
@@ -112,7 +114,7 @@ class Turns:
         avoid: set[str] = set()
         n_chars, spoke = length(request.messages, request.tools), False
         while True:
-            decision = await self._place(log, frozenset(avoid))
+            decision = await self._place(log, frozenset(avoid), deadline)
             attempt = replace(log.next_request(), restore_tokens=decision.restore_tokens)
             try:
                 async for batch in self._batches(log, decision, attempt, deadline):
@@ -142,8 +144,10 @@ class Turns:
                 avoid.add(decision.incarnation)
                 await self._suspect(decision, error)
 
-    async def _place(self, log: TurnLog, avoid: frozenset[str]) -> Decision:
-        request = log.request
+    async def _place(self, log: TurnLog, avoid: frozenset[str], deadline: float) -> Decision:
+        """A router that is lost is no lost replica: it has a deadline of its own. Raises NoReplica,
+        TurnTimeout."""
+        request, asked = log.request, time.monotonic()
         n_chars = length(request.messages, request.tools)
         while True:
             try:
@@ -162,10 +166,11 @@ class Turns:
                 )
                 return placed
             except ReplicaLost as error:  # the router itself: Ray restarts it
-                log.failovers += 1
-                if log.failovers > _MAX_LOSSES:
+                self._check(deadline)
+                patience = _STREAM_ROUTER_S if log.started is not None else _ROUTER_S
+                if time.monotonic() - asked >= patience:
                     raise NoReplica(f"the router does not answer: {error}") from error
-                await asyncio.sleep(0.5)
+                await asyncio.sleep(_ROUTER_PAUSE_S)
 
     async def _batches(
         self, log: TurnLog, decision: Decision, attempt: TurnRequest, deadline: float

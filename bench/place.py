@@ -109,7 +109,7 @@ def throughput(n_replicas: int, n_agents: int, seconds: float) -> tuple[float, f
     nodes = {candidate.node: candidate for candidate in fleet}
     agents = [AgentId("default", f"s{n}") for n in range(n_agents)]
     for candidate in fleet:
-        dispatch.reported(candidate, 0.5, max(1, 2 * n_agents // n_replicas))
+        dispatch.reported(candidate)
     for n, agent in enumerate(agents):
         rows = draw.randint(0, 16_000)
         told = AgentReport(agent, 1, 1, 1, rows, rows, n % 3 > 0, 0, 0, 0.0, max(0, rows - n % 99))
@@ -122,7 +122,7 @@ def throughput(n_replicas: int, n_agents: int, seconds: float) -> tuple[float, f
     while (now := time.process_time() - began) < seconds:
         while due <= now:  # the reports of all, spread evenly
             report = fleet[int(due / REPORT_S * n_replicas) % n_replicas]
-            dispatch.reported(replace(report, queue_s=draw.random()), 0.5, 2 * n_agents)
+            dispatch.reported(replace(report, queue_s=draw.random()))
             due += REPORT_S / n_replicas
         ask = asks[n % len(asks)]
         start = time.thread_time()
@@ -144,7 +144,7 @@ def _candidate(draw: random.Random, number: int, n_replicas: int) -> Candidate:
     for other in draw.sample(range(n_replicas), min(8, n_replicas)):
         links[peer_link(f"node-{other:04}")] = LinkCost(0.01, draw.uniform(1e-5, 1e-3))
     prefixes = {f"p{draw.randint(0, 50)}": 256 * draw.randint(1, 8) for _ in range(8)}
-    return Candidate(f"node-{number:04}", draw.random(), rates, 0.0, 0, links, prefixes)
+    return Candidate(f"node-{number:04}", draw.random(), rates, 0.5, 0, links, prefixes)
 
 
 # ---- right

@@ -25,7 +25,6 @@ CHARS = 4  # of a token
 REPORT_S = 0.5
 NOISE = 0.2  # standard deviation of the logarithm of a real cost
 _BATCH = 4  # turns that share a decoding step
-_SLOTS = 64
 
 
 @dataclass(frozen=True)
@@ -185,7 +184,7 @@ def placed(turns: Sequence[Turn], devices: Sequence[Device], seed: int) -> Figur
         if turn.at >= reported + REPORT_S:
             reported = turn.at
             for node in cluster.nodes:
-                dispatch.reported(_report(node, turn.at), 0.0, _SLOTS)
+                dispatch.reported(_report(node, turn.at))
         ask = Ask(
             _agent(turn), CHARS * turn.tokens, min(turn.reply, 128), str(number), str(turn.system)
         )

@@ -92,7 +92,8 @@ def local_site(settings: ClusterConfig) -> Iterator[Site]:
     """Device nodes of this machine, on a store of their own; those that die are started again.
     Raises BenchFailed, ConfigError."""
     settings = divided(replace(settings, http=replace(settings.http, api_keys={})))
-    settings = replace(settings, placement=replace(settings.placement, hysteresis_s=STAY_S))
+    placement = replace(settings.placement, hysteresis_s=STAY_S, rebalance=0.0)
+    settings = replace(settings, placement=placement)
     http = replace(settings.http, host="127.0.0.1", port=free_port())
     with tempfile.TemporaryDirectory(prefix="kvferry-bench-") as store:
         replica = replace(settings.replica, store=f"file://{store}")

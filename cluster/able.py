@@ -1,14 +1,14 @@
-"""Which replicas can take an agent's turn, and waiting for one that can."""
+"""Which replicas can take an agent's turn, or the agent, and waiting for one that can."""
 
 from __future__ import annotations
 
 import asyncio
 
+from cluster.dispatch import Ask, Dispatch
 from cluster.drain import Drains
-from cluster.errors import NoReplica
+from cluster.errors import NoReplica, UnknownNode
 from cluster.member import Replica
 from cluster.pool import ReplicaPool
-from cluster.registry import Registry
 from storage.card import AgentId
 
 _PLACE_TIMEOUT_S = 30.0  # to wait for a replica, when none is ready
@@ -18,8 +18,9 @@ class Able:
     """`avoid`: incarnations that failed this turn, taken only where nothing else is ready. `bound`:
     an agent that is for its owner alone, if that lives."""
 
-    def __init__(self, pool: ReplicaPool, registry: Registry, drains: Drains) -> None:
-        self._pool, self._registry, self._drains = pool, registry, drains
+    def __init__(self, pool: ReplicaPool, dispatch: Dispatch, drains: Drains) -> None:
+        self._pool, self._dispatch, self._drains = pool, dispatch, drains
+        self._registry = dispatch.registry
 
     def now(self, avoid: frozenset[str], bound: AgentId | None) -> dict[str, Replica]:
         """By node; empty when none is ready."""
@@ -51,3 +52,21 @@ class Able:
         owner = replicas.get(self._registry.location(agent).node or "")
         able = owner is not None and owner.incarnation not in avoid
         return able and self._registry.stays(agent, now)
+
+    def target(self, agent: AgentId, node: str | None) -> Replica:
+        """Where an operator moves the agent: to that node, or to the cheapest one but its owner.
+        Raises UnknownNode, NoReplica."""
+        if node is None:
+            owner = self._registry.location(agent).node
+            others = {r.node.id: r for r in self._drains.open() if r.node.id != owner}
+            if not others:
+                raise NoReplica(f"no other node could take agent {agent}")
+            return others[self._dispatch.decide(Ask(agent, 0, 1), others).node]
+        replica = self._pool.replicas.get(node)
+        if replica is None:
+            known = ", ".join(sorted(self._pool.replicas)) or "none"
+            raise UnknownNode(f"no node {node!r} with a replica; there are: {known}")
+        if not replica.healthy:
+            raise NoReplica(f"the replica on {node} is not ready")
+        self._drains.check_open(node)
+        return replica

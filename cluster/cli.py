@@ -202,11 +202,17 @@ def agents(
 @app.command()
 def migrate(
     agent: Annotated[str, typer.Argument(help="The agent's id.")],
-    target: Annotated[str, typer.Argument(help="The node to move it to.")],
+    target: Annotated[str | None, typer.Argument(help="As --to.")] = None,
+    to: Annotated[
+        str | None, typer.Option(help="The node to move it to; without, the cheapest other.")
+    ] = None,
     url: Url = DEFAULT_URL,
     api_key: Key = "",
 ) -> None:
     """Move an agent to another node."""
+    if target is not None and to is not None and target != to:
+        fail(f"move it to {target}, or to {to}? Name one node")
+    target = to or target
     done = _request("POST", url, f"/v1/agents/{agent}/migrate", api_key, {"target": target})
     console.print(
         f"{done['id']}: {done['source'] or 'store'} -> {done['target']}, epoch {done['epoch']}, "

@@ -21,7 +21,7 @@ _LINKS = ("store", "disk")
 
 
 class Columns:
-    """`queue`, `agents` and `pressure` may change; everything else is as reported."""
+    """`queue` and `agents` may change; everything else is as reported."""
 
     def __init__(self, candidates: Sequence[Candidate], config: PlacementConfig) -> None:
         """`candidates`: in the order of their names."""
@@ -30,7 +30,8 @@ class Columns:
         self.row = {candidate.node: row for row, candidate in enumerate(candidates)}
         self._borrow = {row for row, told in enumerate(candidates) if not _complete(told)}
         n = len(candidates)
-        self.queue, self.pressure, self.agents = np.zeros(n), np.zeros(n), np.zeros(n)
+        self.queue, self.agents = np.zeros(n), np.zeros(n)
+        self._pressure, self._warned = np.zeros(n), np.zeros(n)
         self._tokens_per_s, self._depth = np.zeros(n), np.zeros(n)
         self._decode, self._restore, self._load = np.zeros(n), np.zeros(n), np.zeros(n)
         self._fixed = {name: np.full(n, np.inf) for name in _LINKS}
@@ -58,8 +59,8 @@ class Columns:
 
     def _write(self, row: int) -> None:
         candidate = self._told[row]
-        self.queue[row], self.pressure[row] = candidate.queue_s, candidate.pressure
-        self.agents[row] = candidate.n_agents
+        self.queue[row], self.agents[row] = candidate.queue_s, candidate.n_agents
+        self._pressure[row], self._warned[row] = candidate.pressure, candidate.warned
         self._write_rates(row)
 
     def _write_rates(self, row: int) -> None:
@@ -91,7 +92,7 @@ class Columns:
         elif shared is not None:
             memory = np.minimum(memory, self._part(shared, end))
         decode = reply_tokens * self._decode
-        extra = self.pressure * config.pressure_s
+        extra = self._pressure * config.pressure_s + self._warned * config.warn_s
         move_s = 0.0
         if moves:
             move_s = config.migrate_s

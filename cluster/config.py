@@ -241,6 +241,8 @@ def _bounds(config: ClusterConfig) -> list[tuple[str, float, float, float]]:
         ("hysteresis", placement.hysteresis, 0, 1e9),
         ("migrate_s", placement.migrate_s, 0, 1e9),
         ("pressure_s", placement.pressure_s, 0, 1e9),
+        ("warn_s", placement.warn_s, 0, 1e9),
+        ("rebalance", placement.rebalance, 0, 1e9),
         ("quota_bytes", retention.quota_bytes, 0, 1 << 60),
         ("idle_ttl_s", retention.idle_ttl_s, 0, 1e10),
         ("token_ttl_s", retention.token_ttl_s, 0, 1e10),

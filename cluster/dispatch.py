@@ -38,10 +38,10 @@ class Dispatch:
         self.registry = Registry(self.fleet.owns)
         self._clock = clock
 
-    def reported(self, candidate: Candidate, cells: float = 0.0, slots: int = 0) -> None:
+    def reported(self, candidate: Candidate) -> None:
         """A replica's word on itself; its agents are those that the registry counts."""
         n_agents = self.registry.count(candidate.node)
-        self.fleet.reported(replace(candidate, n_agents=n_agents), cells, slots)
+        self.fleet.reported(replace(candidate, n_agents=n_agents))
 
     def lost(self, node: str) -> None:
         self.registry.node_lost(node)
@@ -79,6 +79,7 @@ class Dispatch:
         node = choice.node
         if ask.persist:
             self.registry.assign(ask.agent, node)
+            self.registry.asked(ask.agent, ask.affinity)
             self.registry.turn_began(ask.agent, ask.turn_id, until)
         estimate = choice.placement.of(node) or choice.placement.estimates[0]
         if node in self.fleet:  # decoding is shared, and holds nobody up

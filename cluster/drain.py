@@ -12,55 +12,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cluster import notes
-from cluster.dispatch import Ask, Dispatch
-from cluster.errors import LastNode, MigrationFailed, NoReplica, UnknownNode
+from cluster.dispatch import Dispatch
+from cluster.errors import LastNode, NoReplica, UnknownNode
+from cluster.leaving import POLL_S, Drain, Leaving, Lock, Move
 from cluster.member import Replica
 from cluster.pool import ReplicaPool
-from cluster.remote import ReplicaLost
 from storage.card import AgentId
 
 logger = logging.getLogger(__name__)
 Level = Literal["none", "warn", "critical"]
 PARALLEL = 4  # agents that leave a node at a time
-_ATTEMPTS = 3  # to move one agent
-_POLL_S = 0.1
 _DEADLINE_S = 900.0  # longer than a turn may take
 _FOUND_S = 60.0  # until a new router has found a node's replica
-
-Lock = Callable[[AgentId], asyncio.Lock]
-Move = Callable[[AgentId, Replica, Replica], Coroutine[Any, Any, Any]]
-
-
-@dataclass
-class Drain:
-    """What became of a node's agents. `release`: its replica is closed in the end."""
-
-    node: str
-    release: bool
-    state: Literal["draining", "drained", "stuck"] = "draining"
-    moved: int = 0
-    left: int = 0  # agents still there
-    running: int = 0  # turns still there
-    failed: dict[AgentId, str] = field(default_factory=dict)
-    error: str = ""
-    task: asyncio.Task[None] | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "node": self.node,
-            "state": self.state,
-            "release": self.release,
-            "moved": self.moved,
-            "left": self.left,
-            "running": self.running,
-            "failed": [{"agent": str(a), "error": e} for a, e in self.failed.items()],
-            "error": self.error or None,
-        }
 
 
 class Drains:
@@ -75,16 +41,17 @@ class Drains:
         deadline_s: float = _DEADLINE_S,
     ) -> None:
         """`lock`: under which an agent is moved; `move` may raise MigrationFailed."""
-        self._pool, self._dispatch, self._lock, self._move = pool, dispatch, lock, move
-        self._deadline_s = deadline_s
+        self._pool, self._deadline_s = pool, deadline_s
+        self._leaving = Leaving(pool, dispatch, lock, move, self.open)
         self._drains: dict[str, Drain] = {}
         self._pressure: dict[str, Level] = {}
+        self._waits: set[str] = set()  # under critical pressure, and nobody could take their agents
 
     def go_on(self) -> None:
         """With what the router before was at, as it noted. A node that was empty stays held; one
         that was not is emptied, once its replica is found."""
         note = notes.read()
-        self._pressure = note.get("pressure", {})
+        self._pressure, self._waits = note.get("pressure", {}), set(note.get("waits", ()))
         for node, state, release in note.get("drains", ()):
             drain = self._drains[node] = Drain(node, release)
             if state == "drained":
@@ -96,16 +63,17 @@ class Drains:
 
     def _note(self) -> None:
         drains = [(d.node, d.state, d.release) for d in self._drains.values()]
-        notes.write({"drains": drains, "pressure": self._pressure})
+        notes.write({"drains": drains, "pressure": self._pressure, "waits": sorted(self._waits)})
 
     # ---- for placement
 
     def candidates(self) -> dict[str, Replica]:
         """Healthy replicas that may take turns, by node; where there is no other, those that are
         being emptied."""
-        return {r.node.id: r for r in self._open() or self._pool.healthy()}
+        return {r.node.id: r for r in self.open() or self._pool.healthy()}
 
-    def _open(self) -> list[Replica]:
+    def open(self) -> list[Replica]:
+        """Healthy replicas that are not being emptied."""
         return [r for r in self._pool.healthy() if r.node.id not in self._drains]
 
     def source(self, node: str | None) -> Replica | None:
@@ -118,9 +86,9 @@ class Drains:
         if node in self._drains:
             raise NoReplica(f"{node} is {self._drains[node].state}: it takes no agents")
 
-    def fullness(self, node: str, cells: float) -> float:
-        """Under pressure a replica counts as full."""
-        return cells if self._pressure.get(node, "none") == "none" else 1.0
+    def warned(self, node: str) -> bool:
+        """Whether a node has reported pressure."""
+        return self._pressure.get(node, "none") != "none"
 
     # ---- for operators
 
@@ -131,8 +99,8 @@ class Drains:
         known = self._drains.get(node)
         if known is not None and known.state != "stuck" and (known.release or not release):
             return known.to_json()
-        if not any(replica.node.id != node for replica in self._open()):
-            raise LastNode(f"no other node could take the agents of {node}")
+        if not self._relieved(node):
+            raise LastNode(_last(node))
         self._cancel(known)
         drain = self._drains[node] = Drain(node, release)
         if release:
@@ -146,6 +114,7 @@ class Drains:
         UnknownNode."""
         self._device(node)
         self._cancel(self._drains.pop(node, None))
+        self._waits.discard(node)
         self._pool.rejoin(node)
         self._note()
         return {"node": node, "state": "open"}
@@ -154,19 +123,37 @@ class Drains:
         """Raises UnknownNode."""
         self._device(node)
         drain = self._drains.get(node)
-        return drain.to_json() if drain is not None else {"node": node, "state": "open"}
+        if drain is not None:
+            return drain.to_json()
+        waits = {"error": _last(node)} if node in self._waits else {}
+        return {"node": node, "state": "open"} | waits
 
     def pressed(self, node: str, level: Level) -> dict[str, Any]:
-        """A node says how it is doing. Raises UnknownNode, LastNode."""
+        """A node says how it is doing. Where no other could take its agents, a critical one is
+        emptied when one can. Raises UnknownNode."""
         self._device(node)
+        self._pressure[node] = level
         drain = self._drains.get(node)
         if level == "critical":
-            self.drain(node, release=False)
+            self._waits.add(node)
+            self.relieve()
         elif drain is not None and not drain.release:  # an operator's drain goes on
             self.undrain(node)
-        self._pressure[node] = level
+        else:
+            self._waits.discard(node)
         self._note()
         return self.progress(node) | {"pressure": level}
+
+    def relieve(self) -> None:
+        """Empty the nodes under critical pressure that another could relieve by now."""
+        for node in sorted(self._waits):
+            if node in self._pool.replicas and self._relieved(node):
+                self.drain(node, release=False)
+                self._waits.discard(node)
+                self._note()
+
+    def _relieved(self, node: str) -> bool:
+        return any(replica.node.id != node for replica in self.open())
 
     def report(self, node: str) -> dict[str, Any]:
         """For the cluster's report."""
@@ -194,7 +181,7 @@ class Drains:
             replica = self._pool.replicas.get(drain.node)
             if replica is not None and replica.healthy:
                 break
-            await asyncio.sleep(_POLL_S)
+            await asyncio.sleep(POLL_S)
         if self._drains.get(drain.node) is drain:
             if drain.release:
                 self._pool.hold(drain.node)
@@ -226,13 +213,13 @@ class Drains:
 
         async def leave(agent: AgentId) -> None:
             async with free:
-                await self._leave(drain, agent)
+                await self._leaving.leave(drain, agent)
 
         while (replica := self._pool.replicas.get(drain.node)) is not None:
             self._check_wanted(drain)
             if replica.healthy:
                 await asyncio.gather(self._pool.refresh(replica), return_exceptions=True)
-            agents = [a for a in self._agents(drain.node) if a not in drain.failed]
+            agents = [a for a in self._leaving.agents(drain.node) if a not in drain.failed]
             drain.left = len(agents)
             status = replica.status
             drain.running = status.running + status.waiting if status is not None else 0
@@ -241,7 +228,7 @@ class Drains:
             elif not agents and not drain.running:
                 return
             else:
-                await asyncio.sleep(_POLL_S)
+                await asyncio.sleep(POLL_S)
         drain.left = drain.running = 0
 
     def _check_wanted(self, drain: Drain) -> None:
@@ -250,39 +237,6 @@ class Drains:
         if self._drains.get(drain.node) is not drain:
             raise asyncio.CancelledError
 
-    def _agents(self, node: str) -> list[AgentId]:
-        return [record.agent for record in self._dispatch.registry.on(node)]
 
-    async def _leave(self, drain: Drain, agent: AgentId) -> None:
-        error: Exception | None = None
-        for attempt in range(_ATTEMPTS):
-            source = self._pool.replicas.get(drain.node)
-            if source is None or not source.healthy:
-                return  # it is dead or silent: whoever takes its turns claims its agents
-            try:
-                moved = await self._bring_away(agent, source)
-            except (MigrationFailed, NoReplica, ReplicaLost) as failure:
-                logger.warning("agent %s cannot leave %s: %s", agent, drain.node, failure)
-                error = failure
-                await asyncio.sleep(_POLL_S * 2**attempt)
-            else:
-                drain.moved += moved
-                drain.left -= 1
-                return
-        drain.failed[agent] = str(error)
-
-    async def _bring_away(self, agent: AgentId, source: Replica) -> bool:
-        """False when it has left already."""
-        async with self._lock(agent):
-            record = self._dispatch.registry.get(agent)
-            if record is None or record.node != source.node.id:
-                return False
-            await self._move(agent, source, self._target(agent))
-            return True
-
-    def _target(self, agent: AgentId) -> Replica:
-        """The cheapest for its next turn, of which nothing is known. Raises NoReplica."""
-        able = {replica.node.id: replica for replica in self._open()}
-        if not able:
-            raise NoReplica("no other node is ready")
-        return able[self._dispatch.decide(Ask(agent, 0, 1), able).node]
+def _last(node: str) -> str:
+    return f"no other node could take the agents of {node}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import httpx
@@ -19,11 +20,19 @@ def get(url: str, path: str, api_key: str) -> Any:
     return request("GET", url, path, api_key, None)
 
 
-def request(method: str, url: str, path: str, api_key: str, body: Any) -> Any:
+def request(
+    method: str,
+    url: str,
+    path: str,
+    api_key: str,
+    body: Any,
+    headers: Mapping[str, str] | None = None,
+) -> Any:
     """The JSON of an answer; anything else ends the command."""
-    headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+    sent = {"authorization": f"Bearer {api_key}"} if api_key else {}
+    sent |= headers or {}
     try:
-        answer = httpx.request(method, url + path, json=body, headers=headers, timeout=60)
+        answer = httpx.request(method, url + path, json=body, headers=sent, timeout=60)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         fail(f"{url}: {error}", code=1)
     if answer.status_code >= 400:

@@ -8,7 +8,6 @@ Pure, and not thread-safe.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -40,7 +39,6 @@ class Fleet:
     def __init__(self, config: PlacementConfig) -> None:
         self._config = config
         self._candidates: dict[str, Candidate] = {}
-        self._capacity: dict[str, tuple[float, int]] = {}  # (share of cells used, slots)
         self._holders: dict[str, dict[str, int]] = {}  # prefix -> node -> tokens
         self._columns: Columns | None = None  # None: reports have come since
 
@@ -51,14 +49,9 @@ class Fleet:
     def nodes(self) -> list[str]:
         return sorted(self._candidates)
 
-    def reported(self, candidate: Candidate, cells: float = 0.0, slots: int = 0) -> None:
-        """A replica's new word. With `slots`, its pressure is that of its cells or of the agents
-        it owns, whichever is greater; else the candidate's."""
+    def reported(self, candidate: Candidate) -> None:
+        """A replica's new word."""
         node, old = candidate.node, self._candidates.get(candidate.node)
-        self._capacity[node] = (cells, slots)
-        if slots:
-            pressure = min(1.0, max(cells, candidate.n_agents / slots))
-            candidate = replace(candidate, pressure=pressure)
         if old is None or old.prefixes != candidate.prefixes:
             self._drop_prefixes(old)
             for digest, tokens in candidate.prefixes.items():
@@ -84,12 +77,9 @@ class Fleet:
         candidate = self._candidates.get(node)
         if candidate is None or candidate.n_agents == n_agents:
             return
-        cells, slots = self._capacity[node]
-        pressure = min(1.0, max(cells, n_agents / slots)) if slots else candidate.pressure
-        self._candidates[node] = _with(candidate, n_agents=n_agents, pressure=pressure)
+        self._candidates[node] = _with(candidate, n_agents=n_agents)
         if self._columns is not None:
-            row = self._columns.row[node]
-            self._columns.agents[row], self._columns.pressure[row] = n_agents, pressure
+            self._columns.agents[self._columns.row[node]] = n_agents
 
     def candidates(self, nodes: Iterable[str] | None = None) -> list[Candidate]:
         return [self._candidates[n] for n in (self.nodes if nodes is None else sorted(nodes))]
@@ -143,9 +133,7 @@ class Fleet:
     def _estimate(self, columns: Columns, row: int, turn: _Turn) -> Estimate:
         candidate, rates = columns.known[row]
         now = self._candidates[candidate.node]
-        candidate = _with(
-            candidate, queue_s=now.queue_s, pressure=now.pressure, n_agents=now.n_agents
-        )
+        candidate = _with(candidate, queue_s=now.queue_s, n_agents=now.n_agents)
         new, reply, location, prefix = turn
         return estimate(candidate, rates, new, reply, location, self._config, prefix)
 

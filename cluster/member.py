@@ -12,11 +12,14 @@ from typing import Any
 
 from actors.report import ReplicaInfo, ReplicaStatus
 from cluster.errors import ClusterError
+from cluster.loads import Load
 from cluster.nodes import Node
 from cluster.placement import Candidate, link_cost
 from storage.fetch import Progress
 
 LOOP_FAILURES, LOOP_S = 5, 600.0  # so many within so long: it is crash looping
+_MAX_BACKOFF_S = 30.0
+_REFUSED_S = 600.0  # until a replica that does not fit is tried again
 _SHOWN = 3  # differences of a model that is refused
 
 
@@ -49,6 +52,34 @@ class Backoff:
     not_before: float = 0.0
     error: str = ""
     died: deque[float] = field(default_factory=lambda: deque(maxlen=LOOP_FAILURES))
+    refused: str = ""  # Ray's id of the node, whose last replica did not fit to the others
+
+    def waits(self, node: Node, now: float) -> bool:
+        """A node that was refused and has come back as another one is tried at once."""
+        return now < self.not_before and self.refused in ("", node.ray_id)
+
+    def failed(self, now: float, reason: str, *, young: bool) -> float:
+        """A replica is gone, `young`: before it had served for long. Seconds until the next."""
+        self.failures += 1
+        if young:
+            self.died.append(now)
+        delay: float = min(_MAX_BACKOFF_S, 0.25 * 2 ** min(16, self.failures))
+        if self.looping(now):
+            delay = _MAX_BACKOFF_S
+        self.not_before, self.error, self.refused = now + delay, reason, ""
+        return delay
+
+    def does_not_fit(self, now: float, reason: str, ray_id: str) -> float:
+        """A replica was refused; that it would load its model again changes nothing. Seconds until
+        the next."""
+        self.not_before, self.error, self.refused = now + _REFUSED_S, reason, ray_id
+        return _REFUSED_S
+
+    def told(self, now: float) -> str:
+        """The error, as it is shown."""
+        if self.refused or not self.looping(now):
+            return self.error
+        return f"crash looping, {LOOP_FAILURES} times in {LOOP_S / 60:g} min: {self.error}"
 
     def looping(self, now: float) -> bool:
         """Whether short lives have followed one another."""
@@ -77,8 +108,8 @@ def check_fits(info: ReplicaInfo, ours: Mapping[str, str], first: ReplicaInfo | 
         raise Refused(f"refused: {'; '.join(differ)}")
 
 
-def candidate(replica: Replica) -> tuple[Candidate, float] | None:
-    """What placement needs of a replica, and the share of its cells that is in use."""
+def candidate(replica: Replica, *, warned: bool = False) -> Candidate | None:
+    """What placement needs of a replica. `warned`: its node has reported pressure."""
     info, status = replica.info, replica.status
     if info is None or status is None:
         return None
@@ -87,8 +118,14 @@ def candidate(replica: Replica) -> tuple[Candidate, float] | None:
         for name, rate in status.links.items()
         if info.row_bytes
     }
-    cells = status.cells_used / max(1, info.slots * info.n_ctx)
-    found = Candidate(
-        replica.node.id, status.queue_s, status.rates, cells, 0, links, status.prefixes
+    pressure = min(1.0, load(info, status).pressure)
+    return Candidate(
+        replica.node.id, status.queue_s, status.rates, pressure, 0, links, status.prefixes, warned
     )
-    return found, cells
+
+
+def load(info: ReplicaInfo, status: ReplicaStatus) -> Load:
+    cells = status.cells or max(1, info.slots * info.n_ctx)
+    return Load(
+        info.node, status.cells_used, cells, status.running, status.waiting, max(1, info.slots)
+    )

@@ -19,7 +19,7 @@ from cluster.registry import Registry
 from storage.card import AgentId
 
 logger = logging.getLogger(__name__)
-Reason = Literal["operator", "placement", "drain"]
+Reason = Literal["operator", "placement", "drain", "rebalance"]
 BUCKETS_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 
@@ -92,7 +92,7 @@ class Mover:
         if source is None or told is None or not (_writes(source) and _writes(target)):
             return None
         location = replace(self._registry.location(agent), node=source.node.id)
-        return self._pool.disks.get(source.node.id) if over_peer(told[0].links, location) else None
+        return self._pool.disks.get(source.node.id) if over_peer(told.links, location) else None
 
 
 def _writes(replica: Replica) -> bool:

@@ -26,6 +26,8 @@ class PlacementConfig:
     hysteresis: float = 0.25  # … and this share of what the turn costs: rates are estimates
     migrate_s: float = 0.2  # fixed cost of a migration: freeze, commit, claim
     pressure_s: float = 0.2  # cost of a replica that is full
+    warn_s: float = 5.0  # cost of a node that is short of battery or memory: idle agents leave it
+    rebalance: float = 0.5  # difference of pressure from which agents are moved; 0: never
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,11 @@ class Candidate:
     node: str
     queue_s: float
     rates: Rates
-    pressure: float  # 0 .. 1: how full its cells or its sequences are
+    pressure: float  # 0 .. 1: the share of its cells that is taken, or of its slots by turns
     n_agents: int
     links: Mapping[str, LinkCost] = field(default_factory=dict)
     prefixes: Mapping[str, int] = field(default_factory=dict)  # digest -> tokens in its RAM
+    warned: bool = False  # its node has reported pressure
 
 
 @dataclass(frozen=True)
@@ -197,7 +200,7 @@ def estimate(
                 mixed, part = total, kept
     memory = min(bring, mixed, prefill)
     decode = reply_tokens * rates.decode_step_s
-    extra = candidate.pressure * config.pressure_s
+    extra = candidate.pressure * config.pressure_s + candidate.warned * config.warn_s
     if moves:
         extra += config.hysteresis_s + config.hysteresis * (move_s + memory + decode)
     action, kept = "prefill", 0

@@ -1,6 +1,7 @@
 """One replica per device: starts a ModelReplica on every node that carries a device, follows nodes
 as they join and leave, watches every replica, and replaces the dead with growing delays. One whose
-model or versions are not the pool's is refused; where replicas keep dying, that is said.
+model or versions are not the pool's is refused, and seldom tried again; where replicas keep dying,
+that is said.
 
 Lives in the router actor. A replica is a detached, named actor pinned to its node, so that it
 survives the router and is found again by the next one.
@@ -26,7 +27,7 @@ from actors.report import ReplicaInfo, versions
 from actors.weights import WeightsProvider
 from cluster.disks import NAMESPACE, RemoteDisk, disk_folder, node_folder, open_disk
 from cluster.errors import MigrationFailed
-from cluster.member import LOOP_FAILURES, LOOP_S, Backoff, Refused, Replica, check_fits
+from cluster.member import Backoff, Refused, Replica, check_fits
 from cluster.nodes import DEVICE, Node, named
 from cluster.remote import ReplicaLost, call
 from storage.errors import StorageError
@@ -40,7 +41,7 @@ _LONGEST_LOAD_S = 7 * 86400.0  # however slow the link
 _STATUS_TIMEOUT_S = 3.0
 _TICK_S = 0.5
 _WATCH_S = 0.1
-_MAX_BACKOFF_S = 30.0
+_SILENT_S = 30.0  # without a report: it is gone
 _SHORT_LIFE_S = 15.0  # a replica that was ready for less has failed
 _FLUSH_TIMEOUT_S = 60.0
 
@@ -78,12 +79,12 @@ class ReplicaPool:
     def errors(self) -> dict[str, str]:
         """Node id -> why its last replica died, while it has none that is ready."""
         quiet = {replica.node.id for replica in self.healthy()} | self.held
-        return {n: self._error(b) for n, b in self._backoff.items() if b.error and n not in quiet}
+        now, known = self.clock(), self._backoff.items()
+        return {n: b.told(now) for n, b in known if b.error and n not in quiet}
 
-    def _error(self, backoff: Backoff) -> str:
-        if not backoff.looping(self.clock()):
-            return backoff.error
-        return f"crash looping, {LOOP_FAILURES} times in {LOOP_S / 60:g} min: {backoff.error}"
+    def refused(self) -> set[str]:
+        """Nodes whose replicas do not fit to the others, while they wait for the next try."""
+        return {n for n, b in self._backoff.items() if b.refused and n not in self.replicas}
 
     def suspect(self, incarnation: str) -> None:
         """Somebody could not reach a replica: it gets no turns until it answers again."""
@@ -116,7 +117,7 @@ class ReplicaPool:
                 self._remove(replica, "its node left")
         for node in self.nodes.values():
             backoff = self._backoff.setdefault(node.id, Backoff())
-            waits = self.clock() < backoff.not_before or node.id in self.held
+            waits = backoff.waits(node, self.clock()) or node.id in self.held
             if node.has_device and node.id not in self.replicas and not waits:
                 replica = Replica(node, self._start(node))
                 self.replicas[node.id] = replica
@@ -169,14 +170,16 @@ class ReplicaPool:
                 except ReplicaLost as error:
                     replica.healthy = False
                     silent_since = silent_since or time.monotonic()
-                    if error.dead or time.monotonic() - silent_since > _MAX_BACKOFF_S:
+                    if error.dead or time.monotonic() - silent_since > _SILENT_S:
                         raise
                 else:
                     silent_since = None
                     known = self._backoff.setdefault(name, Backoff())
                     self._backoff[name] = Backoff(died=known.died)
                 await asyncio.sleep(_TICK_S)
-        except (ReplicaLost, Refused, ActorError, StorageError, ValueError) as error:
+        except Refused as error:
+            self._remove(replica, str(error), refused=True)
+        except (ReplicaLost, ActorError, StorageError, ValueError) as error:
             self._remove(replica, str(error))
         except Exception as error:  # unwatched, it would seem healthy for ever
             logger.exception("watching the replica on %s failed", name)
@@ -270,21 +273,19 @@ class ReplicaPool:
     def _kill(self, replica: Replica) -> None:
         ray.kill(replica.actor, no_restart=True)
 
-    def _remove(self, replica: Replica, reason: str) -> None:
+    def _remove(self, replica: Replica, reason: str, *, refused: bool = False) -> None:
         name = replica.node.id
         if self.replicas.get(name) is not replica:
             return
         del self.replicas[name]
         replica.healthy = False
         backoff = self._backoff.setdefault(name, Backoff())
-        backoff.failures += 1
         now = self.clock()
-        if replica.ready_at is None or now - replica.ready_at < _SHORT_LIFE_S:
-            backoff.died.append(now)
-        delay = min(_MAX_BACKOFF_S, 0.25 * 2 ** min(16, backoff.failures))
-        if backoff.looping(now):
-            delay = _MAX_BACKOFF_S
-        backoff.not_before, backoff.error = now + delay, reason
+        young = replica.ready_at is None or now - replica.ready_at < _SHORT_LIFE_S
+        if refused:
+            delay = backoff.does_not_fit(now, reason, replica.node.ray_id)
+        else:
+            delay = backoff.failed(now, reason, young=young)
         self.restarts += 1
         logger.warning("replica on %s is gone (%s); next try in %.1f s", name, reason, delay)
         self._kill(replica)

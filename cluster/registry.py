@@ -6,11 +6,12 @@ store. It grants nothing: it can be lost and rebuilt, and where it is wrong a cl
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from actors.report import AgentReport
+from actors.turn import Affinity
 from cluster.placement import Location
 from storage.card import AgentId
 from storage.store import LoadedCard
@@ -53,11 +54,12 @@ class Registry:
         self._on_count = on_count
         self._records: dict[AgentId, AgentRecord] = {}
         self.chars_per_token = _CHARS_PER_TOKEN
-        self._per_node: Counter[str | None] = Counter()
+        self._per_node: dict[str, dict[AgentId, None]] = {}  # in the order in which they came
         self._chars: dict[AgentId, int] = {}  # of the messages and the reply of its last turn
         # Until when, by the caller's clock: an operator's migrations, and turns that run.
         self._settled: dict[AgentId, float] = {}
         self._turns: dict[AgentId, dict[str, float]] = {}
+        self._soft: set[AgentId] = set()  # those whose last turn had that affinity
         self._over: deque[str] = deque(maxlen=_MAX_OVER)  # turns that ended before they began
 
     def __len__(self) -> int:
@@ -73,11 +75,11 @@ class Registry:
 
     def on(self, node: str) -> list[AgentRecord]:
         """The agents that a node owns, of all tenants."""
-        return [record for record in self._records.values() if record.node == node]
+        return [self._records[agent] for agent in self._per_node.get(node, ())]
 
     def count(self, node: str) -> int:
         """Agents that a node owns."""
-        return self._per_node[node]
+        return len(self._per_node.get(node, ()))
 
     def spoken(self, agent: AgentId, n_chars: int) -> None:
         """A turn was answered: so long are its messages and its reply."""
@@ -122,6 +124,22 @@ class Registry:
         untils = [self._settled.get(agent, 0.0), *self._turns.get(agent, {}).values()]
         return now < max(untils)
 
+    def asked(self, agent: AgentId, affinity: Affinity) -> None:
+        """A turn of the agent came with that affinity."""
+        if affinity == "soft":
+            self._soft.add(agent)
+        else:
+            self._soft.discard(agent)
+
+    def may_move(self, agent: AgentId, now: float) -> bool:
+        """Whether an agent may be moved for others' sake, even while it speaks: its last turn said
+        so, and no operator has just put it there."""
+        return agent in self._soft and now >= self._settled.get(agent, 0.0)
+
+    def turns(self, agent: AgentId) -> list[float]:
+        """Until when its turns run, at most; one that began later, until later."""
+        return list(self._turns.get(agent, {}).values())
+
     def location(self, agent: AgentId) -> Location:
         record = self._records.get(agent)
         if record is None:
@@ -140,13 +158,15 @@ class Registry:
         self._records[record.agent] = record
         if old is None or old.node != record.node:
             if old is not None:
-                self._count(old.node, -1)
-            self._count(record.node, 1)
+                self._leaves(old)
+            if record.node is not None:
+                self._per_node.setdefault(record.node, {})[record.agent] = None
+                self._on_count(record.node, self.count(record.node))
 
-    def _count(self, node: str | None, more: int) -> None:
-        self._per_node[node] += more
-        if node is not None:
-            self._on_count(node, self._per_node[node])
+    def _leaves(self, record: AgentRecord) -> None:
+        if record.node is not None:
+            del self._per_node[record.node][record.agent]
+            self._on_count(record.node, self.count(record.node))
 
     def reported(self, node: str, reports: Iterable[AgentReport]) -> None:
         """A replica's own word, unless a newer epoch is known."""
@@ -179,13 +199,14 @@ class Registry:
 
     def node_lost(self, node: str) -> None:
         """Its agents are owned by nobody now; their memory is in the store."""
-        for record in list(self._records.values()):
-            if record.node == node:
-                rows = min(record.rows, record.durable_rows)
-                self._put(replace(record, node=None, rows=rows, in_ram=False, ram_bytes=0))
+        for record in self.on(node):
+            rows = min(record.rows, record.durable_rows)
+            self._put(replace(record, node=None, rows=rows, in_ram=False, ram_bytes=0))
+        self._per_node.pop(node, None)
 
     def forget(self, agent: AgentId) -> None:
         self._chars.pop(agent, None)
+        self._soft.discard(agent)
         self._settled.pop(agent, None)
         self._turns.pop(agent, None)
         self._remove(agent)
@@ -193,4 +214,4 @@ class Registry:
     def _remove(self, agent: AgentId) -> None:
         record = self._records.pop(agent, None)
         if record is not None:
-            self._count(record.node, -1)
+            self._leaves(record)

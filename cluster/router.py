@@ -26,6 +26,7 @@ from cluster.member import Replica, candidate
 from cluster.migration import Migration
 from cluster.moves import Mover
 from cluster.pool import ReplicaPool
+from cluster.rebalance import Rebalance
 from cluster.recall import Recall
 from cluster.registry import AgentRecord
 from cluster.remote import ReplicaLost, call
@@ -58,11 +59,17 @@ class PlacementRouter:
         )
         self._mover = Mover(self._pool, self._registry)
         self._drains = Drains(self._pool, self._dispatch, self._lock, self._evacuate)
-        self._able = Able(self._pool, self._registry, self._drains)
+        self._rebalance = Rebalance(
+            self._pool, self._registry, self._drains, self._lock, self._mover,
+            config.placement.rebalance,
+        )  # fmt: skip
+        self._able = Able(self._pool, self._dispatch, self._drains)
         self._key: CompatibilityKey | None = None
         self._recall = Recall(config.replica, self._registry.found_in_store)
         self._drains.go_on()
         self._tasks = [asyncio.create_task(self._pool.run())]
+        if config.placement.rebalance:
+            self._tasks.append(asyncio.create_task(self._rebalance.run()))
         self._copies = copies_of(config.replica, lambda: self._pool.disks)
         if self._copies is not None:
             self._tasks.append(asyncio.create_task(self._copies.run()))
@@ -149,20 +156,15 @@ class PlacementRouter:
 
     # ---- agents
 
-    async def migrate(self, agent: AgentId, target: str) -> Migration:
-        """Raises UnknownAgent, UnknownNode, NoReplica, MigrationFailed."""
+    async def migrate(self, agent: AgentId, target: str | None) -> Migration:
+        """`target` None: placement chooses another node. Raises UnknownAgent, UnknownNode,
+        NoReplica, MigrationFailed."""
         async with self._lock(agent):
             record = await self._known(agent)
-            replica = self._pool.replicas.get(target)
-            if replica is None:
-                known = ", ".join(sorted(self._pool.replicas)) or "none"
-                raise UnknownNode(f"no node {target!r} with a replica; there are: {known}")
-            if not replica.healthy:
-                raise NoReplica(f"the replica on {target} is not ready")
-            self._drains.check_open(target)
+            replica = self._able.target(agent, target)
             source = self._pool.replicas.get(record.node) if record.node else None
             if source is replica:
-                done = Migration(target, target, record.epoch, 0.0)
+                done = Migration(record.node, replica.node.id, record.epoch, 0.0)
             else:
                 done = await self._mover.move(agent, source, replica, "operator", _UNNOTICED_S)
             self._registry.settled(agent, time.monotonic() + _STAY_S)
@@ -274,10 +276,10 @@ class PlacementRouter:
         assert replica.status is not None
         assert replica.info is not None
         self._registry.reported(replica.node.id, replica.status.agents)
-        told = candidate(replica)
+        told = candidate(replica, warned=self._drains.warned(replica.node.id))
         if told is not None:
-            cells = self._drains.fullness(replica.node.id, told[1])
-            self._dispatch.reported(told[0], cells, replica.info.slots)
+            self._dispatch.reported(told)
+        self._drains.relieve()
         if self._key != replica.info.key:
             self._key = replica.info.key
             self._tasks.append(asyncio.create_task(self._recall.run(self._key)))

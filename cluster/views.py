@@ -28,10 +28,11 @@ def agent_json(record: AgentRecord) -> dict[str, Any]:
 
 def nodes_json(pool: ReplicaPool, drains: Drains) -> list[dict[str, Any]]:
     """Every node of the cluster, and what its replica says."""
-    errors = pool.errors()
+    errors, refused = pool.errors(), pool.refused()
     return [
         node_json(node.id, node.address, node.has_device, pool.replicas.get(node.id))
         | ({"error": errors[node.id]} if node.id in errors else {})
+        | ({"replica": "refused"} if node.id in refused else {})
         | drains.report(node.id)
         for node in sorted(pool.nodes.values(), key=lambda n: n.id)
     ]
@@ -63,6 +64,10 @@ def node_json(node: str, address: str, has_device: bool, replica: Replica | None
             "local": status.local.used_bytes if status and status.local else 0,
         },
         "local": asdict(status.local) if status and status.local else None,
+        "lagging": {
+            "agents": status.lagging_agents if status else 0,
+            "bytes": status.lagging_bytes if status else 0,
+        },
         "rates": asdict(status.rates) if status else {},
         "links": {name: asdict(rate) for name, rate in status.links.items()} if status else {},
         "store_answers": status.store_answers if status else None,

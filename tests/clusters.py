@@ -352,7 +352,8 @@ def up(store: Path, nodes: int = 2, **settings: Any) -> Iterator[Up]:
     ray_tmp = Path(tempfile.mkdtemp(prefix="kvf"))
     flags = {"store": store, "nodes": nodes, "port": port}
     environment = {name: v for name, v in os.environ.items() if not name.startswith("KVFERRY_")}
-    environment |= {f"KVFERRY_{name}".upper(): str(v) for name, v in (settings | flags).items()}
+    settings = {"rebalance": 0} | settings | flags  # agents stay where a test has put them
+    environment |= {f"KVFERRY_{name}".upper(): str(v) for name, v in settings.items()}
     environment |= {"RAY_TMPDIR": str(ray_tmp), "PYTHONPATH": str(ROOT)}
     with (ray_tmp / "up.out").open("wb") as output:
         process = subprocess.Popen(

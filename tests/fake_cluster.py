@@ -286,9 +286,10 @@ class FakeRouter:
             raise AgentBusy(str(error)) from error
         del self.owners[agent]
 
-    def migrate(self, agent: AgentId, target: str) -> Migration:
+    def migrate(self, agent: AgentId, target: str | None) -> Migration:
         self._may_fail("migrate")
         source = self._known(agent)
+        target = target or next(node for node in self.replicas if node != source)
         if target not in self.replicas:
             raise UnknownNode(f"no node {target!r} with a replica")
         self.owners[agent] = target
@@ -308,7 +309,8 @@ class FakeRouter:
                 "pid": 1,
                 "replica": "ready",
                 "bytes": {"engine": 1000, "pool": 20, "local": 30},
-                "local": {"lagging_bytes": 7, "written_bytes": 40},
+                "local": {"written_bytes": 40},
+                "lagging": {"agents": 6, "bytes": 7},
                 "store_answers": node == "a",
                 "waiting": 3,
                 "running": 2,

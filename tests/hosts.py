@@ -347,7 +347,7 @@ def cluster(
 
 def _environment(hosts: dict[str, Host], folder: Path, settings: dict[str, Any]) -> dict[str, str]:
     kept = {name: v for name, v in os.environ.items() if not name.startswith(("KVFERRY_", "RAY_"))}
-    given = {"store": f"s3://{BUCKET}/agents", "local": folder / "local"} | settings
+    given = {"store": f"s3://{BUCKET}/agents", "local": folder / "local", "rebalance": 0} | settings
     return kept | {
         **{f"KVFERRY_{name}".upper(): str(value) for name, value in given.items()},
         "FSSPEC_S3_ENDPOINT_URL": f"http://{hosts['store'].address}:{_S3}",

@@ -704,7 +704,8 @@ def test_agents_are_seen_moved_and_deleted(http: Http) -> None:
         "total_s": 0.5, "rounds": 2, "rows": 900, "loaded_rows": 800, "bytes": 7000,
         "peer_bytes": 600,
     }  # fmt: skip
-    http.request("POST", "/v1/agents/s/x/migrate", json={"target": "a"})
+    back = http.request("POST", "/v1/agents/s/x/migrate", json={"target": None})
+    assert back.json()["target"] == "a"
     assert http.request("DELETE", "/v1/agents/s/x").json() == {"id": "s/x", "deleted": True}
     refusal(http.get("/v1/agents/s/x"), 404, "agent")
     refusal(http.request("DELETE", "/v1/agents/s/x"), 404, "agent")
@@ -929,6 +930,47 @@ def test_a_dying_router_does_not_end_a_turn_that_fails_over(http: Http) -> None:
     assert http.chat().status_code == 200
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_router_that_restarts_slowly_ends_no_turn_that_fails_over(
+    http: Http, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    """Nor does it use up the losses that the turn may have."""
+    monkeypatch.setattr("api.turns._ROUTER_PAUSE_S", 0.001)
+    monkeypatch.setattr("api.turns._ROUTER_S", 0.0)  # this one speaks already
+    undisturbed = http.text()
+
+    async def with_the_router(request: TurnRequest, _: int) -> AsyncIterator[list[StreamItem]]:
+        http.router.fail["place"] = [lost()] * 20
+        raise lost()
+        yield []
+
+    http.a.fails(with_the_router, after=5)
+    http.b.fails(*[lost()] * 4, after=1)
+    response = http.chat(headers=SESSION, stream=stream)
+    assert response.status_code == 200
+    if stream:
+        assert streamed_text(events(response)) == undisturbed
+    else:
+        assert response.json()["choices"][0]["message"]["content"] == undisturbed
+    assert not http.router.fail["place"]
+    outcome = http.router.outcomes[-1]
+    assert outcome is not None
+    assert outcome.failovers == 5
+
+
+def test_a_router_that_stays_away_ends_a_new_turn_in_time(
+    http: Http, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("api.turns._ROUTER_PAUSE_S", 0.01)
+    monkeypatch.setattr("api.turns._ROUTER_S", 0.1)
+    http.router.fail["place"] = [lost()] * 10_000
+    response = http.chat()
+    assert "the router does not answer" in refusal(response, 503)["message"]
+    assert "retry-after" in response.headers
+    slow = http.configured(request_timeout_s=0.05)
+    assert refusal(slow.chat(), 504)["code"] == "timeout"
+
+
 def test_after_too_many_losses_the_turn_is_given_up(http: Http) -> None:
     for replica in (http.a, http.b):
         replica.fails(*[lost()] * 10, after=0)
@@ -1021,6 +1063,7 @@ def test_metrics_parse_and_count(http: Http) -> None:
     assert http.metric("kvferry_kv_bytes", node="a", tier="pool") == 20
     assert http.metric("kvferry_kv_bytes", node="a", tier="local") == 30
     assert http.metric("kvferry_lagging_bytes", node="a") == 7
+    assert http.metric("kvferry_lagging_agents", node="a") == 6
     assert http.metric("kvferry_local_written_bytes_total", node="a") == 40
     assert http.metric("kvferry_draft_tokens_total", node="a") == 50
     assert http.metric("kvferry_draft_tokens_accepted_total", node="a") == 20

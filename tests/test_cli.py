@@ -197,6 +197,33 @@ def test_no_server_as_a_shell_sees_it(nobody: str, monkeypatch: pytest.MonkeyPat
     assert nobody in subprocess_failing(["status"], 1)
 
 
+@pytest.mark.parametrize(
+    ("given", "target"),
+    [(["b"], "b"), (["--to", "b"], "b"), (["b", "--to", "b"], "b"), ([], None)],
+)
+def test_migrate_names_its_target_by_position_or_option_or_not_at_all(
+    given: list[str], target: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    done = {
+        "id": "s", "source": "a", "target": "b", "epoch": 2, "freeze_s": 0.01, "total_s": 0.5,
+        "rows": 900, "bytes": 7000, "rounds": 2,
+    }  # fmt: skip
+
+    def request(method: str, url: str, path: str, key: str, body: object) -> object:
+        asked.append((method, path, body))
+        return done
+
+    monkeypatch.setattr("cluster.cli._request", request)
+    shown = CliRunner().invoke(app, ["migrate", "s", *given])
+    assert shown.exit_code == 0, shown.output
+    assert asked == [("POST", "/v1/agents/s/migrate", {"target": target})]
+
+
+def test_migrate_refuses_two_targets() -> None:
+    assert "Name one node" in failing(["migrate", "s", "b", "--to", "c"], 2)
+
+
 @pytest.mark.parametrize("url", ["nonsense", "ftp://host", "http://[", "http://host:port"])
 def test_a_url_that_is_none(url: str) -> None:
     assert url in failing(["agents", "--url", url], 1)

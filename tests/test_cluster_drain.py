@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 
+import httpx
 import pytest
 
-from tests.clusters import ROOT, InBackground, Up, assistant, kill, until, up, user
+from tests.clusters import ROOT, WAIT, InBackground, Up, assistant, kill, until, up, user
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
@@ -17,7 +19,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     store = tmp_path_factory.mktemp("drain") / "store"
-    with up(store, model="fake://", codec="f16", n_ctx=1024) as running:
+    with up(store, model="fake://?step_delay=0.02", codec="f16", n_ctx=1024) as running:
         running.wait_ready(2)
         yield running
 
@@ -59,6 +61,42 @@ def test_a_drained_node_is_empty_and_comes_back(cluster: Up) -> None:
     assert refused.returncode == 1
     assert "no other node" in refused.stderr
     assert cluster.nodes()["node-1"]["replica"] == "drained"  # the next router knows of it
+    assert kvferry(cluster, "undrain", "node-1").returncode == 0
+    cluster.wait_ready(2)
+
+
+def drain_state(cluster: Up, node: str) -> str:
+    return str(cluster.get(f"/v1/cluster/nodes/{node}/drain").json()["state"])
+
+
+def test_streams_go_on_elsewhere_while_their_node_is_drained(cluster: Up) -> None:
+    """Token for token as undisturbed: they speak when they are moved, and no client notices."""
+    sessions = [f"streams{n}" for n in range(3)]
+    questions = {session: [user(f"Tell me about {session}.")] for session in sessions}
+    wanted = {s: cluster.chat(questions[s], max_tokens=200).text for s in sessions}
+    assert len(set(wanted.values())) == len(sessions)
+    for session in sessions:
+        cluster.chat([user("Hello.")], session, max_tokens=4)
+        assert cluster.migrate(session, "node-1").status_code == 200  # it stays for a minute
+    before = cluster.metric("kvferry_migrations_total", reason="drain")
+    with contextlib.ExitStack() as stack:
+        streams = {
+            s: stack.enter_context(cluster.stream(questions[s], s, max_tokens=200))
+            for s in sessions
+        }
+        for stream in streams.values():
+            stream.take(3)
+            assert stream.node == "node-1"
+        asked = httpx.post(f"{cluster.url}/v1/cluster/nodes/node-1/drain", timeout=WAIT)
+        assert asked.status_code == 202, asked.text
+        until(
+            lambda: cluster.metric("kvferry_migrations_total", reason="drain") > before,
+            "an agent to leave",
+        )
+        assert cluster.nodes()["node-2"]["running"] > 0  # in the middle of its reply
+        assert {s: stream.rest() for s, stream in streams.items()} == wanted
+        assert {stream.reason for stream in streams.values()} == {"length"}
+    until(lambda: drain_state(cluster, "node-1") == "drained", "the node to be empty")
     assert kvferry(cluster, "undrain", "node-1").returncode == 0
     cluster.wait_ready(2)
 

@@ -335,7 +335,7 @@ def pressed(stub: Stubs, level: Any, node: str = "a") -> dict[str, Any]:
     return told
 
 
-def test_a_node_under_pressure_counts_as_full(stub: Stubs) -> None:
+def test_a_node_that_warns_costs_more_until_it_does_not(stub: Stubs) -> None:
     def extra() -> float:
         stub.run(stub.pool.refresh_all())
         entries = stub.router.explain(Ask(AgentId("default", "new"), 40, 20))["estimates"]
@@ -349,6 +349,18 @@ def test_a_node_under_pressure_counts_as_full(stub: Stubs) -> None:
     assert extra() == before
 
 
+def test_a_soft_agent_leaves_a_node_that_warns_at_its_next_turn(stub: Stubs) -> None:
+    pressed(stub, "warn")
+    stub.run(stub.pool.refresh_all())
+    assert stub.place(AGENTS[0], affinity="hard") == "a"
+    assert stub.a.asked == []
+    stub.router.ended(AGENTS[0], "", 80)
+    assert stub.place(AGENTS[0]) == "b"
+    assert stub.place(AGENTS[1]) == "b"
+    assert set(stub.b.owns) == set(AGENTS[:2])
+    assert len(stub.a.owns) == 7  # the others stay until their turns
+
+
 def test_critical_pressure_empties_a_node_and_takes_it_back(stub: Stubs) -> None:
     assert pressed(stub, "critical")["state"] == "draining"
     state = stub.drained(begin=False)
@@ -359,6 +371,36 @@ def test_critical_pressure_empties_a_node_and_takes_it_back(stub: Stubs) -> None
     stub.b.queue_s = 100.0
     stub.run(stub.pool.refresh_all())
     assert stub.place(AgentId("default", "another")) == "a"
+
+
+def test_critical_pressure_on_the_last_node_waits_for_another_to_open(
+    note: dict[str, Any], stub: Stubs, config: ClusterConfig
+) -> None:
+    pressed(stub, "critical")
+    stub.drained(begin=False)
+    told = pressed(stub, "critical", "b")
+    assert (told["state"], told["pressure"]) == ("open", "critical")
+    assert told["error"] == "no other node could take the agents of b"
+    assert stub.report("b")["pressure"] == "critical"
+    assert stub.place(AGENTS[0]) == "b"  # it serves on
+    next_router(stub, config)
+    stub.run(stub.pool.refresh_all())
+    assert stub.report("b")["drain"] is None
+    assert pressed(stub, "none")["state"] == "open"
+    stub.run(stub.pool.refresh_all())
+    state = stub.drained("b", begin=False)
+    assert (state["state"], state["release"], state["moved"]) == ("drained", False, 9)
+    assert stub.place(AGENTS[0]) == "a"
+
+
+def test_a_level_that_falls_meanwhile_empties_nobody(stub: Stubs) -> None:
+    pressed(stub, "critical")
+    stub.drained(begin=False)
+    pressed(stub, "critical", "b")
+    assert "error" not in pressed(stub, "warn", "b")
+    pressed(stub, "none")
+    stub.run(stub.pool.refresh_all())
+    assert stub.report("b")["drain"] is None
 
 
 def test_pressure_does_not_end_an_operators_drain(stub: Stubs) -> None:

@@ -1,5 +1,6 @@
 """Placement over HTTP: the dry run, the log, affinity, and what the router is told of a turn."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,6 +47,16 @@ def test_a_dry_run_in_numbers(http: Http) -> None:
     (ask,) = http.router.explained
     assert (ask.agent, ask.n_chars, ask.reply_tokens) == (AgentId("default", "s", "x"), 4000, 7)
     assert (ask.prefix, ask.affinity, ask.persist) == ("", "soft", True)
+
+
+def test_a_dry_run_in_numbers_knows_the_system_prompt(http: Http) -> None:
+    text = str(SYSTEM["content"])
+    body = {"agent": "s", "n_chars": 4000, "system": text}
+    http.request("POST", "/v1/place", json=body)
+    http.request("POST", "/v1/place", json={"agent": "s", "system": text})
+    whole, alone = http.router.explained
+    assert whole.prefix == alone.prefix == prefix_digest("default", [SYSTEM])
+    assert (whole.n_chars, alone.n_chars) == (4000, len(text))
 
 
 @pytest.mark.parametrize(
@@ -167,8 +178,25 @@ def test_the_command_prints_where_and_why(monkeypatch: pytest.MonkeyPatch) -> No
     assert plain.stdout == "s: b (migrate)\n"
     assert asked[0][:3] == ("POST", "http://127.0.0.1:8000", "/v1/place")
     assert asked[0][4] == {"agent": "s", "n_chars": 400, "reply_tokens": 9}
+    assert asked[0][5] == {"x-kvferry-affinity": "soft"}
     told = CliRunner().invoke(app, ["place", "s", "--explain"])
     for piece in ("migrate", "0.250", "3.000", "1.750", "- a owns [the] agent"):
         assert piece in told.stdout
     as_json = CliRunner().invoke(app, ["place", "s", "--json"])
     assert '"mixed_s": null' in as_json.stdout
+
+
+def test_the_command_tells_system_prompt_and_affinity(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(place_cli, "request", lambda *given: asked.append(given) or ANSWER)
+    system = tmp_path / "system.txt"
+    system.write_text("Be brief. €", "utf-8")
+    command = ["place", "s", "--system", str(system), "--affinity", "hard"]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert asked[0][4]["system"] == "Be brief. €"
+    assert asked[0][5] == {"x-kvferry-affinity": "hard"}
+    system.write_bytes(b"\xff")
+    assert CliRunner().invoke(app, command).exit_code == 2
+    assert CliRunner().invoke(app, ["place", "s", "--system", "nowhere"]).exit_code == 2

@@ -26,7 +26,7 @@ from cluster.placement import (
 from storage.links import peer_link
 
 CONFIG = PlacementConfig()
-FREE = PlacementConfig(hysteresis_s=0.0, hysteresis=0.0, migrate_s=0.0, pressure_s=0.0)
+FREE = PlacementConfig(hysteresis_s=0.0, hysteresis=0.0, migrate_s=0.0, pressure_s=0.0, warn_s=0.0)
 MEASURED = Rates(200.0, 0.02, 10_000.0, 2.0)
 
 seconds = st.floats(0, 60)
@@ -49,6 +49,7 @@ def candidates(rates: st.SearchStrategy[Rates]) -> st.SearchStrategy[list[Candid
         queue_s=seconds,
         rates=rates,
         pressure=st.floats(0, 1),
+        warned=st.booleans(),
         n_agents=st.integers(0, 9),
     )
     return st.lists(one, min_size=1, max_size=6, unique_by=lambda c: c.node)
@@ -175,6 +176,16 @@ def test_a_full_replica_costs_its_pressure() -> None:
     assert of(placement, "a").extra_s == CONFIG.pressure_s
 
 
+def test_a_soft_agent_leaves_a_node_that_warns_and_comes_to_none() -> None:
+    owned = Location("a", 1000, True)
+    warns = [candidate("a", warned=True), candidate("b")]
+    assert place(20, 20, owned, warns, CONFIG).node == "b"
+    assert place(20, 20, owned, warns, CONFIG, affinity="hard").node == "a"
+    both = [candidate("a", warned=True), candidate("b", warned=True)]
+    assert place(20, 20, owned, both, CONFIG).node == "a"
+    assert place(20, 20, Location("b", 1000, True), warns, CONFIG).node == "b"
+
+
 @pytest.mark.parametrize(
     ("location", "action"),
     [
@@ -282,6 +293,7 @@ def linked(rates: st.SearchStrategy[Rates]) -> st.SearchStrategy[list[Candidate]
         queue_s=seconds,
         rates=rates,
         pressure=st.floats(0, 1),
+        warned=st.booleans(),
         n_agents=st.integers(0, 9),
         links=links,
         prefixes=prefixes,
@@ -351,10 +363,10 @@ def test_a_fleet_remembers_what_changed_since_the_last_report(
     data: st.DataObject,
 ) -> None:
     """Promises, counts of agents, reports and losses, in any order, between decisions."""
-    fleet, slots = Fleet(CONFIG), 8
-    now = {c.node: replace(c, n_agents=0, pressure=0.25) for c in ready}
+    fleet = Fleet(CONFIG)
+    now = {c.node: replace(c, n_agents=0) for c in ready}
     for candidate in now.values():
-        fleet.reported(candidate, cells=0.25, slots=slots)
+        fleet.reported(candidate)
     for _ in range(data.draw(st.integers(1, 6))):
         node = data.draw(st.sampled_from(sorted(now)))
         what = data.draw(st.sampled_from(["promise", "owns", "report", "lose"]))
@@ -365,12 +377,12 @@ def test_a_fleet_remembers_what_changed_since_the_last_report(
         elif what == "owns":
             n = data.draw(st.integers(0, 12))
             fleet.owns(node, n)
-            pressure = min(1.0, max(0.25, n / slots))
-            now[node] = replace(now[node], n_agents=n, pressure=pressure)
+            now[node] = replace(now[node], n_agents=n)
         elif what == "report":
+            told = {"pressure": data.draw(st.floats(0, 1)), "warned": data.draw(st.booleans())}
             held = data.draw(prefixes)
-            now[node] = replace(now[node], queue_s=data.draw(seconds), prefixes=held)
-            fleet.reported(now[node], cells=0.25, slots=slots)
+            now[node] = replace(now[node], queue_s=data.draw(seconds), prefixes=held, **told)
+            fleet.reported(now[node])
         elif len(now) > 1:
             fleet.lost(node)
             del now[node]
@@ -409,8 +421,11 @@ def worse(c: Candidate, cost: str, factor: float) -> Candidate:
 
 
 every_cost = st.sampled_from(
-    ["queue", "pressure", "prefill", "decode", "restore", "store", "disk", "depth", *PEERS]
-)
+    [
+        "queue", "pressure", "prefill", "decode", "restore", "store", "disk", "depth", "prefix",
+        *PEERS,
+    ]
+)  # fmt: skip
 with_store = linked(deep_rates).map(
     lambda ready: [replace(c, links={"store": LinkCost(0.01, 1e-4), **c.links}) for c in ready]
 )
@@ -435,6 +450,23 @@ def test_a_rising_cost_chooses_nobody_and_a_falling_one_unseats_nobody(
         assert now == cheap or cheap == one.node  # who was not chosen is not chosen for it …
         if now == one.node:
             assert cheap == one.node  # … and who is chosen stays chosen at a lower cost
+
+
+@pytest.mark.slow
+@given(tokens, tokens, far_locations, with_store, st.integers(0, 2000))
+def test_what_the_store_lacks_makes_no_way_cheaper_and_is_not_the_owners_business(
+    new: int, reply: int, location: Location, ready: list[Candidate], more: int
+) -> None:
+    before = place(new, reply, location, ready, CONFIG)
+    lags = replace(location, lag=location.lag + more)
+    after = place(new, reply, lags, ready, CONFIG)
+    for c in ready:
+        if c.node == location.node or location.node is None:
+            assert of(after, c.node) == of(before, c.node)
+        else:
+            assert of(after, c.node).bring_s >= of(before, c.node).bring_s
+    if before.node == location.node:
+        assert after.node == before.node
 
 
 # ---- affinity, prefixes, links
@@ -502,6 +534,21 @@ def test_an_owner_reads_its_own_disk_and_a_mover_the_nearer_of_store_and_peer() 
     assert of(lags, "b").link == peer_link("a")  # nobody can say when the store has all
     nowhere = place(200, 0, Location(None, 1000), [a, b], FREE)
     assert of(nowhere, "a").bring_s == of(nowhere, "b").bring_s == pytest.approx(1.0 + 4.0)
+
+
+def test_an_agent_that_lags_comes_from_its_owners_disk_however_dear_that_link_is() -> None:
+    """An exception to the cheapest way: the upload that the store's way would wait for has no
+    price, for the store may take nothing at all. Where prefilling is cheaper, that is done."""
+    store, dear = LinkCost(0.0, 1e-6), LinkCost(0.0, 1e-2)
+    links, lags = {"store": store, peer_link("a"): dear}, Location("a", 1000, lag=1)
+    for location, way in ((replace(lags, lag=0), ("store", store)), (lags, (peer_link("a"), dear))):
+        assert placement_module.way(links, location, owner=False, moves=True) == way
+        assert placement_module.over_peer(links, location) == (way[1] is dear)
+    ready = [candidate("a", 500.0), candidate("b", links=links)]
+    assert place(200, 0, replace(lags, lag=0), ready, FREE).estimates[0].action == "migrate"
+    best = place(200, 0, lags, ready, FREE).estimates[0]
+    assert (best.node, best.action) == ("b", "prefill")
+    assert best.prefill_s < best.bring_s == pytest.approx(1.0 + 10.0)
 
 
 def test_what_the_owner_has_to_upload_first_is_a_cost_of_moving() -> None:

@@ -1,5 +1,6 @@
 """The registry repeats what cards and replicas claim: the newest epoch wins."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -265,3 +266,19 @@ def test_a_turn_that_ended_while_it_was_placed_does_not_hold_its_agent() -> None
     assert not registry.stays(agent, 1.0)
     registry.turn_began(agent, "next", 600.0)
     assert registry.stays(agent, 1.0)
+
+
+def test_the_agents_of_one_node_are_found_without_a_look_at_all_the_others() -> None:
+    """A drain asks ten times a second."""
+    registry, others = Registry(), 100_000
+    for n in range(others):
+        registry.reported(f"n{n % 100}", [report(AgentId("t", f"s{n}"))])
+    registry.reported("few", [report(A), report(B)])
+    began = time.process_time()
+    for _ in range(1000):
+        assert [record.agent for record in registry.on("few")] == [A, B]
+    assert time.process_time() - began < 0.5  # 5 ms each, if it looked at all
+    assert len(registry.on("n7")) == registry.count("n7") == others // 100
+    registry.node_lost("n7")
+    assert registry.on("n7") == []
+    assert registry.count("n7") == 0

@@ -14,10 +14,14 @@ from actors.engines.fake_engine import FakeEngine
 from actors.rates import Rates
 from actors.report import ReplicaInfo, ReplicaStatus, versions
 from cluster import pool as pool_module
+from cluster.dispatch import Dispatch
+from cluster.drain import Drains
 from cluster.errors import ClusterError
 from cluster.member import Refused, Replica
 from cluster.nodes import Node
+from cluster.placement import PlacementConfig
 from cluster.pool import ReplicaPool
+from cluster.views import nodes_json
 from tests.fake_cluster import Handle, lost
 
 KEY = FakeEngine().key
@@ -133,6 +137,46 @@ def test_one_that_does_not_fit_is_refused_with_the_reason(
     assert pool.errors()["b"].startswith("refused: ")
     assert says in pool.errors()["b"]
     assert pool.killed == 1
+
+
+def test_a_node_that_is_refused_is_seldom_tried_again_and_never_crash_looping(pool: Pool) -> None:
+    async def go() -> None:
+        pool.devices["b"]._info = info("b", codec="q4")
+        for _ in range(8):
+            await pool.settle()
+            assert pool.refused() == {"b"}
+            assert pool.errors()["b"] == "refused: codec: q4 != f16"
+            pool.now += 70.0
+        assert pool.started == 2  # a's, and b's once
+        pool.now += 50.0
+        await pool.settle()
+        assert pool.started == 3
+        pool.devices["b"] = Device("b")
+        pool.rejoin("b")  # an operator knows that it fits now
+        await pool.settle()
+
+    pool.wait(go())
+    assert ready(pool) == ["a", "b"]
+    assert (pool.refused(), pool.errors()) == (set(), {})
+
+
+def test_a_refused_node_that_joins_anew_is_tried_at_once(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def go() -> None:
+        pool.devices["b"]._info = info("b", codec="q4")
+        await pool.settle()
+        shown = nodes_json(pool, Drains(pool, Dispatch(PlacementConfig()), *nothing))[1]
+        assert (shown["id"], shown["replica"]) == ("b", "refused")
+        assert shown["error"] == "refused: codec: q4 != f16"
+        pool.devices["b"] = Device("b")
+        a, b = pool_module.ray.nodes()
+        monkeypatch.setattr("cluster.pool.ray.nodes", lambda: [a, b | {"NodeID": "ray-b2"}])
+        await pool.settle()
+
+    nothing: Any = (None, None)
+    pool.wait(go())
+    assert ready(pool) == ["a", "b"]
 
 
 def test_the_model_is_that_of_the_replicas_that_are_there(pool: Pool) -> None:

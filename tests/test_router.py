@@ -148,7 +148,7 @@ class Cluster:
         work = self.router.place(AGENT, 40, 20, persist=persist, avoid=avoid)
         return self._runner.run(work).node
 
-    def migrate(self, target: str, agent: AgentId = AGENT) -> Migration:
+    def migrate(self, target: str | None, agent: AgentId = AGENT) -> Migration:
         return self._runner.run(self.router.migrate(agent, target))
 
     @property
@@ -435,6 +435,20 @@ def test_a_migration_whose_source_is_lost_after_the_claim_is_done(cluster: Clust
 
     assert cluster._runner.run(go()).epoch == 2
     assert cluster.place() == "b"
+
+
+def test_without_a_target_the_agent_goes_to_the_cheapest_other(cluster: Cluster) -> None:
+    cluster.busy(b=30.0)
+    assert cluster.migrate(None).target == "b"
+    assert cluster.asked == MOVED
+    assert cluster.migrate(None).target == "a"
+
+
+def test_without_a_target_and_another_node_it_is_refused(cluster: Cluster) -> None:
+    cluster.router.suspect("life-b")
+    with pytest.raises(NoReplica, match="no other node could take agent s"):
+        cluster.migrate(None)
+    assert cluster.asked == UNTOUCHED
 
 
 def test_a_target_that_is_not_ready_is_refused(cluster: Cluster) -> None:
