@@ -799,8 +799,7 @@ def test_rows_go_with_a_move_sooner_than_into_a_card(
     stream.take(20)
     assert generation() == before
     memory_of(source._loop).moving = 0.0
-    stream.take(10)
-    assert generation() > before
+    wait_until(lambda: generation() > before)
     stream.result()
 
 
