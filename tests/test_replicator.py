@@ -167,7 +167,7 @@ def test_a_local_card_may_be_ahead_and_no_card_names_what_its_store_lacks(
     assert elsewhere.cached < len(second.prompt)
     # What the old owner still has is never read again: it is fenced, and lets go.
     deadline = time.monotonic() + 10
-    while loop.memory.get(agent_id()) is not None and time.monotonic() < deadline:
+    while card_in(tmp_path / "n0", loop) is not None and time.monotonic() < deadline:
         time.sleep(0.05)
     assert loop.memory.get(agent_id()) is None
     assert loop.memory.faults["fenced"] == 1
