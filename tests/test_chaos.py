@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from storage.condemned import MAX_AGE_S
 from tests.clusters import InBackground, Reply, Stream, assistant, recital, user
 from tests.hosts import Hosts, cluster
 from tests.s3_proxy import Rule
@@ -186,9 +187,11 @@ def _taken_over(scene: Scene, stream: Stream, before: float) -> Stream:
 
 
 def pre_copy(scene: Scene) -> Stream:
-    """The target reads the card or, where they do not come from the source's disk, the blocks."""
-    rule = Rule("GET", r"/agents/(blocks|agents)/.*\.safe", scene.address)
-    return _while_it_moves(scene, rule)
+    """The target reads blocks or, where they come from the source's disk, looks which it must not
+    name. What it knows of these is too old by then."""
+    time.sleep(MAX_AGE_S)
+    read = r"/agents/blocks/.*\.safe|gc(/|%2F)condemned"
+    return _while_it_moves(scene, Rule("GET", read, scene.address))
 
 
 def freeze(scene: Scene) -> Stream:
