@@ -246,8 +246,8 @@ class ModelReplica:
         """Those of the cluster's nodes, before they are needed: a process that has not met an actor
         stands still until Ray's head has told it about that."""
         self._met = disks
-        others = [disk for disk in disks if disk.node != self._owner.node]
-        self._workers.submit(self._memory.tiers.peers.meet, others)  # and how fast they answer
+        if (tiers := self._memory.tiers).local is not None:  # else blocks come from the store
+            tiers.peers.meet(disk for disk in disks if disk.node != self._owner.node)
 
     async def prefetch(self, agent: AgentId, was: Before = UNKNOWN) -> Fetched:
         """Bring an agent's rows into RAM and engine before it is adopted. Raises StoreUnavailable,

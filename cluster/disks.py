@@ -36,7 +36,7 @@ _WRITTEN_S = 10.0  # and of a write, which nobody waits for
 _LARGE_BLOCK = 16 << 20  # bytes; of a file whose size is not known
 # Answers up to this many bytes come with the reply itself. What is larger goes through the object
 # stores of both nodes, which takes twice as long, and more than twice the processor time.
-_IN_REPLY = 8 << 20
+_IN_REPLY = (10 << 20) - (64 << 10)  # all that Ray lets a reply carry is 10 MB
 _MEMBERS_S = 2.0  # so old may be what is known of the cluster's nodes
 _DIGEST = re.compile(r"[0-9a-f]{64}\Z")
 _HEAD = "node:__internal_head__"  # the resource that Ray gives the head

@@ -8,10 +8,12 @@ left alone after it did not answer. What it sends is verified by the caller. Thr
 from __future__ import annotations
 
 import logging
+import random
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Protocol
 
@@ -22,7 +24,8 @@ from storage.links import PROBE_BYTES, Link, LinkRate
 logger = logging.getLogger(__name__)
 PAUSE_S = 30.0  # a peer that did not answer is not asked so long
 _MAX_PEERS = 256  # whose links are remembered
-_MAX_PROBED = 8  # at once: in a large cluster the first read from one measures
+_MAX_PROBED = 8  # in a large cluster the first read from others measures
+_APART_S = 0.1  # times those that are probed: how far replicas are apart when they begin
 
 
 class BlockSource(Protocol):
@@ -45,13 +48,20 @@ class Peers:
         self._links: OrderedDict[str, Link] = OrderedDict()  # by node, the latest used last
         self._silent_until: dict[str, float] = {}
         self._lock = threading.Lock()
+        self._meeting = ThreadPoolExecutor(1, "meet-peers")
         self.n_bytes = 0  # that came from peers
 
-    def meet(self, sources: Iterable[BlockSource]) -> None:
-        """Measure the links to those that are new: the first bytes from a node take several times
-        as long as others, so that a link measured by them would not be used again."""
+    def meet(self, sources: Iterable[BlockSource]) -> Future[None]:
+        """Measure the links to those that are new, behind the caller's back: the first bytes from a
+        node take several times as long as others, and a link that looks slow is not used again."""
+        return self._meeting.submit(self._measure, list(sources))
+
+    def _measure(self, sources: list[BlockSource]) -> None:
+        """One by one, and not all replicas of a cluster that starts the same ones at once."""
         new = [source for source in sources if not self.seconds(source.node, 1)]
-        for source in new[:_MAX_PROBED]:
+        new = random.sample(new, min(len(new), _MAX_PROBED))
+        time.sleep(random.uniform(0.0, _APART_S * len(new)))
+        for source in new:
             if (link := self._link(source.node)) is not None:
                 try:
                     link.probe(partial(source.sample, PROBE_BYTES))

@@ -130,15 +130,18 @@ def test_an_unmeasured_peer_is_asked_and_then_measured(world: World) -> None:
 
 
 def test_peers_that_are_met_are_measured_before_they_are_read(tmp_path: Path) -> None:
-    """Once, a few at a time; one that is silent does not keep the others from it."""
+    """Once, and not all of many; one that is silent does not keep the others from it."""
     peers = Peers()
-    some = [Peer(f"n{i:02}", tmp_path / str(i)) for i in range(10)]
+    some = [Peer(f"n{i}", tmp_path / str(i)) for i in range(10)]
     some[0].instead = silent
-    peers.meet(some)
-    assert sorted(peers.rates()) == [f"n{i:02}" for i in range(1, 8)]
+    peers.meet(some[:5]).result(10)
+    assert sorted(peers.rates()) == ["n1", "n2", "n3", "n4"]
     asked = [peer.calls for peer in some]
-    peers.meet(some[1:8])
+    peers.meet(some[1:5]).result(10)
     assert [peer.calls for peer in some] == asked
+    peers = Peers()
+    peers.meet(some[1:]).result(10)
+    assert len(peers.rates()) == 8
 
 
 @pytest.mark.parametrize("spoil", [lambda raw: b"", lambda raw: raw[:-1], lambda raw: raw + b"x"])
