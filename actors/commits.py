@@ -103,14 +103,19 @@ class Commits:
         except StoreUnavailable as error:
             self._faults.count("store_unavailable", error)
             if self.replicator is None:
-                self._unsaved.add(memory)
+                self._add(memory)
             memory.card = replace(memory.card, generation=new.generation)  # it may be taken now
 
     def _note(self, memory: AgentMemory, states: list[BranchState]) -> None:
         """The card is written; whether it could name all there is."""
         if any(_lacking(state.runs) for state in states):
-            self._unsaved.add(memory)
+            self._add(memory)
         else:
+            self._unsaved.discard(memory)
+
+    def _add(self, memory: AgentMemory) -> None:
+        self._unsaved.add(memory)
+        if memory.state == "released":  # while its commit was under way: forget() came before this
             self._unsaved.discard(memory)
 
     def settle(self, memory: AgentMemory | None = None, *, near: bool = False) -> Future[None]:

@@ -165,6 +165,26 @@ def test_an_agent_that_speaks_is_left_to_its_turns_end(
     assert loop.memory.is_stored(agent_id())
 
 
+@pytest.mark.parametrize("what", ["no_blocks", "no_cards"])
+def test_an_agent_that_is_forgotten_during_its_commit_is_not_kept(
+    store: LostStore, loops: list[ReplicaLoop], what: str
+) -> None:
+    loop = make_loop(FakeEngine(4), store)
+    loops.append(loop)
+    setattr(store, what, True)
+    commit = store.commit
+
+    def forgotten(card: Any) -> Any:
+        loop.memory.forget(memory_of(loop))
+        return commit(card)
+
+    store.commit = forgotten  # type: ignore[method-assign]
+    run(loop, [user("short")])
+    settle(loop)
+    assert loop.memory.get(agent_id()) is None
+    assert loop.memory.commits.lag() == (0, 0)
+
+
 def test_what_lags_is_reported_without_a_local_tier(
     store: LostStore, loops: list[ReplicaLoop]
 ) -> None:
