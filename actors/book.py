@@ -51,6 +51,7 @@ class Turn:
     last: TurnFinished | None = None  # held back until the turn's memory is stored
     awaits: Turn | None = None  # whose rows it waits for, or has waited for, to share them
     holds_off: bool = False  # it does so at the moment
+    looked: int = 0  # rows, at the last look at what their loss would cost
     failure: ActorError | None = None  # why it was cancelled, unless the client wished it
 
     def emit(self, item: StreamItem) -> None:

@@ -25,6 +25,8 @@ from storage.errors import Fenced, StoreUnavailable
 from storage.spec import Part
 from storage.tiers import Tiers
 
+_MOST_AHEAD = 4  # jobs of the persister's: so few let a turn's rows pass soon
+
 
 class Commits:
     def __init__(
@@ -55,14 +57,18 @@ class Commits:
         self._persister.submit(lambda: self._commit(memory, branches))
 
     def again(self, busy: Container[AgentId], *, at_once: bool = False) -> None:
-        """Commit what could not be stored before, now and then, or at once, but for agents that are
-        busy: their turn's end does. On the thread that changes their branches."""
+        """Commit what could not be stored before: a few now and then, or all at once, but for
+        agents that are busy: their turn's end does. On the thread that changes their branches."""
         if at_once:
             unsaved = self._unsaved.all()
+        elif self._outage.lasts:
+            return
         else:
-            unsaved = [] if self._outage.lasts else self._unsaved.due()
+            unsaved = self._unsaved.due(_MOST_AHEAD - self._persister.pending)
         for memory in unsaved:
-            if memory.state == "owned" and memory.agent not in busy:
+            if memory.commits_queued or memory.agent in busy:
+                continue
+            if memory.state == "owned":
                 self.later(memory)
 
     def _commit(self, memory: AgentMemory, branches: list[tuple[Branch, BranchCard]]) -> None:
@@ -97,14 +103,19 @@ class Commits:
         except StoreUnavailable as error:
             self._faults.count("store_unavailable", error)
             if self.replicator is None:
-                self._unsaved.add(memory)
+                self._add(memory)
             memory.card = replace(memory.card, generation=new.generation)  # it may be taken now
 
     def _note(self, memory: AgentMemory, states: list[BranchState]) -> None:
         """The card is written; whether it could name all there is."""
         if any(_lacking(state.runs) for state in states):
-            self._unsaved.add(memory)
+            self._add(memory)
         else:
+            self._unsaved.discard(memory)
+
+    def _add(self, memory: AgentMemory) -> None:
+        self._unsaved.add(memory)
+        if memory.state == "released":  # while its commit was under way: forget() came before this
             self._unsaved.discard(memory)
 
     def settle(self, memory: AgentMemory | None = None, *, near: bool = False) -> Future[None]:

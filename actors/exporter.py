@@ -72,7 +72,9 @@ class Exporter:
             return
         size = self._memory.key.spec.block_tokens
         stopped = sequence.n_rows in sequence.stops
-        before, looks = turn.ready.match.branch.exported, sequence.n_rows % _LOOK == 0
+        before = turn.ready.match.branch.exported
+        looks = sequence.n_rows // _LOOK > turn.looked // _LOOK  # a step may be of several rows
+        turn.looked = sequence.n_rows
         long = looks and not sequence.is_prefill and self._long(turn, before, sequence.n_rows)
         filled = sequence.n_rows if stopped or long else sequence.n_rows // size * size
         if filled > before and self.export(turn, filled, wait=True):

@@ -20,6 +20,7 @@ class Unsaved:
         self._clock = clock
         self._lock = threading.Lock()
         self._memories: dict[AgentMemory, None] = {}  # in the order of their failures
+        self._round: list[AgentMemory] = []  # of those that are due, the ones not handed out yet
         self._pause_s, self._due = _FIRST_PAUSE_S, 0.0
 
     def __len__(self) -> int:
@@ -35,7 +36,7 @@ class Unsaved:
     def add(self, memory: AgentMemory) -> None:
         with self._lock:
             if not self._memories:
-                self._pause_s = _FIRST_PAUSE_S
+                self._pause_s, self._round = _FIRST_PAUSE_S, []
                 self._due = self._clock() + self._pause_s
             self._memories[memory] = None
 
@@ -44,14 +45,23 @@ class Unsaved:
             self._memories.pop(memory, None)
 
     def soon(self) -> None:
-        """The next try is due, and the pauses begin anew."""
-        self._pause_s, self._due = _FIRST_PAUSE_S, 0.0
+        """The next try of all is due, and the pauses begin anew."""
+        with self._lock:
+            self._pause_s, self._due, self._round = _FIRST_PAUSE_S, 0.0, []
 
-    def due(self) -> list[AgentMemory]:
-        """Those to be tried now; they stay until they are stored."""
+    def due(self, most: int) -> list[AgentMemory]:
+        """The next of those to be tried now; they stay until they are stored. The pause begins when
+        all have been handed out."""
         now = self._clock()
-        if not self._memories or now < self._due:
+        if most <= 0 or not self._memories:
             return []
-        self._pause_s = min(_LONGEST_PAUSE_S, 2 * self._pause_s)
-        self._due = now + self._pause_s
-        return self.all()
+        with self._lock:
+            if not self._round and now >= self._due:
+                self._round = list(self._memories)
+            if not self._round:
+                return []
+            taken, self._round = self._round[:most], self._round[most:]
+            if not self._round:
+                self._pause_s = min(_LONGEST_PAUSE_S, 2 * self._pause_s)
+                self._due = now + self._pause_s
+            return [memory for memory in taken if memory in self._memories]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import aclosing
@@ -145,11 +146,12 @@ class Turns:
                 await self._suspect(decision, error)
 
     async def _place(self, log: TurnLog, avoid: frozenset[str], deadline: float) -> Decision:
-        """A router that is lost is no lost replica: it has a deadline of its own. Raises NoReplica,
-        TurnTimeout."""
-        request, asked = log.request, time.monotonic()
+        """A router that is lost is no lost replica: it has a deadline of its own, from the first
+        answer that is lost. Raises NoReplica, TurnTimeout."""
+        request, lost = log.request, math.inf
         n_chars = length(request.messages, request.tools)
         while True:
+            wait = min(_PLACE_TIMEOUT_S, max(0.0, deadline - time.monotonic()))
             try:
                 placed: Decision = await call(
                     self._router.place.remote(
@@ -162,13 +164,14 @@ class Turns:
                         prefix=prefix_digest(request.agent.tenant, request.messages, request.tools),
                         affinity=request.affinity,
                     ),
-                    _PLACE_TIMEOUT_S,
+                    wait,
                 )
                 return placed
             except ReplicaLost as error:  # the router itself: Ray restarts it
                 self._check(deadline)
                 patience = _STREAM_ROUTER_S if log.started is not None else _ROUTER_S
-                if time.monotonic() - asked >= patience:
+                lost = min(lost, time.monotonic())
+                if time.monotonic() - lost >= patience:
                     raise NoReplica(f"the router does not answer: {error}") from error
                 await asyncio.sleep(_ROUTER_PAUSE_S)
 

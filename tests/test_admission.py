@@ -509,16 +509,20 @@ def check_cancel(
     other.result()
 
 
-def test_a_turn_that_takes_too_long_ends_while_it_is_restored(loop_on: MakeLoop) -> None:
-    loop = loop_on(CountingEngine(2), loop=LoopConfig(turn_timeout_s=0.5))
+def test_a_turn_that_takes_too_long_ends_while_it_is_restored(
+    loop_on: MakeLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = loop_on(CountingEngine(2))
     messages = [user("x" * 300)]
     messages += [assistant(run(loop, messages, n=9).text), user("And?")]
     with slow_reads(loop, "a") as reads:
         stream = start(loop, messages, n=9)
         assert reads.entered.wait(WAIT)
+        monkeypatch.setattr(loop._ends, "_limit_s", 0.5)
         timed_out(stream)
         assert not reads.gate.is_set()
         all_free(loop)
+    monkeypatch.undo()
     assert run(loop, messages, n=9).prefilled < 20
 
 

@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import re
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -969,6 +970,38 @@ def test_a_router_that_stays_away_ends_a_new_turn_in_time(
     assert "retry-after" in response.headers
     slow = http.configured(request_timeout_s=0.05)
     assert refusal(slow.chat(), 504)["code"] == "timeout"
+
+
+def slow_places(http: Http, monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+    """The router's next n decisions take for ever."""
+    place, left = http.router.place, [None] * n
+
+    async def placed(*asked: Any, **options: Any) -> Any:
+        if left:
+            left.pop()
+            await asyncio.sleep(3600)
+        return place(*asked, **options)
+
+    monkeypatch.setattr(http.router, "place", placed)
+
+
+def test_a_router_that_is_slow_once_is_asked_again(
+    http: Http, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though it took longer than a router may be lost."""
+    monkeypatch.setattr("api.turns._PLACE_TIMEOUT_S", 2.0)
+    monkeypatch.setattr("api.turns._ROUTER_S", 1.0)
+    slow_places(http, monkeypatch, 1)
+    assert http.chat().status_code == 200
+
+
+def test_a_slow_router_is_waited_for_no_longer_than_the_turn_may_take(
+    http: Http, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow_places(http, monkeypatch, 100)
+    began = time.monotonic()
+    assert refusal(http.configured(request_timeout_s=0.1).chat(), 504)["code"] == "timeout"
+    assert time.monotonic() - began < 20.0
 
 
 def test_after_too_many_losses_the_turn_is_given_up(http: Http) -> None:

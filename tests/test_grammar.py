@@ -250,7 +250,8 @@ class Beside:
 
 
 @pytest.fixture
-def beside(monkeypatch: pytest.MonkeyPatch) -> Iterator[Beside]:
+def beside(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Beside]:
+    """The parameter: seconds that one waits for others'."""
     entered, gate, compiled = threading.Event(), threading.Event(), GrammarCompiler._compile
 
     def compile_(self: GrammarCompiler, guide: Guide) -> Grammar:
@@ -260,8 +261,8 @@ def beside(monkeypatch: pytest.MonkeyPatch) -> Iterator[Beside]:
         return compiled(self, guide)
 
     monkeypatch.setattr(GrammarCompiler, "_compile", compile_)
-    monkeypatch.setattr("actors.grammar._COMPILE_TIMEOUT_S", 0.2)
-    monkeypatch.setattr("actors.grammar._BUSY_TIMEOUT_S", 2.0)
+    monkeypatch.setattr("actors.grammar._COMPILE_TIMEOUT_S", 1.0)
+    monkeypatch.setattr("actors.grammar._BUSY_TIMEOUT_S", request.param)
     compiler = GrammarCompiler(FakeVocab())
     compiler.warm()
     # Its parts wait for the compiler as others' do: then none of them is to blame.
@@ -273,19 +274,24 @@ def beside(monkeypatch: pytest.MonkeyPatch) -> Iterator[Beside]:
         gate.set()
 
 
+@pytest.mark.parametrize("beside", [30.0], indirect=True)
 def test_who_waits_behind_a_slow_compilation_is_not_refused(beside: Beside) -> None:
     with pytest.raises(TimeoutError):
-        beside.innocent.result(0.4)
+        beside.innocent.result(1.5)
     beside.gate.set()
     walk(beside.innocent.result(30), '{"name":"')
 
 
-def test_who_waits_too_long_for_the_compiler_may_come_again(beside: Beside) -> None:
+@pytest.mark.parametrize("beside", [1.0], indirect=True)
+def test_who_waits_too_long_for_the_compiler_may_come_again(
+    beside: Beside, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(Overloaded, match="other requests") as caught:
         beside.innocent.result(30)
     assert caught.value.retry_after > 0
     with pytest.raises(InvalidRequest, match="slow: too complex"):
         beside.slow.result(30)
+    monkeypatch.setattr("actors.grammar._BUSY_TIMEOUT_S", 30.0)
     beside.gate.set()
     walk(beside.compiler.compile(json_guide(SCHEMA)), '{"name":"')
 

@@ -216,6 +216,18 @@ def test_a_perfect_draft_model_makes_every_step_k_tokens_longer(loop_on: MakeLoo
     assert loop.served["draft_tokens"] == loop.served["draft_tokens_accepted"]
 
 
+def test_what_a_failure_would_cost_is_looked_at_whatever_the_steps(loop_on: MakeLoop) -> None:
+    loop = loop_on(FakeEngine(n_ctx=2048), draft=FakeEngine(n_ctx=2048), k=1)
+    looks: list[int] = []
+    loop._exporter._long = lambda *at: looks.append(at[2]) or False  # type: ignore
+    for odd in ("", "x"):  # two rows a step: either prompt or the other has an odd number
+        looks.clear()
+        answer = run(loop, [user("Hello" + odd)], session=odd or "a", n=100, ignore_eos=True)
+        rows = len(answer.prompt) + 99
+        assert np.diff([*looks, rows]).max() <= 9, (len(answer.prompt), looks)
+        assert 10 <= len(looks) <= 15
+
+
 def test_several_ids_leave_as_one_item(loop_on: MakeLoop) -> None:
     loop = loop_on(FakeEngine(), draft=FakeEngine())
     stream = start(loop, ASKED, n=60, ignore_eos=True)

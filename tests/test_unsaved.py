@@ -1,6 +1,7 @@
 """What a commit could not store, without a local tier: tried again when the store is back, before a
 stop, and now and then; reported until then."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -164,6 +165,26 @@ def test_an_agent_that_speaks_is_left_to_its_turns_end(
     assert loop.memory.is_stored(agent_id())
 
 
+@pytest.mark.parametrize("what", ["no_blocks", "no_cards"])
+def test_an_agent_that_is_forgotten_during_its_commit_is_not_kept(
+    store: LostStore, loops: list[ReplicaLoop], what: str
+) -> None:
+    loop = make_loop(FakeEngine(4), store)
+    loops.append(loop)
+    setattr(store, what, True)
+    commit = store.commit
+
+    def forgotten(card: Any) -> Any:
+        loop.memory.forget(memory_of(loop))
+        return commit(card)
+
+    store.commit = forgotten  # type: ignore[method-assign]
+    run(loop, [user("short")])
+    settle(loop)
+    assert loop.memory.get(agent_id()) is None
+    assert loop.memory.commits.lag() == (0, 0)
+
+
 def test_what_lags_is_reported_without_a_local_tier(
     store: LostStore, loops: list[ReplicaLoop]
 ) -> None:
@@ -181,6 +202,36 @@ def test_what_lags_is_reported_without_a_local_tier(
     assert (status.lagging_agents, status.lagging_bytes) == (0, 0)
 
 
+def test_many_that_are_tried_again_keep_no_turn_waiting(
+    store: LostStore, loops: list[ReplicaLoop]
+) -> None:
+    loop = make_loop(FakeEngine(4), store)
+    loops.append(loop)
+    sessions = [f"s{i}" for i in range(100)]
+    store.no_blocks = True
+    for session in sessions:
+        run(loop, [user("short")], session=session, n=2)
+    settle(loop)
+    assert loop.memory.commits.lag()[0] == 100
+    entered, gate, put = threading.Event(), threading.Event(), store.put_block
+    store.put_block = lambda *b: entered.set() or (gate.wait(WAIT) and put(*b))  # type: ignore
+    store.no_blocks = False
+    try:
+        loop.memory.commits._unsaved.soon()
+        assert entered.wait(WAIT)
+        run(loop, [user("short")], session="new", n=2)
+        deadline = time.monotonic() + 5.0
+        while loop.call(lambda: loop.draining).result(WAIT):
+            assert time.monotonic() < deadline
+        assert loop.memory.persister.pending < 10
+    finally:
+        gate.set()
+    stored = [agent_id(session) for session in (*sessions, "new")]
+    while not all(map(loop.memory.is_stored, stored)):
+        loop.call(lambda: None).result(WAIT)  # an idle loop looks less often
+        assert time.monotonic() < deadline + WAIT
+
+
 def test_pauses_grow_up_to_a_bound_and_begin_anew_after_success() -> None:
     now = 0.0
     unsaved = Unsaved(lambda: now)
@@ -191,7 +242,7 @@ def test_pauses_grow_up_to_a_bound_and_begin_anew_after_success() -> None:
         found = []
         while now < until:
             now += 0.25
-            if unsaved.due():
+            if unsaved.due(9):
                 found.append(now)
         return found
 
@@ -200,8 +251,26 @@ def test_pauses_grow_up_to_a_bound_and_begin_anew_after_success() -> None:
     assert found[:4] == [0.5, 1.5, 3.5, 7.5]
     assert found[-1] - found[-2] == 30.0
     unsaved.discard(memory)
-    assert not unsaved.due()
+    assert not unsaved.due(9)
     unsaved.add(memory)
     assert tries(now + 1.0) == [120.5]
     unsaved.soon()
-    assert unsaved.due() == [memory]
+    assert unsaved.due(9) == [memory]
+
+
+def test_a_round_is_handed_out_in_parts_and_the_pause_begins_after_it() -> None:
+    now = 10.0
+    unsaved = Unsaved(lambda: now)
+    a, b, c = (AgentMemory(agent_id(name), None, "cold") for name in "abc")
+    for memory in (a, b, c):
+        unsaved.add(memory)
+    unsaved.soon()
+    assert unsaved.due(0) == []
+    assert unsaved.due(2) == [a, b]
+    now = 99.0
+    assert unsaved.due(2) == [c]
+    assert unsaved.due(2) == []
+    now = 100.0
+    assert unsaved.due(1) == [a]
+    unsaved.soon()  # what was handed out may have failed
+    assert unsaved.due(9) == [a, b, c]
