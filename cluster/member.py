@@ -131,14 +131,12 @@ def candidate(replica: Replica, *, warned: bool = False) -> Candidate | None:
         for name, rate in status.links.items()
         if info.row_bytes
     }
-    pressure = min(1.0, load(info, status).pressure)
+    cells = status.cells or max(1, info.slots * info.n_ctx)
+    pressure = min(1.0, max(status.cells_used / cells, load(info, status).pressure))
     return Candidate(
         replica.node.id, status.queue_s, status.rates, pressure, 0, links, status.prefixes, warned
     )
 
 
 def load(info: ReplicaInfo, status: ReplicaStatus) -> Load:
-    cells = status.cells or max(1, info.slots * info.n_ctx)
-    return Load(
-        info.node, status.cells_used, cells, status.running, status.waiting, max(1, info.slots)
-    )
+    return Load(info.node, status.running, status.waiting, max(1, info.slots))
