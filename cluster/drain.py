@@ -153,7 +153,8 @@ class Drains:
                 self._note()
 
     def _relieved(self, node: str) -> bool:
-        return any(replica.node.id != node for replica in self.open())
+        """Whether another could take its agents; not one that itself waits for that."""
+        return any(replica.node.id not in {node, *self._waits} for replica in self.open())
 
     def report(self, node: str) -> dict[str, Any]:
         """For the cluster's report."""

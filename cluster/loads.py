@@ -17,18 +17,15 @@ class Mobile:
     """An agent that may be moved."""
 
     agent: AgentId
-    cells: int  # that its rows fill, as far as is known
-    turns: int = 0  # under way, or waiting
-    order: float = 0.0  # of those that are idle, and of those that are not, the least goes first
+    turns: int = 1  # under way, or waiting
+    order: float = 0.0  # the least goes first
 
 
 @dataclass(frozen=True)
 class Load:
-    """One replica's. Agents that are idle count by the cells that they fill only."""
+    """One replica's turns. Agents that are idle are no load: their rows give way."""
 
     node: str
-    cells_used: int
-    cells: int
     running: int  # turns
     waiting: int
     slots: int
@@ -40,18 +37,15 @@ class Load:
     @property
     def pressure(self) -> float:
         """1: full. More where turns wait."""
-        return max(self.cells_used / self.cells, self.turns / self.slots)
+        return self.turns / self.slots
 
     def without(self, mobile: Mobile) -> Load:
         waiting = max(0, self.waiting - mobile.turns)
         running = max(0, self.turns - mobile.turns - waiting)
-        used = max(0, self.cells_used - mobile.cells)
-        return replace(self, cells_used=used, running=running, waiting=waiting)
+        return replace(self, running=running, waiting=waiting)
 
     def plus(self, mobile: Mobile) -> Load:
-        """Rows of idle agents give way where there is no room."""
-        used = max(self.cells_used, min(self.cells, self.cells_used + mobile.cells))
-        return replace(self, cells_used=used, running=self.running + mobile.turns)
+        return replace(self, running=self.running + mobile.turns)
 
 
 def uneven(full: Load, free: Load, threshold: float) -> bool:
@@ -68,15 +62,15 @@ def extremes(
     if not sources or not targets:
         return None
     full = max(sources, key=lambda load: (load.pressure, load.node))
-    free = min(targets, key=lambda load: (load.pressure, load.turns / load.slots, load.node))
+    free = min(targets, key=lambda load: (load.pressure, load.node))
     return (full, free) if uneven(full, free, threshold) else None
 
 
 def next_move(full: Load, free: Load, mobiles: Iterable[Mobile], threshold: float) -> Mobile | None:
-    """The agent of `full` that is to go to `free`: idle ones first."""
+    """The agent of `full` that is to go to `free`."""
     if not uneven(full, free, threshold):
         return None
-    for mobile in sorted(mobiles, key=lambda m: (m.turns > 0, m.order, str(m.agent))):
+    for mobile in sorted(mobiles, key=lambda m: (m.order, str(m.agent))):
         relieved = full.without(mobile).pressure
         if relieved < full.pressure and free.plus(mobile).pressure <= relieved:
             return mobile

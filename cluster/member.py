@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,10 +53,14 @@ class Backoff:
     error: str = ""
     died: deque[float] = field(default_factory=lambda: deque(maxlen=LOOP_FAILURES))
     refused: str = ""  # Ray's id of the node, whose last replica did not fit to the others
+    by: str = ""  # the incarnation whose model it did not have; none where its versions were wrong
 
-    def waits(self, node: Node, now: float) -> bool:
-        """A node that was refused and has come back as another one is tried at once."""
-        return now < self.not_before and self.refused in ("", node.ray_id)
+    def waits(self, node: Node, now: float, here: Container[str]) -> bool:
+        """A node that was refused is tried at once when it has come back as another one, or when
+        who refused it is not `here` any more."""
+        anew = self.refused not in ("", node.ray_id)
+        gone = self.refused and self.by and self.by not in here
+        return now < self.not_before and not anew and not gone
 
     def failed(self, now: float, reason: str, *, young: bool) -> float:
         """A replica is gone, `young`: before it had served for long. Seconds until the next."""
@@ -69,10 +73,11 @@ class Backoff:
         self.not_before, self.error, self.refused = now + delay, reason, ""
         return delay
 
-    def does_not_fit(self, now: float, reason: str, ray_id: str) -> float:
+    def does_not_fit(self, now: float, refusal: Refused, ray_id: str) -> float:
         """A replica was refused; that it would load its model again changes nothing. Seconds until
         the next."""
-        self.not_before, self.error, self.refused = now + _REFUSED_S, reason, ray_id
+        self.not_before, self.error, self.refused = now + _REFUSED_S, str(refusal), ray_id
+        self.by = refusal.by
         return _REFUSED_S
 
     def told(self, now: float) -> str:
@@ -87,7 +92,14 @@ class Backoff:
 
 
 class Refused(ClusterError):
-    """A replica that does not fit to the others."""
+    """A replica that does not fit to the others; `by`: see Backoff."""
+
+    def __init__(self, message: str, by: str = "") -> None:
+        super().__init__(message, by)
+        self.message, self.by = message, by
+
+    def __str__(self) -> str:
+        return self.message
 
 
 def check_fits(info: ReplicaInfo, ours: Mapping[str, str], first: ReplicaInfo | None) -> None:
@@ -99,13 +111,14 @@ def check_fits(info: ReplicaInfo, ours: Mapping[str, str], first: ReplicaInfo | 
         for name, version in ours.items()
         if theirs.get(name) != version
     ]
+    by = first.incarnation if first is not None and not differ else ""
     if first is not None:
         model = info.key.mismatches(first.key)
         differ += [f"{line} (that of {first.node})" for line in model[:_SHOWN]]
         if first.codec != info.codec:
             differ.append(f"codec: {info.codec} != {first.codec}")
     if differ:
-        raise Refused(f"refused: {'; '.join(differ)}")
+        raise Refused(f"refused: {'; '.join(differ)}", by)
 
 
 def candidate(replica: Replica, *, warned: bool = False) -> Candidate | None:
@@ -118,14 +131,12 @@ def candidate(replica: Replica, *, warned: bool = False) -> Candidate | None:
         for name, rate in status.links.items()
         if info.row_bytes
     }
-    pressure = min(1.0, load(info, status).pressure)
+    cells = status.cells or max(1, info.slots * info.n_ctx)
+    pressure = min(1.0, max(status.cells_used / cells, load(info, status).pressure))
     return Candidate(
         replica.node.id, status.queue_s, status.rates, pressure, 0, links, status.prefixes, warned
     )
 
 
 def load(info: ReplicaInfo, status: ReplicaStatus) -> Load:
-    cells = status.cells or max(1, info.slots * info.n_ctx)
-    return Load(
-        info.node, status.cells_used, cells, status.running, status.waiting, max(1, info.slots)
-    )
+    return Load(info.node, status.running, status.waiting, max(1, info.slots))

@@ -63,7 +63,8 @@ class Migration:
 @dataclass
 class _Shipped:
     """What the rounds of pre-copy did. held: what the target has. disk: the source's, None where
-    everything goes through the store. card: what the target fetched last."""
+    everything goes through the store. card: what the target fetched last. suffices: the rest goes
+    with the freeze."""
 
     disk: BlockSource | None
     rounds: int = 0
@@ -72,6 +73,7 @@ class _Shipped:
     n_bytes: int = 0
     peer_bytes: int = 0
     card: CacheCard | None = None
+    suffices: bool = False
     bytes_per_s: float = _BYTES_PER_S  # that come to the target
 
     @property
@@ -95,10 +97,12 @@ async def migrate(
     *,
     prefetch_s: float = 30.0,
     disk: BlockSource | None = None,
+    whole: bool = False,
 ) -> Migration:
     """(node, handle) of both; without a source the target claims what the store has. `prefetch_s`:
     for all rounds of pre-copy, whose rest the target reads after its claim; 0 if it is to prefill.
-    `disk`: the source's, if the target is to fetch from there; both have one.
+    `disk`: the source's, if the target is to fetch from there; both have one. `whole`: the source
+    is not frozen, and this fails, unless pre-copy left no more than goes with the freeze.
 
     Raises MigrationFailed; the agent is then served where its next claim succeeds. May be cancelled
     at any time: until the claim that is a failure, after it nothing.
@@ -110,15 +114,14 @@ async def migrate(
     froze, frozen = time.monotonic(), None
     try:
         if source is not None:
-            frozen = await _freeze(agent, source, shipped, timeout)
+            frozen = await _freeze(agent, source, shipped, timeout, whole)
             froze += frozen.waited_s if frozen is not None else 0.0
         handed = frozen.card if frozen is not None else None
         if frozen is not None and prefetch_s and _rows(handed) > _rows(shipped.card):
             # Stored since: they are fetched before the claim, or never.
             was = Before(handed, shipped.disk, frozen.latest)
             await _quietly(_fetch(agent, target, timeout, shipped, was))
-        near = shipped.disk if handed is not None else None
-        epoch = await call(target[1].adopt.remote(agent, frozen, near), timeout)
+        epoch = await call(target[1].adopt.remote(agent, frozen, handed and shipped.disk), timeout)
     except (ReplicaLost, ActorError, StorageError) as error:
         if frozen is not None and source is not None:
             await _quietly(call(source[1].thaw.remote(agent), timeout))
@@ -157,10 +160,12 @@ async def _fetch(
 
 
 async def _freeze(
-    agent: AgentId, source: tuple[str, Any], shipped: _Shipped, timeout: float
+    agent: AgentId, source: tuple[str, Any], shipped: _Shipped, timeout: float, whole: bool
 ) -> Frozen | None:
-    """None: the source does not have the agent."""
+    """None: the source does not have the agent. Raises MigrationFailed."""
     name, replica = source
+    if whole and not shipped.suffices:
+        raise MigrationFailed(f"pre-copy of agent {agent} is not done")
     try:
         freezing = replica.freeze.remote(agent, shipped.held, shipped.disk is not None)
         frozen: Frozen = await call(freezing, timeout)
@@ -200,7 +205,8 @@ async def _precopy(
         if fetched is None or copied is None:
             return
         took_s = time.monotonic() - asked
-        if copied.suffices(fetched.held, took_s, shipped.bytes_per_s):
+        shipped.suffices = copied.suffices(fetched.held, took_s, shipped.bytes_per_s)
+        if shipped.suffices:
             return
         if copied.lacks is not None:
             if copied.lacks >= before:

@@ -70,12 +70,14 @@ class Mover:
         target: Replica,
         reason: Reason,
         prefetch_s: float,
+        *,
+        whole: bool = False,
     ) -> Migration:
         """`source` None: from the store; see migration.migrate. Raises MigrationFailed."""
         pair = (source.node.id, source.actor) if source is not None else None
         try:
             to, disk = (target.node.id, target.actor), self._disk(agent, source, target)
-            moving = migrate(agent, pair, to, prefetch_s=prefetch_s, disk=disk)
+            moving = migrate(agent, pair, to, prefetch_s=prefetch_s, disk=disk, whole=whole)
             done = await self._pool.unless_lost(moving, *filter(None, (source, target)))
         except MigrationFailed:
             self.moves.failed(reason)

@@ -54,7 +54,7 @@ def place(
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text("utf-8")
+        return path.read_bytes().decode("utf-8")  # line ends as they are: it is known by a digest
     except (OSError, UnicodeDecodeError) as error:
         fail(f"{path}: {error}")
 

@@ -27,7 +27,7 @@ class PlacementConfig:
     migrate_s: float = 0.2  # fixed cost of a migration: freeze, commit, claim
     pressure_s: float = 0.2  # cost of a replica that is full
     warn_s: float = 5.0  # cost of a node that is short of battery or memory: idle agents leave it
-    rebalance: float = 0.5  # difference of pressure from which agents are moved; 0: never
+    rebalance: float = 0.5  # turns over slots: from that difference on they are moved; 0: never
 
 
 @dataclass(frozen=True)

@@ -115,9 +115,10 @@ class ReplicaPool:
             node = self.nodes.get(name)
             if node is None or node.ray_id != replica.node.ray_id:
                 self._remove(replica, "its node left")
+        here = {replica.incarnation for replica in self.replicas.values()}
         for node in self.nodes.values():
             backoff = self._backoff.setdefault(node.id, Backoff())
-            waits = backoff.waits(node, self.clock()) or node.id in self.held
+            waits = backoff.waits(node, self.clock(), here) or node.id in self.held
             if node.has_device and node.id not in self.replicas and not waits:
                 replica = Replica(node, self._start(node))
                 self.replicas[node.id] = replica
@@ -178,7 +179,7 @@ class ReplicaPool:
                     self._backoff[name] = Backoff(died=known.died)
                 await asyncio.sleep(_TICK_S)
         except Refused as error:
-            self._remove(replica, str(error), refused=True)
+            self._remove(replica, str(error), error)
         except (ReplicaLost, ActorError, StorageError, ValueError) as error:
             self._remove(replica, str(error))
         except Exception as error:  # unwatched, it would seem healthy for ever
@@ -273,7 +274,7 @@ class ReplicaPool:
     def _kill(self, replica: Replica) -> None:
         ray.kill(replica.actor, no_restart=True)
 
-    def _remove(self, replica: Replica, reason: str, *, refused: bool = False) -> None:
+    def _remove(self, replica: Replica, reason: str, refused: Refused | None = None) -> None:
         name = replica.node.id
         if self.replicas.get(name) is not replica:
             return
@@ -282,8 +283,8 @@ class ReplicaPool:
         backoff = self._backoff.setdefault(name, Backoff())
         now = self.clock()
         young = replica.ready_at is None or now - replica.ready_at < _SHORT_LIFE_S
-        if refused:
-            delay = backoff.does_not_fit(now, reason, replica.node.ray_id)
+        if refused is not None:
+            delay = backoff.does_not_fit(now, refused, replica.node.ray_id)
         else:
             delay = backoff.failed(now, reason, young=young)
         self.restarts += 1

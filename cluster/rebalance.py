@@ -1,5 +1,5 @@
-"""Agents leave a replica that stays fuller than another: a few, idle ones first, live. So does one
-whose turn waits for a slot while another replica has some.
+"""Turns leave a replica that stays busier than another: a few agents that speak, or whose turn
+waits for a slot, live. Those that are idle go at their next turn, by placement.
 
 Lives in the router. A difference has to last, every move is judged by new reports, and where moves
 do not help the replica is left alone for a while, as every agent is that was moved. Agents whose
@@ -20,16 +20,17 @@ from cluster.loads import Load, Mobile, extremes, next_move
 from cluster.member import Replica, load
 from cluster.moves import Mover
 from cluster.pool import ReplicaPool
-from cluster.registry import AgentRecord, Registry
+from cluster.registry import Registry
 from storage.card import AgentId
 
 logger = logging.getLogger(__name__)
 _EVERY_S = 1.0
 _LASTS_S = 5.0  # a difference, before anybody moves
 _MOVES = 2  # at most, one after the other, until it has to last anew
+_TRIES = 4  # of moves, those that fail among them
 _REST_S = 60.0  # of an agent that was moved, and of a replica whose moves did not help
 _FRESH_TIMEOUT_S = 1.0
-_PREFETCH_S = 30.0  # the agent may speak meanwhile
+_PREFETCH_S = 10.0  # the agent speaks on meanwhile, and stays if that is not enough
 
 
 class Rebalance:
@@ -77,15 +78,15 @@ class Rebalance:
 
     async def _even_out(self, full: str, free: str) -> None:
         before = await self._fresh(full, free)
-        loads, moved = before, 0
-        while loads is not None and moved < _MOVES:
+        loads, moved, tries = before, 0, 0
+        while loads is not None and moved < _MOVES and tries < _TRIES:
             mobile = next_move(*loads, self._mobiles(full), self._threshold)
-            if mobile is None or not await self._moved(mobile, full, free):
+            if mobile is None:
                 break
-            moved += 1
+            moved += await self._moved(mobile, full, free)
+            tries += 1
             loads = await self._fresh(full, free)
-        helped = before and loads and loads[0].pressure < before[0].pressure
-        if not helped:
+        if moved and before and loads and loads[0].pressure >= before[0].pressure:
             self._rests[full] = self._clock() + _REST_S
 
     def _loads(self, *, targets: bool) -> list[Load]:
@@ -104,20 +105,16 @@ class Rebalance:
         return (loads[0], loads[1]) if loads[0] is not None and loads[1] is not None else None
 
     def _mobiles(self, node: str) -> list[Mobile]:
+        """Those with turns under way; the last that began goes first: it waits, or has the least
+        to bring."""
         now = self._clock()
+        agents = [record.agent for record in self._registry.on(node)]
         return [
-            self._mobile(record)
-            for record in self._registry.on(node)
-            if record.agent not in self._rests and self._registry.may_move(record.agent, now)
+            Mobile(agent, len(untils), -max(untils))
+            for agent in agents
+            if agent not in self._rests and self._registry.may_move(agent, now)
+            if (untils := self._registry.turns(agent, now))
         ]
-
-    def _mobile(self, record: AgentRecord) -> Mobile:
-        """Of those with turns, the last that began goes first: it waits, or has the least to
-        bring."""
-        untils = self._registry.turns(record.agent)
-        cells = record.tokens if record.in_ram else 0
-        order = -max(untils) if untils else record.last_used
-        return Mobile(record.agent, cells, len(untils), order)
 
     async def _moved(self, mobile: Mobile, full: str, free: str) -> bool:
         agent, lock = mobile.agent, self._lock(mobile.agent)
@@ -130,7 +127,7 @@ class Rebalance:
                 return False
             try:
                 source, target = able[full], able[free]
-                await self._mover.move(agent, source, target, "rebalance", _PREFETCH_S)
+                await self._mover.move(agent, source, target, "rebalance", _PREFETCH_S, whole=True)
             except MigrationFailed as error:
                 logger.warning("agent %s stays on %s: %s", agent, full, error)
                 return False

@@ -136,9 +136,13 @@ class Registry:
         so, and no operator has just put it there."""
         return agent in self._soft and now >= self._settled.get(agent, 0.0)
 
-    def turns(self, agent: AgentId) -> list[float]:
-        """Until when its turns run, at most; one that began later, until later."""
-        return list(self._turns.get(agent, {}).values())
+    def turns(self, agent: AgentId, now: float) -> list[float]:
+        """Until when its turns run, at most; one that began later, until later. Those that must be
+        over are forgotten."""
+        turns = self._turns.get(agent, {})
+        for turn_id in [turn_id for turn_id, until in turns.items() if until <= now]:
+            self.turn_ended(agent, turn_id)
+        return list(turns.values())
 
     def location(self, agent: AgentId) -> Location:
         record = self._records.get(agent)

@@ -393,6 +393,22 @@ def test_critical_pressure_on_the_last_node_waits_for_another_to_open(
     assert stub.place(AGENTS[0]) == "a"
 
 
+def test_two_nodes_under_critical_pressure_do_not_relieve_each_other(stub: Stubs) -> None:
+    stub.pool.replicas["b"].healthy = False
+    assert pressed(stub, "critical")["state"] == "open"  # nobody is there
+    told = pressed(stub, "critical", "b")
+    assert (told["state"], told["error"]) == ("open", "no other node could take the agents of b")
+    stub.pool.replicas["b"].healthy = True
+    stub.run(stub.pool.refresh_all())
+    assert stub.report("a")["drain"] is stub.report("b")["drain"] is None
+    with pytest.raises(LastNode):
+        stub.router.drain("b")
+    pressed(stub, "none", "b")
+    stub.run(stub.pool.refresh_all())
+    assert stub.drained(begin=False)["state"] == "drained"
+    assert len(stub.b.owns) == 9
+
+
 def test_a_level_that_falls_meanwhile_empties_nobody(stub: Stubs) -> None:
     pressed(stub, "critical")
     stub.drained(begin=False)

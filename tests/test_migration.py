@@ -142,14 +142,14 @@ class Pair:
         )
 
     def migrate(
-        self, *, source: bool = True, prefetch_s: float = WAIT, disk: "Disk | None" = None
+        self, *, source: bool = True, prefetch_s: float = WAIT, **options: Any
     ) -> Migration:
         async def go() -> Migration:
             pair = ("a", Handle(self.a)) if source else None
             try:
                 target = ("b", Handle(self.b))
                 return await migrate(
-                    AGENT, pair, target, self.timeout_s, prefetch_s=prefetch_s, disk=disk
+                    AGENT, pair, target, self.timeout_s, prefetch_s=prefetch_s, **options
                 )
             finally:
                 # Calls that nobody waits for.
@@ -158,9 +158,9 @@ class Pair:
 
         return asyncio.run(go())
 
-    def fails(self, message: str) -> None:
+    def fails(self, message: str, **options: Any) -> None:
         with pytest.raises(MigrationFailed, match=message):
-            self.migrate()
+            self.migrate(**options)
 
 
 # ---- the calls
@@ -439,6 +439,38 @@ def test_no_more_rounds_when_their_time_is_over() -> None:
     pair.b.instead["prefetch"] = Silence()
     assert pair.migrate(prefetch_s=0.05).rounds == 0
     assert pair.calls == ["a precopy", "b prefetch", "a freeze", "b adopt", "a release"]
+
+
+@pytest.mark.parametrize(
+    ("copied", "rounds"),
+    [
+        ([Copied(30), Copied(30)], 2),
+        ([Copied(None)], 5),
+        ([Copied(n) for n in range(60, 10, -10)], 5),
+    ],
+)
+def test_a_migration_that_must_be_whole_freezes_nobody_before(
+    copied: list[Copied], rounds: int
+) -> None:
+    pair = Pair()
+    pair.a.told["precopy"] = list(copied)
+    pair.fails("^pre-copy of agent .* is not done$", whole=True)
+    assert pair.calls == ["a precopy", "b prefetch"] * rounds
+
+
+@pytest.mark.parametrize("error", [Silence(), StoreUnavailable("file:///s", "gone")])
+def test_nor_where_the_target_gets_nothing(error: Exception) -> None:
+    pair = Pair()
+    pair.b.instead["prefetch"] = error
+    pair.fails("is not done$", whole=True, prefetch_s=0.05)
+    assert pair.calls == ["a precopy", "b prefetch"]
+
+
+def test_a_migration_that_is_whole_goes_on() -> None:
+    pair = Pair()
+    pair.a.told["precopy"] = [Copied(30), Copied(8)]
+    assert pair.migrate(whole=True).rounds == 2
+    assert pair.calls[4:] == ["a freeze", "b adopt", "a release"]
 
 
 def test_a_source_that_is_silent_in_the_rounds_is_not_frozen() -> None:

@@ -192,10 +192,10 @@ def test_the_command_tells_system_prompt_and_affinity(
     asked: list[tuple[Any, ...]] = []
     monkeypatch.setattr(place_cli, "request", lambda *given: asked.append(given) or ANSWER)
     system = tmp_path / "system.txt"
-    system.write_text("Be brief. €", "utf-8")
+    system.write_bytes("Be brief.\r\n€\n".encode())
     command = ["place", "s", "--system", str(system), "--affinity", "hard"]
     assert CliRunner().invoke(app, command).exit_code == 0
-    assert asked[0][4]["system"] == "Be brief. €"
+    assert asked[0][4]["system"] == "Be brief.\r\n€\n"
     assert asked[0][5] == {"x-kvferry-affinity": "hard"}
     system.write_bytes(b"\xff")
     assert CliRunner().invoke(app, command).exit_code == 2

@@ -4,7 +4,6 @@ router's rounds on replicas that only say how full they are."""
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from cluster.nodes import Node
 from cluster.placement import PlacementConfig
 from cluster.router import PlacementRouter
 from storage.card import AgentId
+from storage.errors import StoreUnavailable
 from tests.fake_cluster import Handle, lost
 from tests.test_drain import Client
 from tests.test_drain import served as served
@@ -38,8 +38,7 @@ AGENTS = [AgentId("default", f"s{n}") for n in range(12)]
 
 def replicas(node: str) -> st.SearchStrategy[Load]:
     return st.builds(
-        lambda used, *rest: Load(node, used, 1000, *rest),
-        st.integers(0, 1000),
+        lambda *turns: Load(node, *turns),
         st.integers(0, 4),
         st.integers(0, 6),
         st.integers(1, 8),
@@ -50,8 +49,7 @@ agents = st.lists(
     st.builds(
         Mobile,
         st.sampled_from(AGENTS),
-        st.integers(0, 600),
-        st.sampled_from([0, 0, 1, 2]),
+        st.sampled_from([1, 1, 2]),
         st.floats(0, 100),
     ),
     max_size=12,
@@ -81,70 +79,69 @@ def test_every_move_makes_the_difference_smaller_and_none_is_taken_back(
         pytest.fail("it goes on for ever")
 
 
-def replica(node: str, used: int = 0, running: int = 0, waiting: int = 0) -> Load:
-    return Load(node, used, 1000, running, waiting, 4)
+def replica(node: str, running: int = 0, waiting: int = 0) -> Load:
+    return Load(node, running, waiting, 4)
 
 
 def test_within_the_threshold_nobody_moves() -> None:
-    mobiles = [Mobile(agent, 50) for agent in AGENTS]
-    assert next_move(replica("a", 700), replica("b", 200), mobiles, THRESHOLD) is None
-    found = next_move(replica("a", 701), replica("b", 200), mobiles, THRESHOLD)
-    assert found is not None
+    mobiles = [Mobile(agent) for agent in AGENTS]
+    assert next_move(replica("a", 3), replica("b", 1), mobiles, THRESHOLD) is None
+    assert next_move(replica("a", 4), replica("b", 1), mobiles, THRESHOLD) is not None
 
 
-def test_idle_agents_go_first_and_of_those_that_speak_the_last_that_began() -> None:
-    idle, old = Mobile(AGENTS[0], 100, 0, 7.0), Mobile(AGENTS[1], 100, 0, 3.0)
-    first, last = Mobile(AGENTS[2], 100, 1, -610.0), Mobile(AGENTS[3], 100, 1, -620.0)
-    everybody = [first, last, idle, old]
-    assert next_move(replica("a", 1000), replica("b", 100), everybody, THRESHOLD) is old
-    # Where the turns are what fills it, an idle one does not help.
-    busy = replica("a", 400, running=4)
-    assert next_move(busy, replica("b", 100), everybody, THRESHOLD) is last
+def test_the_last_that_began_goes_first() -> None:
+    first, last = Mobile(AGENTS[2], 1, -610.0), Mobile(AGENTS[3], 1, -620.0)
+    assert next_move(replica("a", 4), replica("b"), [first, last], THRESHOLD) is last
 
 
 def test_a_lone_agent_that_would_only_change_places_stays() -> None:
-    alone = [Mobile(AGENTS[0], 900)]
-    assert next_move(replica("a", 900), replica("b"), alone, THRESHOLD) is None
-    speaks = [Mobile(AGENTS[0], 0, 1)]
+    several = [Mobile(AGENTS[0], 3)]
+    assert next_move(replica("a", 3), replica("b"), several, THRESHOLD) is None
+    speaks = [Mobile(AGENTS[0])]
     one = replace(replica("a", running=1), slots=1)
     assert next_move(one, replace(replica("b"), slots=1), speaks, THRESHOLD) is None
 
 
 def test_a_turn_that_waits_for_a_slot_goes_where_there_is_one() -> None:
-    mobiles = [Mobile(agent, 10, 1, -n) for n, agent in enumerate(AGENTS[:5])]
-    full, free = replica("a", 50, running=4, waiting=1), replica("b", 0, running=3)
+    mobiles = [Mobile(agent, 1, -n) for n, agent in enumerate(AGENTS[:5])]
+    full, free = replica("a", running=4, waiting=1), replica("b", running=3)
     assert full.pressure - free.pressure <= THRESHOLD
     assert next_move(full, free, mobiles, THRESHOLD) is mobiles[-1]
     # Not where the slots are no reason, nor where the other has none.
-    queued = replica("a", 50, running=2, waiting=1)
+    queued = replica("a", running=2, waiting=1)
     assert next_move(queued, free, mobiles, THRESHOLD) is None
     assert next_move(full, replica("b", running=4), mobiles, THRESHOLD) is None
 
 
-def test_idle_agents_press_by_their_cells_and_turns_by_their_slots() -> None:
+def test_turns_press_by_their_slots_and_idle_agents_by_their_cells_on_placement_only() -> None:
     device = Device("a")
     idle = replace(device.status(0.0), n_agents=100, idle=4)
-    assert load(device.info(), idle).pressure == 0.0
-    assert load(device.info(), replace(idle, cells_used=4096)).pressure == 0.25
-    assert load(device.info(), replace(idle, cells_used=4096, cells=8192)).pressure == 0.5
-    busy = replace(idle, running=2, waiting=1)
-    assert load(device.info(), busy).pressure == 0.75
-    told = candidate(Replica(Node("a", "", "", True), None, device.info(), busy))
-    assert told is not None
-    assert told.pressure == 0.75
+
+    def pressures(**status: int) -> tuple[float, float]:
+        told = replace(idle, **status)
+        found = candidate(Replica(Node("a", "", "", True), None, device.info(), told))
+        assert found is not None
+        return load(device.info(), told).pressure, found.pressure
+
+    assert pressures() == (0.0, 0.0)
+    assert pressures(cells_used=4096) == (0.0, 0.25)
+    assert pressures(cells_used=4096, cells=8192) == (0.0, 0.5)
+    assert pressures(running=2, waiting=1) == (0.75, 0.75)
+    assert pressures(running=4, waiting=1) == (1.25, 1.0)
 
 
 # ---- the router's rounds
 
 
 class Filled(Device):
-    """Agents that are idle fill 10 % of its cells each, those that speak a slot of ten besides."""
+    """Agents fill 10 % of its cells each, those that speak one of its ten slots, too."""
 
-    def __init__(self, node: str) -> None:
+    def __init__(self, node: str, speaking: set[AgentId]) -> None:
         super().__init__(node)
-        self.speaking: set[AgentId] = set()
-        self.other = 0  # cells that no agent gives back
-        self.adopts = itertools.count()
+        self.speaking = speaking
+        self.other = 0  # turns of no agent
+        self.lacks = 0  # rows that pre-copy leaves
+        self.refuses: set[AgentId] = set()
 
     def info(self) -> Any:
         return replace(super().info(), slots=10)
@@ -154,17 +151,27 @@ class Filled(Device):
         return replace(
             status,
             cells=10_000,
-            cells_used=1000 * len(self.owns) + self.other,
-            running=len(self.speaking & self.owns.keys()),
+            cells_used=1000 * len(self.owns),
+            running=len(self.speaking & self.owns.keys()) + self.other,
         )
+
+    async def precopy(self, agent: AgentId, *near: Any) -> Any:
+        return replace(await super().precopy(agent, *near), lacks=self.lacks)
+
+    async def adopt(self, agent: AgentId, *near: Any) -> int:
+        if agent in self.refuses:
+            raise StoreUnavailable("memory://x", "no answer")
+        return await super().adopt(agent, *near)
 
 
 class Pair:
-    """A router on a and b, whose clock stands still; agents are asked for once, softly."""
+    """A router on a and b, whose clock stands still; agents are asked for once, softly, and speak
+    on."""
 
     def __init__(self, config: ClusterConfig, runner: asyncio.Runner) -> None:
         self.now, self.run = 0.0, runner.run
-        self.a, self.b = Filled("a"), Filled("b")
+        self.speaking: set[AgentId] = set()
+        self.a, self.b = Filled("a", self.speaking), Filled("b", self.speaking)
         self.run(self._start(config))
 
     async def _start(self, config: ClusterConfig) -> None:
@@ -177,8 +184,8 @@ class Pair:
             self.pool.replicas[node.id] = Replica(node, Handle(device), device.info(), healthy=True)
         await self.pool.refresh_all()
 
-    def own(self, a: int, b: int, **options: Any) -> None:
-        """The first agents are a's, the next ones b's."""
+    def own(self, a: int, b: int, *, speak: bool = True, **options: Any) -> None:
+        """The first agents are a's, the next ones b's; the last one began last."""
         self.a.owns = dict.fromkeys(AGENTS[:a], 1)
         self.b.owns = dict.fromkeys(AGENTS[a : a + b], 1)
         self.run(self.pool.refresh_all())
@@ -186,6 +193,13 @@ class Pair:
             self.run(self.router.place(agent, 40, 20, turn_id=str(agent), **options))
             self.router.ended(agent, str(agent), None)
         assert (len(self.a.owns), len(self.b.owns)) == (a, b)
+        if speak:
+            self.speak(*AGENTS[: a + b])
+
+    def speak(self, *agents: AgentId) -> None:
+        self.speaking.update(agents)
+        for n, agent in enumerate(agents):
+            self.router._registry.turn_began(agent, "t", 600.0 + n)
 
     def look(self, seconds: int) -> tuple[int, int]:
         """Once a second; how many agents each has then."""
@@ -223,7 +237,7 @@ def test_a_difference_that_does_not_last_moves_nobody(pair: Pair) -> None:
     pair.own(a=10, b=1)
     for _ in range(10):
         assert pair.look(3) == (10, 1)
-        pair.b.other = 6000
+        pair.b.other = 6
         pair.look(1)
         pair.b.other = 0
     assert not pair.a.asked
@@ -232,7 +246,9 @@ def test_a_difference_that_does_not_last_moves_nobody(pair: Pair) -> None:
 def test_hard_agents_strangers_and_those_just_put_there_stay(pair: Pair) -> None:
     pair.own(a=10, b=1, affinity="hard")
     assert pair.look(70) == (10, 1)
-    pair.a.owns = dict.fromkeys([AgentId("default", f"stranger{n}") for n in range(10)], 1)
+    strangers = [AgentId("default", f"stranger{n}") for n in range(10)]
+    pair.a.owns = dict.fromkeys(strangers, 1)
+    pair.speak(*strangers)
     assert pair.look(70) == (10, 1)
     assert not pair.a.asked
     pair.own(a=10, b=1)
@@ -245,7 +261,7 @@ def test_an_agent_that_was_moved_is_left_alone_for_a_while(pair: Pair) -> None:
     pair.own(a=10, b=1)
     pair.look(6)
     gone = [agent for agent in AGENTS[:10] if agent not in pair.a.owns]
-    pair.a.owns, pair.b.other = {}, 5000  # now b is the fuller one
+    pair.a.owns, pair.b.other = {}, 5  # now b is the fuller one
     pair.b.owns = dict.fromkeys(gone, 2)
     for agent in set(AGENTS) - set(gone):
         pair.router._registry.forget(agent)
@@ -255,37 +271,69 @@ def test_an_agent_that_was_moved_is_left_alone_for_a_while(pair: Pair) -> None:
     assert set(pair.b.owns) < set(gone)
 
 
-def test_turns_that_run_are_evened_out_by_those_that_began_last(pair: Pair) -> None:
-    pair.own(a=10, b=0)
-    pair.a.owns = dict(itertools.islice(pair.a.owns.items(), 6))
-    pair.a.speaking = pair.b.speaking = set(pair.a.owns)
-    for agent in list(pair.router._registry._records):
-        if agent not in pair.a.owns:
-            pair.router._registry.forget(agent)
-    for n, agent in enumerate(AGENTS[:6]):
-        pair.router._registry.turn_began(agent, "t", 600.0 + n)
-    assert pair.look(30) == (5, 1)
+def test_those_that_began_last_go_and_those_that_are_idle_stay(pair: Pair) -> None:
+    pair.own(a=10, b=0, speak=False)
+    assert pair.look(30) == (10, 0)  # its cells are full, of rows that give way
+    pair.speak(*AGENTS[:6])
+    assert pair.look(30) == (9, 1)
     assert AGENTS[5] in pair.b.owns
+
+
+def test_idle_agents_stay_however_many_turns_others_have(pair: Pair) -> None:
+    pair.own(a=10, b=0, speak=False)
+    pair.a.other = 10
+    assert pair.look(30) == (10, 0)
+
+
+def test_a_turn_whose_end_nobody_told_does_not_speak(pair: Pair) -> None:
+    pair.own(a=10, b=0)
+    pair.b.refuses = set(AGENTS)
+    pair.now = 600.0
+    assert pair.look(6) == (10, 0)
+    assert pair.moves["failed"] == {"rebalance": 3}  # all but three must be over by now
 
 
 def test_where_moves_do_not_help_the_replica_rests(pair: Pair) -> None:
     pair.own(a=10, b=1)
-    pair.a.other = 1 << 20  # whatever leaves
-    pair.look(6)
-    moved = pair.moves["by_reason"]["rebalance"]
-    pair.a.status = lambda since: replace(Filled.status(pair.a, since), cells_used=10_000)  # type: ignore
-    pair.look(20)
-    later = pair.moves["by_reason"]["rebalance"]
-    assert later <= moved + 2
-    pair.look(35)
-    assert pair.moves["by_reason"]["rebalance"] == later
+    pair.a.status = lambda since: replace(Filled.status(pair.a, since), running=10)  # type: ignore
+    assert pair.look(60) == (8, 3)
+    pair.speaking -= set(AGENTS) - pair.a.owns.keys()
+    assert pair.look(5) == (8, 3)
+    assert pair.look(10) == (6, 5)
 
 
-def test_a_move_that_fails_is_counted_and_not_tried_at_once(pair: Pair) -> None:
+def test_a_move_that_fails_is_not_tried_at_once_and_the_next_agent_goes(pair: Pair) -> None:
+    pair.own(a=10, b=1)
+    pair.b.refuses = {AGENTS[9]}
+    assert pair.look(6) == (8, 3)
+    assert pair.moves["failed"] == {"rebalance": 1}
+    assert AGENTS[9] in pair.a.owns
+    assert {AGENTS[8], AGENTS[7]} < pair.b.owns.keys()
+
+
+def test_failed_moves_are_bounded_and_the_replica_does_not_rest(pair: Pair) -> None:
     pair.own(a=10, b=1)
     pair.b.fault = lost()
-    assert pair.look(50) == (10, 1)
-    assert pair.moves["failed"] == {"rebalance": 1}
+    assert pair.look(6) == (10, 1)
+    assert pair.moves["failed"] == {"rebalance": 4}
+    pair.b.fault = None
+    assert pair.look(6) == (8, 3)
+
+
+def test_an_agent_that_is_being_placed_is_passed_over(pair: Pair) -> None:
+    pair.own(a=10, b=1)
+    lock = pair.router._lock(AGENTS[9])
+    pair.run(lock.acquire())
+    assert pair.look(6) == (8, 3)
+    assert AGENTS[9] in pair.a.owns
+
+
+def test_nobody_is_frozen_before_pre_copy_is_done(pair: Pair) -> None:
+    pair.own(a=10, b=1)
+    pair.a.lacks = 30
+    assert pair.look(6) == (10, 1)
+    assert pair.moves["failed"] == {"rebalance": 4}
+    assert pair.a.asked == []
 
 
 def test_nobody_comes_to_a_node_that_warns_or_is_drained(pair: Pair) -> None:

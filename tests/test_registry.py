@@ -130,6 +130,18 @@ def test_an_agent_stays_until_its_turn_ends_or_its_time_is_up() -> None:
     assert not registry.stays(A, 0.0)
 
 
+def test_turns_whose_end_nobody_told_count_until_they_must_be_over() -> None:
+    registry = Registry()
+    assert registry.turns(A, 0.0) == []
+    registry.turn_began(A, "gone", 100.0)
+    registry.turn_began(A, "runs", 150.0)
+    assert registry.turns(A, 99.9) == [100.0, 150.0]
+    assert registry.turns(A, 100.0) == [150.0]
+    assert registry.turns(A, 0.0) == [150.0]
+    registry.turn_ended(A, "runs")
+    assert registry.turns(A, 0.0) == []
+
+
 def test_where_an_operator_settled_an_agent_outlives_its_turns() -> None:
     registry = Registry()
     registry.settled(A, 60.0)

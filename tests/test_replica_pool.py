@@ -179,6 +179,42 @@ def test_a_refused_node_that_joins_anew_is_tried_at_once(
     assert ready(pool) == ["a", "b"]
 
 
+OTHER = replace(KEY, weights="0" * 64)
+
+
+def test_who_did_not_fit_to_a_replica_that_is_gone_is_tried_at_once(pool: Pool) -> None:
+    """A rolling upgrade: b has the new model first, then a."""
+
+    async def go() -> None:
+        pool.devices["a"]._info = info("a", incarnation="a1")
+        pool.devices["b"]._info = info("b", incarnation="b1", key=OTHER)
+        await pool.settle()
+        assert (ready(pool), pool.refused()) == (["a"], {"b"})
+        await pool.release("a")
+        await pool.settle()
+        assert (ready(pool), pool.refused()) == (["b"], set())
+        pool.devices["a"]._info = info("a", incarnation="a2", key=OTHER)
+        pool.rejoin("a")
+        await pool.settle()
+
+    pool.wait(go())
+    assert ready(pool) == ["a", "b"]
+    assert pool.errors() == {}
+
+
+def test_one_with_other_versions_waits_whoever_leaves(pool: Pool) -> None:
+    async def go() -> None:
+        wrong = replace(info("b", key=OTHER), versions=VERSIONS | {"ray": "2.9"})
+        pool.devices["b"]._info = wrong
+        await pool.settle()
+        await pool.release("a")
+        await pool.settle()
+
+    pool.wait(go())
+    assert pool.refused() == {"b"}
+    assert pool.started == 2
+
+
 def test_the_model_is_that_of_the_replicas_that_are_there(pool: Pool) -> None:
     other = info("b", key=replace(KEY, weights="0" * 64))
     pool.check(other)  # nobody is there yet
