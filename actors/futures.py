@@ -15,3 +15,10 @@ def fulfil(future: Future[T], function: Callable[[], T]) -> None:
         future.set_result(function())
     except BaseException as error:
         future.set_exception(error)
+
+
+def done(result: T) -> Future[T]:
+    """Of work that needs no other thread."""
+    future: Future[T] = Future()
+    future.set_result(result)
+    return future

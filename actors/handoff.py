@@ -23,6 +23,7 @@ from actors.branches import AgentMemory
 from actors.coverage import missing
 from actors.errors import AgentMoved, EngineFault
 from actors.exporter import Exporter, Held, Tail
+from actors.futures import done
 from actors.memory import Memory
 from actors.rates import Rates
 from actors.residency import Residency
@@ -123,7 +124,7 @@ class Handoff:
         """While the agent runs on: hand over what the shared store lacks of it. Done when it has
         been tried. Raises AgentMoved."""
         memory = self._owned(agent)
-        return _done() if self._missing(memory, near) == 0 else self._hand_over(memory, near)
+        return done(None) if self._missing(memory, near) == 0 else self._hand_over(memory, near)
 
     def missing(self, agent: AgentId, *, near: bool = False) -> int | None:
         """Rows of turns under way that the shared store lacks; None: of turns that are over."""
@@ -152,7 +153,7 @@ class Handoff:
             except EngineFault as error:  # they are stored, or computed again
                 self._memory.faults.count("engine_refused", error)
         if self.lacks_little(agent, tail, near=near):
-            return tail, _done()
+            return tail, done(None)
         return tail, self._hand_over(memory, near)
 
     def lacks_little(self, agent: AgentId, tail: Tail | None, *, near: bool = False) -> bool:
@@ -257,9 +258,3 @@ class Handoff:
         turn = self._book.active.get(memory.agent)
         if turn is not None and turn.sequence is not None:
             turn.sequence.paused = False
-
-
-def _done() -> Future[None]:
-    done: Future[None] = Future()
-    done.set_result(None)
-    return done

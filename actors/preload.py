@@ -22,6 +22,7 @@ from actors.engines.base import Engine
 from actors.engines.base import count_rows as count_loadable
 from actors.errors import EngineFault
 from actors.exporter import Held, Tail
+from actors.futures import done
 from actors.memory import Memory
 from actors.prompt import common_prefix
 from actors.residency import Residency
@@ -88,7 +89,7 @@ class Preloader:
         branch, rows = memory.branches[0], self._memory.rows
         preload, begin = self._on_loop(partial(self._begin, agent, branch))
         n_bytes, at, loads = self._away_bytes(agent, branch, begin), begin, True
-        peers, loading = self._memory.tiers.peers, _done(True)
+        peers, loading = self._memory.tiers.peers, done(True)
         before = peers.n_bytes
         for full, sliding in rows.read(memory, branch, branch.rows, begin):
             if loads:
@@ -267,9 +268,3 @@ def _answer(asked: Future[T]) -> T:
         return asked.result(_LOOP_S)
     except TimeoutError as error:
         raise EngineFault("the replica's loop does not answer") from error
-
-
-def _done(result: T) -> Future[T]:
-    done: Future[T] = Future()
-    done.set_result(result)
-    return done

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from cluster.dispatch import Ask, Dispatch
+from cluster.dispatch import Dispatch
 from cluster.drain import Drains
 from cluster.errors import NoReplica, UnknownNode
 from cluster.member import Replica
@@ -61,7 +61,7 @@ class Able:
             others = {r.node.id: r for r in self._drains.open() if r.node.id != owner}
             if not others:
                 raise NoReplica(f"no other node could take agent {agent}")
-            return others[self._dispatch.decide(Ask(agent, 0, 1), others).node]
+            return others[self._dispatch.cheapest(agent, others)]
         replica = self._pool.replicas.get(node)
         if replica is None:
             known = ", ".join(sorted(self._pool.replicas)) or "none"

@@ -85,19 +85,20 @@ class RemoteDisk:
         """Raises StoreUnavailable."""
         stored = ref.parts[part]
         name = (tenant, ref.id, part, stored.sha256, stored.size)
-        try:
-            raw: bytes | None = self._call("block", *name, size=stored.size)
-        except OSError as error:
-            raise StoreUnavailable(f"the disk of {self.node}", str(error)) from error
+        raw: bytes | None = self._told("block", *name, size=stored.size)
         return raw
 
     def sample(self, size: int) -> bytes:
         """Raises StoreUnavailable."""
+        raw: bytes = self._told("sample", size, size=size)
+        return raw
+
+    def _told(self, method: str, *arguments: Any, size: int) -> Any:
+        """As a BlockSource: raises StoreUnavailable."""
         try:
-            raw: bytes = self._call("sample", size, size=size)
+            return self._call(method, *arguments, size=size)
         except OSError as error:
             raise StoreUnavailable(f"the disk of {self.node}", str(error)) from error
-        return raw
 
     def names(self, folder: str) -> list[str]:
         found: list[str] = self._call("names", folder)

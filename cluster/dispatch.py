@@ -64,6 +64,10 @@ class Dispatch:
         )
         return self._choice(ask, location, new_tokens, placement, held=held)
 
+    def cheapest(self, agent: AgentId, nodes: Collection[str]) -> str:
+        """For its next turn, of which nothing is known. Raises NoReplica."""
+        return self.decide(Ask(agent, 0, 1), nodes).node
+
     def compare(self, ask: Ask, nodes: Collection[str], *, stays: bool = False) -> Choice:
         """As `decide`, with the estimates of all nodes, the best first after the chosen."""
         choice = self.decide(ask, nodes, stays=stays)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from cluster.dispatch import Ask, Dispatch
+from cluster.dispatch import Dispatch
 from cluster.errors import MigrationFailed, NoReplica
 from cluster.member import Replica
 from cluster.pool import ReplicaPool
@@ -97,8 +97,8 @@ class Leaving:
             return True
 
     def _target(self, agent: AgentId) -> Replica:
-        """The cheapest for its next turn, of which nothing is known. Raises NoReplica."""
+        """Raises NoReplica."""
         able = {replica.node.id: replica for replica in self._open()}
         if not able:
             raise NoReplica("no other node is ready")
-        return able[self._dispatch.decide(Ask(agent, 0, 1), able).node]
+        return able[self._dispatch.cheapest(agent, able)]

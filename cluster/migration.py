@@ -63,8 +63,7 @@ class Migration:
 @dataclass
 class _Shipped:
     """What the rounds of pre-copy did. held: what the target has. disk: the source's, None where
-    everything goes through the store. card: what the target fetched last. suffices: the rest goes
-    with the freeze."""
+    everything goes through the store. card: what the target fetched last."""
 
     disk: BlockSource | None
     rounds: int = 0
@@ -73,7 +72,6 @@ class _Shipped:
     n_bytes: int = 0
     peer_bytes: int = 0
     card: CacheCard | None = None
-    suffices: bool = False
     bytes_per_s: float = _BYTES_PER_S  # that come to the target
 
     @property
@@ -108,13 +106,15 @@ async def migrate(
     at any time: until the claim that is a failure, after it nothing.
     """
     began = time.monotonic()
-    shipped = _Shipped(disk if source is not None else None)
+    shipped, few = _Shipped(disk if source is not None else None), False
     if prefetch_s:
-        await _precopy(agent, source, target, timeout, prefetch_s, shipped)
+        few = await _precopy(agent, source, target, timeout, prefetch_s, shipped)
+    if whole and source is not None and not few:
+        raise MigrationFailed(f"pre-copy of agent {agent} is not done")
     froze, frozen = time.monotonic(), None
     try:
         if source is not None:
-            frozen = await _freeze(agent, source, shipped, timeout, whole)
+            frozen = await _freeze(agent, source, shipped, timeout)
             froze += frozen.waited_s if frozen is not None else 0.0
         handed = frozen.card if frozen is not None else None
         if frozen is not None and prefetch_s and _rows(handed) > _rows(shipped.card):
@@ -160,12 +160,10 @@ async def _fetch(
 
 
 async def _freeze(
-    agent: AgentId, source: tuple[str, Any], shipped: _Shipped, timeout: float, whole: bool
+    agent: AgentId, source: tuple[str, Any], shipped: _Shipped, timeout: float
 ) -> Frozen | None:
     """None: the source does not have the agent. Raises MigrationFailed."""
     name, replica = source
-    if whole and not shipped.suffices:
-        raise MigrationFailed(f"pre-copy of agent {agent} is not done")
     try:
         freezing = replica.freeze.remote(agent, shipped.held, shipped.disk is not None)
         frozen: Frozen = await call(freezing, timeout)
@@ -190,10 +188,11 @@ async def _precopy(
     timeout: float,
     prefetch_s: float,
     shipped: _Shipped,
-) -> None:
-    """Rounds while another would ship more than a few rows, and fewer than the one before. The
-    first ships what is stored, others have the source store the rest first. What fails is read, or
-    computed, after the claim. Raises MigrationFailed when the source is silent."""
+) -> bool:
+    """Whether what is left goes with the freeze. There are rounds while another would ship more
+    than a few rows, and fewer than the one before. The first ships what is stored, others have the
+    source store the rest first. What fails is read, or computed, after the claim. Raises
+    MigrationFailed when the source is silent."""
     deadline, before = time.monotonic() + prefetch_s, math.inf
     while shipped.rounds < _MAX_ROUNDS and time.monotonic() < deadline:
         copied = await _copied(agent, source, shipped, timeout) if source is not None else None
@@ -203,15 +202,14 @@ async def _precopy(
             was = Before(copied.card, shipped.disk, copied.latest)
         fetched = await _quietly(_fetch(agent, target, deadline - asked, shipped, was))
         if fetched is None or copied is None:
-            return
-        took_s = time.monotonic() - asked
-        shipped.suffices = copied.suffices(fetched.held, took_s, shipped.bytes_per_s)
-        if shipped.suffices:
-            return
+            return False
+        if copied.suffices(fetched.held, time.monotonic() - asked, shipped.bytes_per_s):
+            return True
         if copied.lacks is not None:
             if copied.lacks >= before:
-                return
+                return False
             before = copied.lacks
+    return False
 
 
 async def _copied(

@@ -68,6 +68,15 @@ class StubPool(QuietPool):
         vars(self).setdefault("killed", []).append(replica.node.id)
 
 
+async def seat(pool: QuietPool, *devices: Any) -> None:
+    """They are the pool's replicas, each on a node of its name."""
+    for device in devices:
+        node = Node(device.node, f"ray-{device.node}", "127.0.0.1", True)
+        pool.nodes[node.id] = node
+        pool.replicas[node.id] = Replica(node, Handle(device), device.info(), healthy=True)
+    await pool.refresh_all()
+
+
 class Stubs:
     """A router on a and b; a owns nine agents."""
 
@@ -80,11 +89,7 @@ class Stubs:
     async def _start(self, config: ClusterConfig) -> None:
         self.router = PlacementRouter(config)
         self.pool = self.router._pool
-        for device in (self.a, self.b):
-            node = Node(device.node, f"ray-{device.node}", "127.0.0.1", True)
-            self.pool.nodes[node.id] = node
-            self.pool.replicas[node.id] = Replica(node, Handle(device), device.info(), healthy=True)
-        await self.pool.refresh_all()
+        await seat(self.pool, self.a, self.b)
 
     def drained(self, node: str = "a", *, begin: bool = True) -> dict[str, Any]:
         """The state in which the drain ends."""

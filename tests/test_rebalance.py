@@ -25,8 +25,8 @@ from cluster.placement import PlacementConfig
 from cluster.router import PlacementRouter
 from storage.card import AgentId
 from storage.errors import StoreUnavailable
-from tests.fake_cluster import Handle, lost
-from tests.test_drain import Client
+from tests.fake_cluster import lost
+from tests.test_drain import Client, seat
 from tests.test_drain import served as served
 from tests.test_router import Device, QuietPool
 
@@ -178,11 +178,7 @@ class Pair:
         self.router = PlacementRouter(config)
         self.router._rebalance._clock = lambda: self.now
         self.pool = self.router._pool
-        for device in (self.a, self.b):
-            node = Node(device.node, f"ray-{device.node}", "127.0.0.1", True)
-            self.pool.nodes[node.id] = node
-            self.pool.replicas[node.id] = Replica(node, Handle(device), device.info(), healthy=True)
-        await self.pool.refresh_all()
+        await seat(self.pool, self.a, self.b)
 
     def own(self, a: int, b: int, *, speak: bool = True, **options: Any) -> None:
         """The first agents are a's, the next ones b's; the last one began last."""
